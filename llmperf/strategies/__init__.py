@@ -1,0 +1,1 @@
+"""One file a strategy, each `run(model, workload, options) -> Trace`."""

@@ -1,0 +1,174 @@
+"""What happened: when each request was submitted, started, and when each of its tokens came.
+
+All times are seconds since the start of the measurement, read from `time.perf_counter`, which is
+one clock for all processes of a machine.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+OK, ERROR, REJECTED, CANCELLED, EXPIRED = "ok", "error", "rejected", "cancelled", "expired"
+
+
+@dataclass(frozen=True)
+class RequestTrace:
+    """One request. `scheduled_s` is when the load asked for it, `submitted_s` when it was sent."""
+
+    id: int
+    prompt_tokens: int
+    scheduled_s: float
+    submitted_s: float
+    started_s: float | None = None
+    token_s: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+    status: str = OK
+    reason: str | None = None
+    worker: str = "0"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of one strategy: its requests, how long it took (all work drained), what it noticed.
+
+    `notes` holds what only this strategy can know: event-loop lag, GIL contention, batch sizes.
+    """
+
+    requests: tuple[RequestTrace, ...]
+    duration_s: float
+    notes: dict = field(default_factory=dict)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that came out, counted (invariant 3)."""
+        return sum(len(r.tokens) for r in self.requests)
+
+    def digest(self) -> str:
+        """One SHA-256 over every request's tokens, in order of id: equal digests, equal text."""
+        text = ";".join(
+            f"{r.id}:{','.join(map(str, r.tokens))}"
+            for r in sorted(self.requests, key=lambda r: r.id)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict:
+        """As JSON-ready values, times rounded to the microsecond."""
+        rows = []
+        for request in self.requests:
+            row = asdict(request)
+            row["token_s"] = [round(t, 6) for t in request.token_s]
+            row["tokens"] = list(request.tokens)
+            for key in ("scheduled_s", "submitted_s", "started_s"):
+                row[key] = None if row[key] is None else round(row[key], 6)
+            rows.append(row)
+        return {"duration_s": round(self.duration_s, 6), "requests": rows, "notes": self.notes}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Trace":
+        """The inverse of `to_dict`."""
+        requests = tuple(
+            RequestTrace(**{**r, "token_s": tuple(r["token_s"]), "tokens": tuple(r["tokens"])})
+            for r in data["requests"]
+        )
+        return cls(requests, data["duration_s"], data.get("notes", {}))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many requests gave the same tokens as a reference run, and where the first one parts."""
+
+    agree: int
+    total: int
+    first_divergence: tuple[int, int] | None  # (request id, token index)
+
+
+def agreement(trace: Trace, reference: Trace) -> Agreement:
+    """Compare the tokens of the requests that both traces hold and that ended `ok`."""
+    expected = {r.id: r.tokens for r in reference.requests if r.status == OK}
+    pairs = [
+        (r.id, r.tokens, expected[r.id])
+        for r in trace.requests
+        if r.id in expected and r.status == OK
+    ]
+    parted = [(i, _first_difference(a, b)) for i, a, b in pairs if a != b]
+    first = min(parted, key=lambda p: (p[1], p[0]), default=None)
+    return Agreement(len(pairs) - len(parted), len(pairs), first)
+
+
+def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    same = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(same) if x != y), min(len(a), len(b)))
+
+
+class Recorder:
+    """Collects one run's events. Safe to call from several threads; `clock` may be made up."""
+
+    def __init__(self, requests: Iterable, clock=time.perf_counter):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.origin = clock()
+        self._rows = {
+            r.id: {
+                "id": r.id,
+                "prompt_tokens": len(r.prompt_ids),
+                "scheduled_s": r.arrival_s,
+                "submitted_s": r.arrival_s,
+                "started_s": None,
+                "token_s": [],
+                "tokens": [],
+                "status": OK,
+                "reason": None,
+                "worker": "0",
+            }
+            for r in requests
+        }
+
+    def now(self) -> float:
+        """Seconds since the start of the run."""
+        return self._clock() - self.origin
+
+    def submitted(self, id: int) -> None:
+        """The request was handed to the strategy just now."""
+        self._rows[id]["submitted_s"] = self.now()
+
+    def started(self, ids: Iterable[int], worker: str = "0") -> None:
+        """Work on these requests begins now."""
+        now = self.now()
+        for id in ids:
+            self._rows[id].update(started_s=now, worker=worker)
+
+    def token(self, id: int, token: int, at: float | None = None) -> None:
+        """A token of this request has come, at `at` on this recorder's clock (default: now)."""
+        row = self._rows[id]
+        row["tokens"].append(int(token))
+        row["token_s"].append(self.now() if at is None else at)
+
+    def failed(self, id: int, status: str, reason: str) -> None:
+        """The request ended without its answer."""
+        self._rows[id].update(status=status, reason=reason)
+
+    def merge(self, rows: Iterable[dict], origin: float) -> None:
+        """Take over rows that another process recorded against its own `origin`."""
+        shift = origin - self.origin
+        with self._lock:
+            for row in rows:
+                mine = self._rows[row["id"]]
+                started = row["started_s"]
+                mine.update(row, scheduled_s=mine["scheduled_s"], submitted_s=mine["submitted_s"])
+                mine["started_s"] = None if started is None else started + shift
+                mine["token_s"] = [t + shift for t in row["token_s"]]
+
+    def rows(self) -> list[dict]:
+        """The raw rows, to be sent to the process that merges them."""
+        return list(self._rows.values())
+
+    def trace(self, **notes) -> Trace:
+        """Close the run now. Call it only after the device has been synchronised."""
+        duration = self.now()
+        requests = tuple(
+            RequestTrace(**{**r, "token_s": tuple(r["token_s"]), "tokens": tuple(r["tokens"])})
+            for r in self._rows.values()
+        )
+        return Trace(requests, duration, notes)
