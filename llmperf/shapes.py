@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from llmperf.tensors import MLA, ModelShape, MoE, Tensor  # noqa: F401  (Tensor: for callers)
+from llmperf.tensors import MLA, ModelShape, MoE
 
 REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
 ALIASES = {"smollm2-135m": "smollm2-135m-instruct"}
