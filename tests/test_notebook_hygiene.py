@@ -1,0 +1,135 @@
+"""Every notebook keeps the house rules, and every rule finds its fault in a made-up notebook."""
+
+from pathlib import Path
+
+import clean_notebooks
+import nbformat
+import notebook_rules as rules
+import pytest
+from nbformat import v4
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+PNG = {"image/png": "aGk/tmp/+/home/", "text/plain": "<Figure>"}
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """The notebook as it stands in the file: nbformat.read would mend some of the faults."""
+    return v4.reads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_every_notebook_keeps_the_rule(rule):
+    assert [f"{path.name}: {fault}" for path in NOTEBOOKS for fault in rule(read(path))] == []
+
+
+def test_names_are_numbered_words_without_doubles():
+    assert rules.misnamed([path.name for path in NOTEBOOKS]) == []
+
+
+def test_every_notebook_is_clean():
+    dirty = [path.name for path in NOTEBOOKS if not clean_notebooks.clean(path, check=True)]
+    assert dirty == [], "run: python tests/clean_notebooks.py FILES"
+
+
+def made_up() -> nbformat.NotebookNode:
+    """A notebook without a fault: prose, parameters, a checked result and a figure."""
+    spec = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    settings = 'n = -4\nlevels: list = [1, 2]\nmodel = "gpt2"  # a name or None'
+    cells = [
+        v4.new_markdown_cell("See https://example.org/home/x and data/tmp/y.", id="prose"),
+        v4.new_code_cell(settings, id="settings", execution_count=1),
+        v4.new_code_cell("n + 1", id="result", execution_count=2),
+        v4.new_code_cell("plot()", id="figure", execution_count=3),
+    ]
+    cells[1].metadata.tags = ["parameters"]
+    cells[2].metadata.tags = ["nbval-check-output"]
+    cells[2].outputs = [v4.new_output("execute_result", {"text/plain": "-3"}, execution_count=2)]
+    cells[3].outputs = [v4.new_output("display_data", PNG)]
+    return v4.new_notebook(cells=cells, metadata={"kernelspec": spec})
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_a_notebook_without_fault_passes(rule):
+    assert list(rule(made_up())) == []
+
+
+def source(text):
+    return lambda nb: nb.cells[3].update(source=text)
+
+
+def parameters(text):
+    return lambda nb: nb.cells[1].update(source=text)
+
+
+def shown(data):
+    return lambda nb: nb.cells[3].outputs.append(v4.new_output("display_data", data))
+
+
+def printed(text):
+    return lambda nb: nb.cells[3].outputs.append(v4.new_output("stream", text=text))
+
+
+ERROR = v4.new_output("error", ename="ValueError", evalue="no", traceback=["ValueError: no"])
+VIEW = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Bar()"}
+BROKEN = [
+    (rules.one_parameters_cell, lambda nb: nb.cells[1].metadata.pop("tags")),
+    (rules.one_parameters_cell, lambda nb: nb.cells[3].metadata.update(tags=["parameters"])),
+    (rules.one_parameters_cell, parameters("n = 2 * 3")),
+    (rules.one_parameters_cell, parameters("a, b = 1, 2")),
+    (rules.one_parameters_cell, parameters("n: int")),
+    (rules.one_parameters_cell, parameters("n = 1\nn += 1")),
+    (rules.one_parameters_cell, parameters("n = 1\nprint(n)")),
+    (rules.one_parameters_cell, parameters("%matplotlib inline")),
+    (rules.one_parameters_cell, parameters("# nothing yet")),
+    (rules.kernel_is_python3, lambda nb: nb.metadata.kernelspec.update(name="env311")),
+    (rules.kernel_is_python3, lambda nb: nb.metadata.pop("kernelspec")),
+    (rules.format_is_4_5_with_unique_ids, lambda nb: nb.update(nbformat_minor=4)),
+    (rules.format_is_4_5_with_unique_ids, lambda nb: nb.cells[1].update(id="prose")),
+    (rules.format_is_4_5_with_unique_ids, lambda nb: nb.cells[1].pop("id")),
+    (rules.schema_holds, lambda nb: nb.cells[3].outputs[0].pop("data")),
+    (rules.every_code_cell_was_run, lambda nb: nb.cells[3].update(execution_count=None)),
+    (rules.checked_cells_have_outputs, lambda nb: nb.cells[2].update(outputs=[])),
+    (rules.no_widget_state, lambda nb: nb.metadata.update(widgets={})),
+    (rules.no_widget_state, shown(VIEW)),
+    (rules.no_machine_path, source('open("/home/me/x")')),
+    (rules.no_machine_path, source('open("C:\\\\Users\\\\me")')),
+    (rules.no_machine_path, printed("/tmp/ipykernel_12/3.py:1: UserWarning")),
+    (rules.no_machine_path, printed("File \x1b[32m/home/me/x.py\x1b[39m")),
+    (rules.no_machine_path, printed("saved in C:\\Users\\me")),
+    (rules.no_machine_path, shown({"text/plain": "PosixPath('/root/.cache')"})),
+    (rules.no_machine_path, lambda nb: nb.cells[0].update(source="Look in `/work/x`.")),
+    (rules.errors_are_meant, lambda nb: nb.cells[3].outputs.append(ERROR)),
+    (rules.code_cells_are_short, source("\n\n".join("a" * 16))),
+    (rules.code_cells_are_short, lambda nb: [c.update(source="a\n" * 7) for c in nb.cells[2:]]),
+    (rules.nothing_is_installed, source("import os\n!pip install x")),
+    (rules.nothing_is_installed, source("%pip install x")),
+    (rules.nothing_is_installed, source("!{sys.executable} -m pip install x")),
+    (rules.images_are_png, shown({"image/svg+xml": "<svg/>"})),
+    (rules.images_are_png, shown({"image/jpeg": "aGk="})),
+    (rules.images_are_png, shown({"text/html": "<div><svg></svg></div>"})),
+    (rules.images_are_png, lambda nb: nb.cells[0].update(attachments={"a": {"image/gif": ""}})),
+]
+
+
+@pytest.mark.parametrize(("rule", "breaks"), BROKEN, ids=lambda case: case.__name__)
+def test_a_rule_finds_its_fault(rule, breaks):
+    notebook = made_up()
+    breaks(notebook)
+    assert list(rule(notebook)) != []
+
+
+def test_every_rule_has_a_broken_notebook():
+    assert {rule for rule, _ in BROKEN} == set(rules.RULES)
+
+
+def test_a_meant_error_and_fifteen_lines_with_gaps_are_fine():
+    notebook = made_up()
+    notebook.cells[3].outputs.append(ERROR)
+    notebook.cells[3].metadata.tags = ["raises-exception"]
+    notebook.cells[3].source = "\n\n".join("a" * 15)
+    assert [fault for rule in rules.RULES for fault in rule(notebook)] == []
+
+
+def test_misnamed_finds_doubles_and_odd_names():
+    names = ["00-a-b.ipynb", "01-c.ipynb", "01-d.ipynb", "2-e.ipynb", "03_f.ipynb", "04-G.ipynb"]
+    assert rules.misnamed(names) == names[1:]
