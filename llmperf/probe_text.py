@@ -143,7 +143,8 @@ _SMI_CARD = re.compile(
     re.M,
 )
 _SMI_PROCESS = re.compile(
-    r"^\s*(?P<gpu>\d+)\s+(?:N/A|\d+)\s+(?:N/A|\d+)\s+(?P<pid>\d+)\s+(?P<type>M\+C|C\+G|C|G)\s+"
+    r"^\s*(?P<gpu>\d+)\s+(?:(?:N/A|\d+)\s+(?:N/A|\d+)\s+)?(?P<pid>\d+)\s+"  # R450: no GI, CI
+    r"(?P<type>M\+C|C\+G|C|G)\s+"
     r"(?P<name>\S.*?)(?:\s+(?P<used>N/A|\d+MiB))?\s*$",
     re.M,
 )
