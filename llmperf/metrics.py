@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from llmperf import rules as tools
 from llmperf import stats
 from llmperf.trace import OK, RequestTrace, Trace
 
@@ -78,6 +79,19 @@ def meets(row: dict, slo: dict) -> bool:
     if row["status"] != OK or not row["output_tokens"]:
         return False
     return all(row[key] is None or row[key] <= limit for key, limit in slo.items())
+
+
+def score_as(trace: Trace, rules: str) -> dict:
+    """The same trace by the rules of another tool: means of what it calls TTFT, TPOT, ITL, E2EL.
+
+    `rules` is "vllm", "aiperf", "guidellm", "ray-llmperf" or "transformers-benchmark"; which file
+    of each says so stands in `llmperf/rules.py`. A metric that a tool lacks is `None`, its reason
+    in `reasons`. Raises ValueError for other rules, and for times that cannot be true.
+    """
+    per_request(trace)
+    _check_end(trace)
+    answered = [r for r in trace.requests if r.status == OK and r.token_s]
+    return tools.score(answered, trace.duration_s, rules)
 
 
 def _row(r: RequestTrace, clock: str) -> dict:

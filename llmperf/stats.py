@@ -1,4 +1,4 @@
-"""Spread, confidence, drift and comparison of samples.
+"""Spread, drift and when to stop; with the intervals and the comparison, all the statistics.
 
 Stated once: a percentile is numpy's linear one (Hyndman and Fan's type 7); a standard deviation,
 where one is given, has n - 1 in it; MAD is the median absolute deviation without a scale factor.
@@ -10,8 +10,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmperf.comparison import Comparison, Incomparable, compare
+from llmperf.intervals import Interval, checked, median_interval, ratio_interval
+
+__all__ = [
+    "Comparison",
+    "Incomparable",
+    "Interval",
+    "checked",
+    "compare",
+    "describe",
+    "drift",
+    "mad",
+    "median_interval",
+    "narrow_enough",
+    "ratio_interval",
+    "spread",
+]
+
 # A percentile is given from the size on at which one sample is expected beyond it.
 PERCENTILES = {"p50": 2, "p90": 10, "p95": 20, "p99": 100}
+DRIFT_LEAST, DRIFT_LEVEL = 8, 0.04  # four against four is the least that can reach 4 %
 
 
 def describe(samples: Sequence[float]) -> tuple[dict, str | None]:
@@ -35,17 +54,66 @@ def describe(samples: Sequence[float]) -> tuple[dict, str | None]:
     return out, f"{len(x)} sample(s): {', '.join(lacking)}" if lacking else None
 
 
-def mad(samples: Sequence[float]) -> float:
-    """Median absolute deviation from the median, unscaled, by SciPy."""
+def mad(samples: Sequence[float]) -> float | None:
+    """Median absolute deviation from the median, unscaled, by SciPy; None below two samples."""
     from scipy.stats import median_abs_deviation
 
-    return float(median_abs_deviation(checked(samples)))
+    x = checked(samples)
+    return float(median_abs_deviation(x)) if len(x) > 1 else None
 
 
-def checked(samples: Sequence[float]) -> np.ndarray:
-    """The samples as a 1-D float array; ValueError if one of them is not a finite number."""
-    x = np.asarray([math.nan if v is None else v for v in samples], dtype=float)
-    bad = np.flatnonzero(~np.isfinite(x))
-    if len(bad):
-        raise ValueError(f"sample {bad[0]} is {x[bad[0]]}; every sample must be a finite number")
-    return x
+def spread(samples: Sequence[float], confidence: float = 0.95) -> dict:
+    """`{n, median, mad, low, high, reason}`: what a plot or a table states of repeats."""
+    found = median_interval(samples, confidence)
+    return {
+        "n": found.n,
+        "median": found.value,
+        "mad": mad(samples),
+        "low": found.low,
+        "high": found.high,
+        "reason": found.reason,
+    }
+
+
+def drift(
+    samples: Sequence[float], times: Sequence[float] | None = None, least_change: float = 0.01
+) -> str | None:
+    """A warning if the second half of the samples, in order of `times`, differs from the first.
+
+    Mann-Whitney's rank test at 4 %, which assumes no law of the noise, and a change of the median
+    of more than `least_change`, since a large sample makes any trifle significant. None: no drift
+    seen, or fewer than 8 samples, which cannot show one. Raises ValueError for non-finite values.
+    """
+    from scipy.stats import mannwhitneyu
+
+    x = checked(samples)
+    at = np.arange(len(x)) if times is None else checked(times)
+    if len(at) != len(x):
+        raise ValueError(f"{len(x)} samples have {len(at)} times; give one time for each sample")
+    if len(x) < DRIFT_LEAST:
+        return None
+    first, second = np.array_split(x[np.argsort(at, kind="stable")], 2)
+    before, after = float(np.median(first)), float(np.median(second))
+    change = (after - before) / abs(before) if before else math.inf * (after - before or 0)
+    if not abs(change) > least_change or mannwhitneyu(first, second).pvalue >= DRIFT_LEVEL:
+        return None
+    return (
+        f"drift: the median moved from {before:.4g} in the first half to {after:.4g} in the second "
+        f"({change:+.1%})"
+    )
+
+
+def narrow_enough(
+    samples: Sequence[float], relative_width: float, confidence: float = 0.95, least: int = 8
+) -> bool:
+    """Whether to stop: the interval's width is at most `relative_width` of the median.
+
+    Never before `least` samples: a lucky narrow start is what would bias a sequential stop. The
+    interval after such a stop is a little too narrow; the median is not biased (under 1 %).
+    """
+    if not relative_width > 0:
+        raise ValueError(f"relative_width is {relative_width}; it must be above 0, such as 0.05")
+    found = median_interval(samples, confidence)
+    if found.n < least or found.low is None:
+        return False
+    return found.high - found.low <= relative_width * abs(found.value)
