@@ -30,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the study and write its report")
     run.add_argument("--profile", default="quick", help="a name, or a YAML file (default: quick)")
-    run.add_argument("--only", action="append", default=[], metavar="NN", help="one notebook, by number")
+    run.add_argument(
+        "--only", action="append", default=[], metavar="NN", help="one notebook, by number"
+    )
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="values")
     run.add_argument("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
     run.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import datetime
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
+from pathlib import Path
 
-from llmperf import decoding, machine, metrics, records, stats, strategies, workload
+from llmperf import (
+    ceilings,
+    decoding,
+    machine,
+    metrics,
+    predict,
+    records,
+    stats,
+    strategies,
+    workload,
+)
 from llmperf.memory import Sampler
 from llmperf.models import Model
 from llmperf.records import Record, Store
@@ -162,6 +172,7 @@ class _Session:
         self.reference: dict[str, Trace] = {}
         self.warm: set[int] = set()
         self.failed: dict[int, str] = {}
+        self.noticed: str | None = None  # what else this machine was doing as the round began
         self.run_id = store.path.parent.name
 
     def key(self, i: int, repeat: int) -> str:
@@ -170,6 +181,7 @@ class _Session:
     def round(self, repeat: int, sampler: Sampler, bar) -> None:
         """Every condition once, in an order of this round's own."""
         order = self.order.sample(range(len(self.conditions)), len(self.conditions))
+        self.noticed = machine.busy()
         for i in order:
             if self.key(i, repeat) not in self.store:
                 self.store.append(self.one(i, repeat, sampler))
@@ -183,10 +195,9 @@ class _Session:
             return replace(bare, status="skipped", reason=f"failed before: {self.failed[i]}")
         try:
             self.prepare(i)
-            noticed = machine.busy()
             with sampler.window() as window:
                 trace = condition.run(on_step=_on_step(condition, window))
-            return self.filled(bare, condition, trace, window, noticed)
+            return self.filled(bare, i, trace, window)
         except Exception as error:  # a record with a status, and the sweep goes on
             status, reason = _classify(error)
             self.failed[i] = reason
@@ -221,21 +232,24 @@ class _Session:
 
     def reference_for(self, i: int) -> None:
         """The first requests of the condition, one after another: what `agreement` compares."""
-        condition = self.conditions[i]
-        signature = records.key("", "", {**self.described[i], "strategy": "", "options": {}}, 0)
+        condition, signature = self.conditions[i], self.signature(i)
         if signature not in self.reference:
             alone = replace(condition, strategy="sequential", options={})
             trace = alone.run(condition.workload.take(min(condition.level, REFERENCE_REQUESTS)))
             self.reference[signature] = trace
             self.store.append(self.apart(i, 0, trace, "reference"))
-        self.reference[str(i)] = self.reference[signature]
+
+    def signature(self, i: int) -> str:
+        """Conditions that differ in strategy alone have the same tokens, and one reference."""
+        return records.key("", "", {**self.described[i], "strategy": "", "options": {}}, 0)
 
     def apart(self, i: int, repeat: int, trace: Trace, kind: str) -> Record:
         """A run that is kept but never counted."""
         data = trace.to_dict()
         return replace(self.record(i, repeat, kind), trace=data, token_digest=trace.digest())
 
-    def filled(self, bare, condition, trace: Trace, window, noticed: str | None) -> Record:
+    def filled(self, bare: Record, i: int, trace: Trace, window) -> Record:
+        """The record of a run that went through, with everything that stands beside its times."""
         failed = [r.reason for r in trace.requests if r.status == "error"]
         return replace(
             bare,
@@ -245,9 +259,9 @@ class _Session:
             token_digest=trace.digest(),
             metrics=metrics.summarize(trace),
             memory=window.summary(),
-            prediction=predict_beside(condition, trace),
-            agreement=asdict(agreement(trace, self.reference[str(self.conditions.index(condition))])),
-            warnings=[f"unstable: {noticed}"] if noticed else [],
+            prediction=predict_beside(self.conditions[i], trace),
+            agreement=asdict(agreement(trace, self.reference[self.signature(i)])),
+            warnings=[f"unstable: {self.noticed}"] if self.noticed else [],
         )
 
     def mine(self) -> list[Record]:
@@ -270,6 +284,50 @@ class _Session:
         return self.mine()
 
 
+def predict_beside(condition: Condition, trace: Trace) -> dict:
+    """What must move and run at least for this run, against this machine's measured ceilings.
+
+    `bound_s` is the least time for all of it, `limit` what sets it; MBU or MFU above 1 makes the
+    record implausible, and `why` has the arithmetic.
+    """
+    m, rows = condition.model, _rows_per_step(condition)
+    limits = ceilings.cached(m.device)
+    bandwidth = limits["read_bytes_per_s"]["median"]
+    flops = (limits["flops_per_s"][m.dtype] or {}).get("median")
+    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
+    once = predict.run_cost(
+        m.shape, m.dtype, rows, prompt, new, condition.loop, quantization=m.quantization
+    )
+    cost = once * (condition.level / rows)
+    least = predict.bound(cost, bandwidth, flops)
+    verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
+    step = predict.decode_bound(
+        m.shape, m.dtype, rows, prompt + new // 2, bandwidth, flops, m.quantization
+    )
+    return {
+        "bound_s": least.seconds,
+        "limit": least.limit,
+        "bound_tpot_ms": step.seconds * 1e3,
+        "mbu": verdict.mbu,
+        "mfu": verdict.mfu,
+        "plausible": verdict.plausible,
+        "why": verdict.sentence,
+        "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
+        "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
+    }
+
+
+def _rows_per_step(condition: Condition) -> int:
+    """Requests that share one pass over the weights."""
+    if condition.strategy != "batch":
+        return 1
+    return min(condition.options.get("batch_size", condition.level), condition.level)
+
+
+def _mean(lengths: int | Sequence[int]) -> int:
+    return round(sum(lengths) / len(lengths)) if isinstance(lengths, Sequence) else lengths
+
+
 def _on_step(condition: Condition, window):
     """Only a GPU has an allocator to read between two steps."""
     return None if condition.model.device == "cpu" else window.step
@@ -284,7 +342,7 @@ def _classify(error: Exception) -> tuple[str, str]:
     """A status and one sentence without this machine's paths."""
     import torch
 
-    text = f"{type(error).__name__}: {error}".split("\n")[0].replace(os.path.expanduser("~"), "~")
+    text = f"{type(error).__name__}: {error}".split("\n")[0].replace(str(Path.home()), "~")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text.lower():
         return "oom", text
     return "error", text

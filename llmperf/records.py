@@ -6,6 +6,7 @@ the prediction beside it, and a status. What failed is a record too.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -14,8 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from llmperf import machine
 from llmperf.trace import Trace
 
+RUNS = Path(__file__).resolve().parent.parent / "data" / "runs"
 SCHEMA = 1
 STATUSES = ("ok", "oom", "error", "skipped")
 
@@ -103,6 +106,17 @@ class Store:
                 file.truncate(data.rfind(b"\n") + 1)
 
 
+def open_store(path: str, experiment: str) -> Store:
+    """The store a notebook writes to: `path`, or when that is empty a new file of its own.
+
+    A study gives all its notebooks one path; stepping through by hand measures anew each time.
+    """
+    if not path:
+        now = datetime.datetime.now()
+        path = RUNS / "interactive" / f"{experiment}-{now:%Y%m%d-%H%M%S}.jsonl"
+    return Store(path)
+
+
 def read(path: Path | str) -> list[Record]:
     """The records of a file. Lines that cannot be read are left out with a warning that says why.
 
@@ -123,7 +137,9 @@ def read(path: Path | str) -> list[Record]:
         except (ValueError, TypeError, AttributeError) as error:
             left_out.append(f"line {number}: {error}")
     if left_out:
-        warnings.warn(f"{Path(path).name}: {len(left_out)} left out or cut: {left_out[0]}", stacklevel=2)
+        warnings.warn(
+            f"{Path(path).name}: {len(left_out)} left out or cut: {left_out[0]}", stacklevel=2
+        )
     return found
 
 
@@ -146,6 +162,7 @@ def _flat(record: Record) -> dict:
         "status": record.status,
         "reason": record.reason,
         "run_id": record.run_id,
+        "machine": machine.caption(record.environment) if record.environment else None,
     }
     row.update({k: _scalar(v) for k, v in record.condition.items()})
     row.update({k: _median(v) for k, v in record.metrics.items() if k != "reasons"})

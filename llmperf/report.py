@@ -13,11 +13,14 @@ nav { background: #f3f5f7; padding: .75rem 1rem; border-radius: 8px }
 nav li { margin: .15rem 0 }
 h1 { line-height: 1.2 } section { border-top: 3px solid #d0d7de; margin-top: 3rem }
 img { max-width: 100%; height: auto }
-pre { background: #f6f8fa; padding: .6rem .8rem; border-radius: 6px; overflow-x: auto; font-size: 13px }
-table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; display: block; overflow-x: auto }
+pre { background: #f6f8fa; padding: .6rem .8rem; border-radius: 6px; overflow-x: auto;
+  font-size: 13px }
+table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; display: block;
+  overflow-x: auto }
 th, td { border: 1px solid #d0d7de; padding: .25rem .6rem; text-align: right }
 th:first-child, td:first-child { text-align: left }
-.failed { color: #a40e26; font-weight: 600 } .anchor-link, .jp-InputPrompt, .prompt { display: none }
+.failed { color: #a40e26; font-weight: 600 }
+.anchor-link, .jp-InputPrompt, .prompt { display: none }
 details > summary { cursor: pointer; color: #57606a; font-size: 13px }
 """
 

@@ -44,11 +44,15 @@ def load_profile(name: str | Path) -> Profile:
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"unknown profile {str(name)!r}: choose {', '.join(profiles())}, or a file")
+        raise ValueError(
+            f"unknown profile {str(name)!r}: choose {', '.join(profiles())}, or a file"
+        )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"profile {path.name} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"profile {path.name} is not YAML: {' '.join(str(error).split())}"
+        ) from None
     unknown = set(data) - set(Profile.__dataclass_fields__)
     if unknown:
         raise ValueError(f"profile {path.name}: unknown entry {', '.join(sorted(unknown))}")
@@ -174,7 +178,9 @@ def load_state(folder: Path | str) -> State:
     """The state of a run's folder; raises ValueError when there is none."""
     path = Path(folder) / "run.yaml"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no run.yaml in it): name a folder under data/runs")
+        raise ValueError(
+            f"{folder} holds no run (no run.yaml in it): name a folder under data/runs"
+        )
     return State(**yaml.safe_load(path.read_text(encoding="utf-8")))
 
 

@@ -1,0 +1,170 @@
+"""Functions that take data and an Axes. Light, fixed size, readable without colour.
+
+Every figure shows the spread of what it draws and names the machine in its caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llmperf import machine, published, stats
+from llmperf.experiment import environment
+from llmperf.trace import Trace
+
+# Okabe and Ito's palette: told apart with any colour vision. Markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#8c959f"
+SIZE = (7.5, 4.2)  # inches
+GIB = 2**30
+
+STRATEGY_STYLE = {
+    "sequential": 6,
+    "batch": 0,
+    "coroutine": 4,
+    "threads": 1,
+    "processes": 2,
+    "dynamic": 3,
+    "continuous": 5,
+}
+
+
+def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
+    """A light figure with `columns` axes side by side."""
+    fig, axes = plt.subplots(
+        1, columns, figsize=(SIZE[0] * (1 if columns == 1 else 1.45), height), layout="constrained"
+    )
+    for ax in [axes] if columns == 1 else axes:
+        ax.grid(True, color="#e6e8eb", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
+def caption(fig: Figure, frame: pd.DataFrame | None = None, note: str = "") -> None:
+    """Under the figure: machine, model, what the spread is, and whether a run was unstable."""
+    lines = [_machines(frame), note]
+    if frame is not None and len(frame):
+        ok = frame[frame.status == "ok"]
+        models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
+        repeats = ok.repeat.nunique()
+        lines.insert(1, f"{models}; points are runs, the line their median of {repeats}")
+        lines += sorted({w for w in ok.warnings if w})[:1]
+        failed = frame[frame.status != "ok"]
+        lines += [f"left out: {len(failed)} runs, {failed.status.iloc[0]}"] if len(failed) else []
+    text = "\n".join(line for line in lines if line)
+    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+
+
+def _machines(frame: pd.DataFrame | None) -> str:
+    """The machines that the records name; without records, this one."""
+    if frame is None or not frame.get("machine", pd.Series(dtype=str)).notna().any():
+        return machine.caption(environment())
+    return "; ".join(sorted(frame.machine.dropna().unique()))
+
+
+def _label(row) -> str:
+    random = " (random weights)" if row.weights == "random" else ""
+    return f"{row.model} {row.get('quantization') or row.dtype}{random}"
+
+
+def curve(
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    label: str,
+    *,
+    style: int = 0,
+    scale: float = 1.0,
+) -> None:
+    """Runs as points, their median as a line, and its 95 % interval as a band.
+
+    `scale` multiplies y, for instance 1 / GIB. Rows without a value are left out.
+    """
+    rows = frame[(frame.status == "ok") & frame[y].notna()]
+    color, marker = COLORS[style % len(COLORS)], MARKERS[style % len(MARKERS)]
+    groups = rows.groupby(x)[y]
+    spreads = {key: stats.spread((values * scale).tolist()) for key, values in groups}
+    xs = list(spreads)
+    ax.plot(rows[x], rows[y] * scale, marker, color=color, alpha=0.35, markersize=4, linewidth=0)
+    ax.plot(
+        xs, [s["median"] for s in spreads.values()], "-", marker=marker, color=color, label=label
+    )
+    bounded = {key: s for key, s in spreads.items() if s["low"] is not None}
+    ax.fill_between(
+        list(bounded),
+        [s["low"] for s in bounded.values()],
+        [s["high"] for s in bounded.values()],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
+    )
+
+
+def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **wanted) -> None:
+    """The published rows of a strategy over concurrency, in grey, one line style a machine."""
+    dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+    rows = published.groups(strategy, **wanted)
+    for i, (label, group) in enumerate(rows.groupby("label")):
+        ax.plot(
+            group.concurrency,
+            group[y] * scale,
+            linestyle=dashes[i % len(dashes)],
+            marker=MARKERS[3 + i % 4],
+            markersize=4,
+            color=GREY,
+            label=f"published: {label}",
+        )
+
+
+def gantt(ax: Axes, trace: Trace) -> None:
+    """Who ran when: per request, waiting in grey, prefill in light, decoding in full colour."""
+    for row, request in enumerate(trace.requests):
+        if request.started_s is None or not request.token_s:
+            continue
+        wait = request.started_s - request.submitted_s
+        first, last = request.token_s[0], request.token_s[-1]
+        ax.barh(row, wait, left=request.submitted_s, color="#e6e8eb", height=0.7)
+        ax.barh(row, first - request.started_s, left=request.started_s, color=COLORS[5], height=0.7)
+        ax.barh(row, last - first, left=first, color=COLORS[0], height=0.7)
+    ax.set(xlabel="time since the start (s)", ylabel="request", yticks=range(len(trace.requests)))
+    ax.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#e6e8eb", COLORS[5], COLORS[0])]
+    ax.legend(handles, ("waiting", "prefill", "decoding"), loc="best", frameon=False)
+
+
+def stacked(ax: Axes, parts: pd.DataFrame, unit: str) -> None:
+    """Horizontal stacked bars: one bar a row of `parts`, one segment a column, hatched apart."""
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "oo")
+    left = pd.Series(0.0, index=parts.index)
+    for i, column in enumerate(parts.columns):
+        color = COLORS[i % len(COLORS)]
+        ax.barh(
+            [str(label) for label in parts.index],
+            parts[column],
+            left=left,
+            color=color,
+            alpha=0.85,
+            hatch=hatches[i % len(hatches)],
+            edgecolor="white",
+            label=column,
+        )
+        left = left + parts[column]
+    ax.set_xlabel(unit)
+    ax.invert_yaxis()
+    ax.legend(frameon=False, fontsize=8, loc="best")
+
+
+def bars(ax: Axes, labels: Iterable[str], samples: Sequence[Sequence[float]], unit: str) -> None:
+    """One bar a label at the median of its samples, with every sample as a point."""
+    for i, (label, values) in enumerate(zip(labels, samples, strict=True)):
+        ax.barh(label, pd.Series(values).median(), color=COLORS[i % len(COLORS)], alpha=0.8)
+        ax.plot(values, [label] * len(values), "|", color="black", markersize=9)
+    ax.set_xlabel(unit)
+    ax.invert_yaxis()
