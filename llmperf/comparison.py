@@ -57,7 +57,8 @@ def compare(
 ) -> Comparison:
     """Is a faster than b in `quantity` (a key of the records' metrics, or e.g. "ttft_ms.median")?
 
-    Records are Record or its dict; only `ok` measured ones count. `paired=True` pairs the records by their `repeat`. Raises
+    Records are Record or its dict; only `ok` measured ones count. `paired=True` pairs them by
+    their `repeat`. Raises
     Incomparable, a ValueError, when a key of COMPARED differs and is not in `allow`.
     """
     a, b = _measured(a_records), _measured(b_records)
