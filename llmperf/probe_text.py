@@ -130,8 +130,8 @@ def smi_screen(text: str) -> dict:
     gpus = [_smi_card(match) for match in _SMI_CARD.finditer(plain)]
     processes = [_smi_process(match) for match in _SMI_PROCESS.finditer(plain)]
     for gpu in gpus:
-        mine = [p for p in processes if p.pop("gpu", None) == gpu["index"] or len(gpus) == 1]
-        gpu["processes"] = mine
+        mine = [p for p in processes if p["gpu"] == gpu["index"]]
+        gpu["processes"] = [{k: v for k, v in p.items() if k != "gpu"} for p in mine]
     return {"driver": head and head[1], "cuda": head and head[2], "gpus": gpus}
 
 
