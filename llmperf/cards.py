@@ -1,20 +1,16 @@
-"""Cards by name: memory, bandwidth and arithmetic from their data sheets."""
+"""Cards by name, for predictions: memory, bandwidth and arithmetic from the data sheets."""
 
 import csv
-import re
 from dataclasses import dataclass
-from functools import lru_cache
 
-from llmperf.shapes import REFERENCE
+from llmperf import card_specs
 
 GIB = 2**30
-# Words in a driver's name for a card that say nothing about which card it is.
-_NOISE = {"nvidia", "geforce", "gpu", "hbm3", "hbm3e", "sxm"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card's data sheet. `memory_gib` in GiB; `fp16_flops_s` dense."""
+    """A card's data sheet: memory in GiB, bytes/s, dense fp16 FLOP/s; None where not given."""
 
     name: str
     memory_gib: float
@@ -22,19 +18,10 @@ class Card:
     fp16_flops_s: float | None = None
 
 
-@lru_cache(maxsize=1)
-def cards() -> tuple[Card, ...]:
-    """All cards of `gpu_specs.csv`."""
-    with (REFERENCE / "gpu_specs.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            Card(
-                row["gpu"],
-                float(row["memory_gb"]),
-                float(row["bandwidth_gb_s"]) * 1e9,
-                float(row["fp16_dense_tflops"]) * 1e12,
-            )
-            for row in csv.DictReader(file)
-        )
+def names() -> tuple[str, ...]:
+    """The cards of `gpu_specs.csv`."""
+    with card_specs.SPECS.open(encoding="utf-8", newline="") as file:
+        return tuple(row["gpu"] for row in csv.DictReader(file))
 
 
 def card(name: str, memory_gib: float | None = None) -> Card:
@@ -42,24 +29,14 @@ def card(name: str, memory_gib: float | None = None) -> Card:
 
     An unknown card needs its `memory_gib`; without it, ValueError names the known ones.
     """
-    for known in cards():
-        if _same(known.name, name):
-            return known
+    row = card_specs.find(name)
+    if row:
+        bandwidth, flops = float(row["bandwidth_gb_s"]), float(row["fp16_dense_tflops"])
+        size = memory_gib or float(row["memory_gb"])
+        return Card(row["gpu"], size, bandwidth * 1e9, flops * 1e12)
     if memory_gib:
         return Card(name, memory_gib)
     raise ValueError(
         f"unknown card {name!r}: give its memory in GiB as memory_gib=..., or one of "
-        f"{', '.join(c.name for c in cards())}"
+        f"{', '.join(names())}"
     )
-
-
-def _same(known: str, asked: str) -> bool:
-    wanted, words = _words(known), _words(asked)
-    if "h100" in words and "pcie" not in words:
-        words.add("sxm5")  # the driver calls it 'NVIDIA H100 80GB HBM3'
-    return wanted == words
-
-
-def _words(name: str) -> set[str]:
-    words = set(re.findall(r"[a-z0-9]+", name.lower()))
-    return {w for w in words if w not in _NOISE and not re.fullmatch(r"\d+gb", w)}

@@ -17,12 +17,12 @@ class Cost:
 
     bytes: float
     flops: float
-    steps: int = 1
+    steps: float = 1
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.bytes + other.bytes, self.flops + other.flops, self.steps + other.steps)
 
-    def __mul__(self, times: int) -> "Cost":
+    def __mul__(self, times: float) -> "Cost":
         return Cost(self.bytes * times, self.flops * times, self.steps * times)
 
 
@@ -82,16 +82,17 @@ def forward(
     past: int = 0,
     quantization: str | None = None,
     cache: bool = True,
+    logits: int = 1,
 ) -> Cost:
     """One forward pass of `batch` rows: `new` tokens each after `past` cached ones.
 
-    Counts weights once, the cache read and written, and logits of each row's last token only.
+    Counts weights once, the cache read and written, and the logits of the last `logits` tokens.
     """
     moved = weights_read(shape, dtype, quantization)
     if cache:
         moved += kv_bytes(shape, batch, past, dtype)
         moved += batch * new * shape.layers * shape.kv_elements_per_token * dtype_bytes(dtype)
-    head = 2 * shape.vocab * shape.hidden
+    head = 2 * shape.vocab * shape.hidden * logits
     row = new * linear_flops(shape) + attention_flops(shape, new, past) + head
     return Cost(moved, batch * row)
 
@@ -108,6 +109,7 @@ def run(
 ) -> Cost:
     """A whole generation of one batch: the prompt, then token by token until `new_tokens`.
 
+    `recompute` takes the logits of all its positions in each step, as published.
     Raises ValueError for an unknown loop or sizes below one.
     """
     if loop not in LOOPS:
@@ -119,7 +121,7 @@ def run(
     if loop == "recompute":
         lengths = Counter(min(window, prompt_tokens + i) for i in range(new_tokens))
         passes = (
-            forward(shape, dtype, batch, n, 0, quantization, cache=False) * times
+            forward(shape, dtype, batch, n, 0, quantization, False, logits=n) * times
             for n, times in lengths.items()
         )
         return sum(passes, Cost(0, 0, 0))

@@ -1,160 +1,82 @@
-"""Arithmetic beside every measurement: bytes, the latency bound, MBU, MFU and the audit.
+"""Arithmetic beside every measurement, under one name: import this, not its rooms.
 
-Everything here needs a `ModelShape` and no torch. The memory ledger is in `ledger`, what fits a
-card in `fits`; their functions can be called from here, so that one import serves.
+bytes            sizes, allocator          from a `ModelShape`, to the byte
+bytes and FLOPs  costs                     of a forward pass and of a whole run
+time             roofline, latency         bound, expectation, MBU, MFU, the audit
+memory           ledger                    every byte of a run, named, low and high
+cards            cards, fits               what fits, what does not and why
+publication      published                 its rows audited and predicted
+
+None of it imports torch.
 """
 
-import csv
-from dataclasses import dataclass
-
-from llmperf import costs
-from llmperf.cards import card, cards
-from llmperf.costs import Cost
-from llmperf.shapes import REFERENCE, preset
+from llmperf.cards import GIB, Card, card
+from llmperf.cards import names as card_names
+from llmperf.costs import Cost, weights_read
+from llmperf.costs import run as run_cost
+from llmperf.fits import (
+    DoesNotFit,
+    Fit,
+    Knee,
+    Largest,
+    advise,
+    budget,
+    check_fits,
+    judge,
+    knee,
+    largest_batch,
+    longest_context,
+    most_processes,
+)
+from llmperf.latency import Latency, card_ceilings, latency, launches, matmul_shapes
+from llmperf.ledger import LEVELS, Ledger, Line, at_rest, memory
+from llmperf.published import allocated as allocated_published
+from llmperf.published import audited as audit_published
+from llmperf.published import yi_deployment
+from llmperf.roofline import Audit, Bound, audit, bound, decode_bound, mbu, mfu
 from llmperf.sizes import buffers_bytes, kv_bytes, weights_bytes
-from llmperf.tensors import ModelShape
 
 __all__ = [
+    "GIB",
+    "LEVELS",
     "Audit",
     "Bound",
+    "Card",
     "Cost",
+    "DoesNotFit",
+    "Fit",
+    "Knee",
+    "Largest",
+    "Latency",
+    "Ledger",
+    "Line",
+    "advise",
+    "allocated_published",
+    "at_rest",
     "audit",
     "audit_published",
+    "bound",
+    "budget",
     "buffers_bytes",
     "card",
-    "cards",
+    "card_ceilings",
+    "card_names",
+    "check_fits",
     "decode_bound",
+    "judge",
+    "knee",
     "kv_bytes",
+    "largest_batch",
+    "latency",
+    "launches",
+    "longest_context",
+    "matmul_shapes",
     "mbu",
+    "memory",
     "mfu",
+    "most_processes",
     "run_cost",
     "weights_bytes",
+    "weights_read",
+    "yi_deployment",
 ]
-
-run_cost = costs.run
-BANDWIDTH, ARITHMETIC, LAUNCHES, PYTHON = "bandwidth", "arithmetic", "launches", "Python"
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The least time that one step can take, which ceiling sets it, and what it must do."""
-
-    seconds: float
-    limit: str
-    bytes: float
-    flops: float
-
-
-def bound(
-    cost: Cost, bandwidth_bytes_s: float, flops_s: float | None, launch_s: float = 0.0
-) -> Bound:
-    """The roofline (Williams et al., 2009): whichever ceiling takes longest sets the time.
-
-    `launch_s` is the time to launch all kernels of the step. Without `flops_s` arithmetic is
-    left out. Raises ValueError for a ceiling that is not above zero.
-    """
-    for name, ceiling in (("bandwidth_bytes_s", bandwidth_bytes_s), ("flops_s", flops_s)):
-        if ceiling is not None and not ceiling > 0:
-            raise ValueError(f"{name} is {ceiling}: give a rate above zero")
-    times = {
-        BANDWIDTH: cost.bytes / bandwidth_bytes_s,
-        ARITHMETIC: cost.flops / flops_s if flops_s else 0.0,
-        LAUNCHES: launch_s,
-    }
-    limit = max(times, key=times.get)
-    return Bound(times[limit], limit, cost.bytes, cost.flops)
-
-
-def decode_bound(
-    shape: ModelShape,
-    dtype: str,
-    batch: int,
-    context: int,
-    bandwidth_bytes_s: float,
-    flops_s: float | None = None,
-    quantization: str | None = None,
-) -> Bound:
-    """The least seconds of one decode step: one token for each row after `context` cached ones."""
-    return bound(
-        costs.forward(shape, dtype, batch, 1, context, quantization), bandwidth_bytes_s, flops_s
-    )
-
-
-def mbu(bytes_moved: float, seconds: float, bandwidth_bytes_s: float) -> float:
-    """Model bandwidth utilisation: bytes that must move per second over the bandwidth."""
-    return bytes_moved / seconds / bandwidth_bytes_s
-
-
-def mfu(flops: float, seconds: float, flops_s: float) -> float:
-    """Model FLOPs utilisation: FLOPs that must run per second over the dense peak of the dtype."""
-    return flops / seconds / flops_s
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Can this time be true? `sentence` has the arithmetic."""
-
-    plausible: bool
-    mbu: float
-    mfu: float | None
-    sentence: str
-
-
-def audit(
-    cost: Cost, seconds: float, bandwidth_bytes_s: float, flops_s: float | None = None
-) -> Audit:
-    """Hold a measured time against what must move and run at least: above 1 it cannot be true.
-
-    `cost` is that of everything done in `seconds` (`run_cost`, times the batches or workers).
-    """
-    if not seconds > 0:
-        raise ValueError(f"measured time is {seconds} s: give one above zero")
-    moved = mbu(cost.bytes, seconds, bandwidth_bytes_s)
-    ran = mfu(cost.flops, seconds, flops_s) if flops_s else None
-    by_flops = (ran or 0) > moved
-    worst = ran if by_flops else moved
-    need, unit, rate, word = (
-        (cost.flops / 1e9, "GFLOP", flops_s / 1e9, "MFU")
-        if by_flops
-        else (cost.bytes / 1e9, "GB", bandwidth_bytes_s / 1e9, "MBU")
-    )
-    sentence = (
-        f"{cost.steps} steps take at least {need:,.1f} {unit}, {need / rate:.3g} s at "
-        f"{rate:,.0f} {unit}/s; measured {seconds:.3g} s: {word} {worst:.2f}, "
-        f"{'implausible' if worst > 1 else 'plausible'}"
-    )
-    return Audit(worst <= 1, moved, ran, sentence)
-
-
-# What the publication says of its models: GPT-2 in fp32 (0.46 GiB), Yi-6B in 16 bits (11.29 GiB).
-PUBLISHED_MODELS = {
-    "GPT2": ("gpt2", "fp32"),
-    "Yi-6B-Chat": ("yi-6b-chat", "fp16"),
-    "Yi-34B-Chat-4bits": ("yi-34b-chat-4bits", "fp16"),
-}
-
-
-def audit_published() -> list[dict]:
-    """Every published log line with its `audit` against its card's memory bandwidth.
-
-    The published loop keeps no cache: each step reads the weights, and nothing else is counted,
-    since the lengths of the prompts are not given. A worker's line answers for its own steps, a
-    group's line for those of all its workers.
-    """
-    with (REFERENCE / "measurements.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for number, row in enumerate(rows, start=2):  # as the file's line numbers, after the header
-        shape, dtype = _published_model(row["model"])
-        streams = int(row["concurrency"]) if row["row"] == "total" else 1
-        if row["strategy"] == "batch":
-            streams = 1  # one step serves the whole batch
-        steps = streams * int(row["new_tokens"])
-        read = Cost(costs.weights_read(shape, dtype), 0.0) * steps
-        ceiling = card(row["gpu"]).bandwidth_bytes_s
-        row.update(line=number, audit=audit(read, float(row["seconds"]), ceiling))
-    return rows
-
-
-def _published_model(name: str) -> tuple[ModelShape, str]:
-    preset_name, dtype = PUBLISHED_MODELS[name]
-    return preset(preset_name), dtype

@@ -109,21 +109,26 @@ def _layer_windows(shape: ModelShape) -> tuple[int | None, ...]:
 
 
 def buffers_bytes(shape: ModelShape, dtype: str, masks: bool = False) -> int:
-    """Bytes of the module's buffers: rotary frequencies (two fp32 copies), embedding scale.
+    """Bytes of the module's buffers: see `buffers`."""
+    return sum(buffers(shape, dtype, masks))
 
-    `masks` adds what transformers 4 kept up to 4.37, the release of the published study's time:
-    for GPT-2 a boolean mask of positions x positions a layer, for Llama a table of cosines and
-    one of sines over all positions a layer, in the model's dtype.
+
+def buffers(shape: ModelShape, dtype: str, masks: bool = False) -> list[int]:
+    """Bytes of each buffer: rotary frequencies (two fp32 copies), an embedding's scale.
+
+    `masks` gives those of transformers 4 up to 4.37, the releases of the published study's time:
+    for GPT-2 a boolean mask of positions x positions a layer and the value it masks with, for
+    Llama a table of cosines and one of sines over all positions a layer, in the model's dtype.
     """
-    if masks and shape.learned_positions:
-        return shape.layers * (shape.max_positions**2 + 4)  # and the masked value, one fp32
     rotary = shape.mla.rope_dim if shape.mla else shape.head_dim
-    rotary = 0 if shape.learned_positions else rotary
+    frequencies = rotary // 2 * 4
+    if shape.learned_positions:
+        return [shape.max_positions**2, 4] * shape.layers * masks
     if masks:
         table = shape.max_positions * rotary * dtype_bytes(dtype)
-        return shape.layers * (2 * table + rotary // 2 * 4)
-    sets = 2 if shape.family == "gemma3_text" else 1  # frequencies for each kind of layer
-    corrections = 0
+        return [frequencies, table, table] * shape.layers
+    kinds = 2 if shape.family == "gemma3_text" else 1  # frequencies for each kind of layer
+    found = [4] * shape.scaled_embedding + [frequencies] * 2 * kinds
     if shape.moe and shape.family == "deepseek_v3":  # the router's score correction
-        corrections = 4 * shape.moe.experts * (shape.layers - shape.moe.first_layer)
-    return sets * 2 * (rotary // 2) * 4 + 4 * shape.scaled_embedding + corrections
+        found += [4 * shape.moe.experts] * (shape.layers - shape.moe.first_layer)
+    return found

@@ -3,7 +3,7 @@
 Which tensors a family has, and in which order, follows transformers 5 (`modeling_*.py`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 
@@ -108,10 +108,13 @@ def _tensors(shape: ModelShape) -> tuple[Tensor, ...]:
     found = [Tensor("embedding", "embedding", shape.vocab, shape.hidden)]
     if shape.learned_positions:
         found.append(Tensor("positions", "position", shape.max_positions, shape.hidden))
+    norms = _norm(shape, "norm", shape.hidden) * shape.norms_per_layer
+    attention = _attention(shape)
     for layer in range(shape.layers):
-        rows = [*_attention(shape), *_mlp(shape, layer)]
-        rows += _norm(shape, "norm", shape.hidden) * shape.norms_per_layer
-        found += [replace(t, name=f"layers.{layer}.{t.name}") for t in rows]
+        found += [
+            Tensor(f"layers.{layer}.{t.name}", t.kind, t.rows, t.columns, t.count)
+            for t in (*attention, *_mlp(shape, layer), *norms)
+        ]
     found += _norm(shape, "norm", shape.hidden)
     if not shape.tied_embeddings:
         found.append(Tensor("head", "head", shape.vocab, shape.hidden))

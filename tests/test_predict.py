@@ -1,4 +1,4 @@
-"""Bytes, FLOPs, bounds and the audit: against real modules, by hand, and over the published rows."""
+"""Bytes, FLOPs, bounds and the audit: against real modules, by hand, over the published rows."""
 
 import pytest
 from tiny_models import CONFIGS, build
@@ -111,7 +111,7 @@ def test_a_run_is_the_sum_of_its_forwards():
         assert predict.run_cost(shape, "fp32", 3, 6, 10) == total
     window = predict.run_cost(shape, "fp32", 1, 5, 20, loop="recompute", window=8)
     lengths = [5, 6, 7] + [8] * 17
-    assert window.flops == sum(costs.forward(shape, "fp32", 1, n).flops for n in lengths)
+    assert window.flops == sum(costs.forward(shape, "fp32", 1, n, logits=n).flops for n in lengths)
 
 
 def test_attention_counts_pairs():
@@ -187,3 +187,54 @@ def test_cards_answer_to_the_drivers_names():
     for other in ("RTX 3090 Ti", "RTX 4090 Laptop GPU", "RTX 3060"):
         with pytest.raises(ValueError, match="unknown card.*memory_gib.*RTX 3060 Ti, RTX 3090"):
             predict.card(other)
+
+
+CEILINGS = {
+    "read_bytes_per_s": {"median": 100e9, "mad": 1e9},
+    "flops_per_s": {"fp32": {"median": 1e12}, "bf16": None},
+    "launch_s": {"enqueue": {"median": 1e-6}, "drained": {"median": 1e-6}},
+}
+
+
+def test_latency_names_what_limits_a_step():
+    shape = shapes.preset("smollm2-135m")
+
+    def of(**run):
+        return predict.latency(shape, "fp32", ceilings=CEILINGS, context=64, **run)
+
+    assert of().decode == predict.decode_bound(shape, "fp32", 1, 64, 100e9, 1e12)
+    assert of().limit == "bandwidth"
+    assert of(batch=256).limit == "arithmetic"
+    assert of(prompt_tokens=512).prefill.limit == "arithmetic"
+    assert of(python_s=0.1).limit == "Python"
+    assert of(python_s=1e-6).limit == "bandwidth"
+    slow = {**CEILINGS, "launch_s": {"drained": {"median": 1e-4}}}
+    eager = predict.latency(shape, "fp32", ceilings=slow)
+    assert eager.limit == "launches"
+    assert eager.decode.seconds == pytest.approx(predict.launches(shape) * 1e-4)
+    assert predict.latency(shape, "fp32", ceilings=slow, loop="compiled").limit == "bandwidth"
+    window = predict.latency(shape, "fp32", context=5000, ceilings=CEILINGS, loop="recompute")
+    whole = costs.forward(shape, "fp32", 1, 200, 0, None, False, logits=200)
+    assert window.decode.flops == whole.flops
+    with pytest.raises(ValueError, match="no read_bytes_per_s"):
+        predict.latency(shape, "fp32", ceilings={})
+
+
+def test_latency_expects_what_the_products_took():
+    """Each product as often as the model has it, and the rest at its bound."""
+    shape = shapes.from_config({"model_type": "llama", **CONFIGS["llama"][1]})
+    products = predict.matmul_shapes(shape)
+    # 4 layers: q and o 32 x 32; k and v 16 x 32; gate and up 48 x 32; down 32 x 48; one head
+    assert products == {(32, 32): 8, (16, 32): 8, (48, 32): 8, (32, 48): 4, (101, 32): 1}
+    rates = [
+        {"n": n, "k": k, "batch": batch, "dtype": "fp32", "seconds": {"median": 1e-3 * batch}}
+        for n, k in products
+        for batch in (2, 12)
+    ]
+    run = dict(batch=2, prompt_tokens=6, ceilings=CEILINGS)
+    found = predict.latency(shape, "fp32", rates=rates, **run)
+    assert found.expected_decode_s == pytest.approx(29 * 2e-3, rel=1e-3)
+    assert found.expected_prefill_s == pytest.approx(29 * 12e-3, rel=1e-3)
+    assert found.expected_decode_s > 29 * 2e-3  # cache and attention come on top
+    assert predict.latency(shape, "fp32", rates=rates[:-1], **run).expected_prefill_s is None
+    assert predict.latency(shape, "fp32", **run).expected_decode_s is None

@@ -1,0 +1,70 @@
+"""What PyTorch's caching allocator makes of a list of tensors, by its own rules.
+
+The constants and rules are those of `c10/cuda/CUDACachingAllocator` (torch 2.1 to 2.13). Nothing
+is measured and nothing fitted: a request is rounded, placed in the smallest free block of its
+pool that holds it, and the block is split where the rest is worth keeping. What is not split off
+counts as allocated, which is why `memory_allocated` is more than the sum of the tensors.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KIB, MIB = 2**10, 2**20
+MIN_BLOCK = 512  # every request is rounded up to a multiple of this
+SMALL = MIB  # up to here from the pool of small blocks
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB  # asked of the driver for requests below MIN_LARGE
+MIN_LARGE = 10 * MIB  # from here on a segment of its own, rounded up to 2 MiB
+ROUND_LARGE = 2 * MIB
+
+# cuBLAS workspace for each (handle, stream), by default: 2 x 4 MiB + 8 x 16 KiB before Hopper,
+# 32 MiB from compute capability 9 on (ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_WORKSPACE = 2 * 4096 * KIB + 8 * 16 * KIB
+CUBLAS_WORKSPACE_HOPPER = 32 * MIB
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Bytes `requested` by the tensors, `allocated` to them, `reserved` from the driver."""
+
+    requested: int
+    allocated: int
+    reserved: int
+
+
+def rounded(size: int) -> int:
+    """A request rounded up to whole blocks of 512 bytes; at least one."""
+    return max(1, -(-size // MIN_BLOCK)) * MIN_BLOCK
+
+
+def segment(size: int) -> int:
+    """The bytes asked of the driver for a (rounded) request that no free block holds."""
+    if size <= SMALL:
+        return SMALL_SEGMENT
+    if size < MIN_LARGE:
+        return LARGE_SEGMENT
+    return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+
+def place(sizes: Iterable[int]) -> Placed:
+    """Place tensors of these sizes in bytes, one after another, none freed between."""
+    free: dict[bool, list[int]] = {True: [], False: []}  # sorted sizes of the free blocks, by pool
+    requested = allocated = reserved = 0
+    for wanted in sizes:
+        size = rounded(wanted)
+        small = size <= SMALL
+        blocks = free[small]
+        at = bisect_left(blocks, size)
+        if at < len(blocks):
+            block = blocks.pop(at)
+        else:
+            block = segment(size)
+            reserved += block
+        rest = block - size
+        if rest >= MIN_BLOCK if small else rest > SMALL:
+            insort(blocks, rest)
+            block = size
+        requested += wanted
+        allocated += block
+    return Placed(requested, allocated, reserved)
