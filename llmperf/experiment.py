@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -171,9 +172,19 @@ class _Session:
         self.order = random.Random(seed)
         self.reference: dict[str, Trace] = {}
         self.warm: set[int] = set()
-        self.failed: dict[int, str] = {}
+        self.failed = self._failed_before()
         self.noticed: str | None = None  # what else this machine was doing as the round began
         self.run_id = store.path.parent.name
+
+    def _failed_before(self) -> dict[int, str]:
+        """Conditions that failed in an earlier part of this run: they are not tried again."""
+        failed = {
+            records.key("", "", r.condition, 0): r.reason
+            for r in self.store.read()
+            if r.experiment == self.experiment and r.status in ("oom", "error")
+        }
+        keys = [records.key("", "", d, 0) for d in self.described]
+        return {i: failed[key] for i, key in enumerate(keys) if key in failed}
 
     def key(self, i: int, repeat: int) -> str:
         return records.key(self.experiment, "measure", self.described[i], repeat)
@@ -190,7 +201,7 @@ class _Session:
     def one(self, i: int, repeat: int, sampler: Sampler) -> Record:
         """Warm up if this condition is new here, run it, and say what happened."""
         condition = self.conditions[i]
-        bare = self.record(i, repeat)
+        bare = self.record(self.described[i], repeat)
         if i in self.failed:
             return replace(bare, status="skipped", reason=f"failed before: {self.failed[i]}")
         try:
@@ -200,14 +211,14 @@ class _Session:
             return self.filled(bare, i, trace, window)
         except Exception as error:  # a record with a status, and the sweep goes on
             status, reason = _classify(error)
-            self.failed[i] = reason
+            self.failed[i] = f"{status}: {reason}"
             _release()
             return replace(bare, status=status, reason=reason)
 
-    def record(self, i: int, repeat: int, kind: str = "measure") -> Record:
+    def record(self, condition: dict, repeat: int, kind: str = "measure") -> Record:
         return Record(
             experiment=self.experiment,
-            condition=self.described[i],
+            condition=condition,
             repeat=repeat,
             kind=kind,
             run_id=self.run_id,
@@ -222,31 +233,37 @@ class _Session:
         condition = self.conditions[i]
         self.reference_for(i)
         times: list[float] = []
-        for run in range(WARMUP_RUNS):
+        while len(times) < WARMUP_RUNS and not _settled(times):
             trace = condition.run(_shortened(condition.workload))
             times.append(trace.duration_s)
-            self.store.append(self.apart(i, run, trace, "warmup"))
-            if run and abs(times[-1] - times[-2]) <= SETTLED * times[-2]:
-                break
+        self.store.append(self.apart(self.described[i], trace, "warmup", {"warmup_s": times}))
         self.warm.add(i)
 
     def reference_for(self, i: int) -> None:
         """The first requests of the condition, one after another: what `agreement` compares."""
         condition, signature = self.conditions[i], self.signature(i)
-        if signature not in self.reference:
-            alone = replace(condition, strategy="sequential", options={})
-            trace = alone.run(condition.workload.take(min(condition.level, REFERENCE_REQUESTS)))
-            self.reference[signature] = trace
-            self.store.append(self.apart(i, 0, trace, "reference"))
+        if signature in self.reference:
+            return
+        level = min(condition.level, REFERENCE_REQUESTS)
+        alone = replace(condition, strategy="sequential", options={}, level=level)
+        found = [r for r in self.store.read() if r.kind == "reference"]
+        kept = [r for r in found if r.condition == _plain(alone.describe())]
+        trace = kept[0].to_trace() if kept else alone.run()
+        self.reference[signature] = trace
+        self.store.append(self.apart(alone.describe(), trace, "reference"))
 
     def signature(self, i: int) -> str:
         """Conditions that differ in strategy alone have the same tokens, and one reference."""
         return records.key("", "", {**self.described[i], "strategy": "", "options": {}}, 0)
 
-    def apart(self, i: int, repeat: int, trace: Trace, kind: str) -> Record:
-        """A run that is kept but never counted."""
-        data = trace.to_dict()
-        return replace(self.record(i, repeat, kind), trace=data, token_digest=trace.digest())
+    def apart(self, condition: dict, trace: Trace, kind: str, metrics: dict | None = None):
+        """A record of a run that is kept but never counted."""
+        return replace(
+            self.record(condition, 0, kind),
+            trace=trace.to_dict(),
+            token_digest=trace.digest(),
+            metrics=metrics or {},
+        )
 
     def filled(self, bare: Record, i: int, trace: Trace, window) -> Record:
         """The record of a run that went through, with everything that stands beside its times."""
@@ -331,6 +348,16 @@ def _mean(lengths: int | Sequence[int]) -> int:
 def _on_step(condition: Condition, window):
     """Only a GPU has an allocator to read between two steps."""
     return None if condition.model.device == "cpu" else window.step
+
+
+def _settled(times: Sequence[float]) -> bool:
+    """Whether the last two warm-up runs took about the same time."""
+    return len(times) > 1 and abs(times[-1] - times[-2]) <= SETTLED * times[-2]
+
+
+def _plain(value):
+    """As it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(value))
 
 
 def _shortened(work: Workload) -> Workload:

@@ -1,0 +1,55 @@
+"""Fixtures: the embedded model, tiny random models, and a skip with a reason where there is no GPU."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none here")
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """SmolLM2-135M in fp32 on the CPU: real trained weights."""
+    from llmperf import models
+
+    return models.load("smollm2-135m", dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with a random two-layer Llama and a byte tokenizer, as a user's own model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmperf.models import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,  # far from uniform, so that a wrong input shows in the tokens
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """The tiny model, loaded in fp32 on the CPU."""
+    from llmperf import models
+
+    return models.load(str(tiny_folder), dtype="fp32", device="cpu")
