@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from llmperf import machine
-from llmperf.card_specs import data_sheet
+from llmperf.machine.card_specs import data_sheet
+from llmperf.machine.probes import PROBES
+from llmperf.machine.run_tool import ask
 from llmperf.overhead import overhead
-from llmperf.probes import PROBES
-from llmperf.run_tool import ask
 from llmperf.timed import (
     DTYPES,
     check_device,

@@ -138,7 +138,9 @@ def decode(
     left = [r.max_new_tokens for r in requests]
     tokens_of_steps = LOOPS[loop](model, batch, choose)
     for step in range(1, batch.steps + 1):
-        with torch.inference_mode():  # per step: a suspended generator must not leave it switched on
+        with (
+            torch.inference_mode()
+        ):  # per step: a suspended generator must not leave it switched on
             tokens = next(tokens_of_steps).tolist()  # waits for the device
         row = [t if n else None for t, n in zip(tokens, left, strict=True)]
         yield row

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
-from llmperf import gpu
-from llmperf.run_tool import Unknown
+from llmperf import ROOT
+from llmperf.machine import gpu
+from llmperf.machine.run_tool import Unknown
 from llmperf.timed import check_device, spread
 
 STAGES = {
@@ -103,7 +103,7 @@ def _child(device: str):
     A plain subprocess and not `multiprocessing`, whose child first imports the caller's main
     module: in a notebook or under pytest that is no fresh interpreter any more.
     """
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(ROOT)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-m", "llmperf.overhead", device],

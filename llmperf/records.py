@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llmperf import machine
+from llmperf import RUNS, machine
 from llmperf.trace import Trace
 
-RUNS = Path(__file__).resolve().parent.parent / "data" / "runs"
 SCHEMA = 1
 STATUSES = ("ok", "oom", "error", "skipped")
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from llmperf import REFERENCE
 from llmperf.tensors import MLA, ModelShape, MoE
 
-REFERENCE = Path(__file__).resolve().parent.parent / "data" / "reference"
 ALIASES = {"smollm2-135m": "smollm2-135m-instruct"}
 
 # What a family does that its config.json need not say (transformers 5, modeling_*.py).

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from llmperf import DATA, ROOT, RUNS
+
 NOTEBOOKS = ROOT / "notebooks"
-PROFILES = ROOT / "data" / "profiles"
-RUNS = ROOT / "data" / "runs"
+PROFILES = DATA / "profiles"
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 RESERVED = ("records",)  # parameters that the study itself sets
 

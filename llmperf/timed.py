@@ -8,8 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from llmperf.probes import PROBES
-from llmperf.run_tool import ask
+from llmperf.machine.probes import PROBES
+from llmperf.machine.run_tool import ask
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PAST_CACHES = 8  # a buffer of so many times the last-level cache is read from memory

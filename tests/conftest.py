@@ -1,4 +1,4 @@
-"""Fixtures: the embedded model, tiny random models, and a skip with a reason where there is no GPU."""
+"""Fixtures: the embedded model, a tiny random one; a skip with a reason where there is no GPU."""
 
 import pytest
 

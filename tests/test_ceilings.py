@@ -4,8 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from llmperf import card_specs, ceilings, overhead, timed  # noqa: E402
-from llmperf.run_tool import Unknown  # noqa: E402
+from llmperf import ceilings, overhead, timed  # noqa: E402
+from llmperf.machine import card_specs  # noqa: E402
+from llmperf.machine.run_tool import Unknown  # noqa: E402
 
 MIB = 1 << 20
 

@@ -5,8 +5,9 @@ import random
 import pytest
 from tiny_models import CONFIGS
 
-from llmperf import ledger, predict, shapes
-from llmperf.allocator import MIB, place, rounded
+from llmperf import predict, shapes
+from llmperf.predict import ledger
+from llmperf.predict.allocator import MIB, place, rounded
 
 GIB = 2**30
 GPT2, YI_34B = shapes.preset("gpt2"), shapes.preset("yi-34b-chat-4bits")

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmperf import gpu, machine, probe_text, run_tool
+from llmperf import machine
+from llmperf.machine import gpu, probe_text, run_tool
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -369,7 +370,7 @@ def test_busy_warning():
 
 def test_cpu_others_does_not_count_ourselves(monkeypatch):
     """Of two cores over one second, one was idle and we used half of the other."""
-    from llmperf import probes
+    from llmperf.machine import probes
 
     ticks = iter([SimpleNamespace(idle=100.0), SimpleNamespace(idle=101.0)])
     own, clock = iter([3.0, 3.5]), iter([10.0, 11.0])

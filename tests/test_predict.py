@@ -3,8 +3,9 @@
 import pytest
 from tiny_models import CONFIGS, build
 
-from llmperf import costs, predict, shapes
-from llmperf.costs import Cost
+from llmperf import predict, shapes
+from llmperf.predict import costs
+from llmperf.predict.costs import Cost
 
 GIB = 2**30
 

@@ -66,7 +66,8 @@ def test_a_row_draws_the_same_in_any_batch():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3))
     settings = Sampling(top_k=20, top_p=0.9)
     together = next_tokens(logits, settings, uniforms([11, 12, 13, 14], 3)[:, 2])
-    alone = [next_tokens(logits[i : i + 1], settings, uniforms([11 + i], 3)[:, 2]) for i in range(4)]
+    draws = [uniforms([11 + i], 3)[:, 2] for i in range(4)]
+    alone = [next_tokens(logits[i : i + 1], settings, draws[i]) for i in range(4)]
     assert together.tolist() == [int(t) for t in alone]
 
 

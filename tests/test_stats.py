@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from llmperf import stats
-from llmperf.intervals import bootstrap_medians
+from llmperf.stats.intervals import bootstrap_medians
 
 BASE = {"model": "gpt2", "dtype": "fp32", "prompt_tokens": 32, "new_tokens": 16, "level": 1}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from llmperf import gpu, probe_text
-from llmperf.run_tool import Unknown, ask, run_tool
+from llmperf.machine import gpu, probe_text
+from llmperf.machine.run_tool import Unknown, ask, run_tool
 
 PACKAGES = (
     "llmperf-study", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton",

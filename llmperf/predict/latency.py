@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llmperf import costs
-from llmperf.costs import Cost
-from llmperf.roofline import PYTHON, Bound, bound
+from llmperf.predict import costs
+from llmperf.predict.costs import Cost
+from llmperf.predict.roofline import PYTHON, Bound, bound
 from llmperf.tensors import ModelShape
 
 

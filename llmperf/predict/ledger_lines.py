@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llmperf import sizes
-from llmperf.allocator import (
+from llmperf.predict import sizes
+from llmperf.predict.allocator import (
     CUBLAS_WORKSPACE,
     CUBLAS_WORKSPACE_HOPPER,
     LARGE_SEGMENT,
@@ -13,8 +13,8 @@ from llmperf.allocator import (
     Placed,
     place,
 )
-from llmperf.costs import WINDOW
-from llmperf.sizes import buffers_bytes, dtype_bytes, kv_bytes, stored, weights_bytes
+from llmperf.predict.costs import WINDOW
+from llmperf.predict.sizes import buffers_bytes, dtype_bytes, kv_bytes, stored, weights_bytes
 from llmperf.tensors import ModelShape
 
 GIB = 2**30

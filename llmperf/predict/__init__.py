@@ -10,11 +10,14 @@ publication      published                 its rows audited and predicted
 None of it imports torch.
 """
 
-from llmperf.cards import GIB, Card, card
-from llmperf.cards import names as card_names
-from llmperf.costs import Cost, weights_read
-from llmperf.costs import run as run_cost
-from llmperf.fits import (
+from llmperf.predict.against_published import allocated as allocated_published
+from llmperf.predict.against_published import audited as audit_published
+from llmperf.predict.against_published import yi_deployment
+from llmperf.predict.cards import GIB, Card, card
+from llmperf.predict.cards import names as card_names
+from llmperf.predict.costs import Cost, weights_read
+from llmperf.predict.costs import run as run_cost
+from llmperf.predict.fits import (
     DoesNotFit,
     Fit,
     Knee,
@@ -28,13 +31,10 @@ from llmperf.fits import (
     longest_context,
     most_processes,
 )
-from llmperf.latency import Latency, card_ceilings, latency, launches, matmul_shapes
-from llmperf.ledger import LEVELS, Ledger, Line, at_rest, memory
-from llmperf.published import allocated as allocated_published
-from llmperf.published import audited as audit_published
-from llmperf.published import yi_deployment
-from llmperf.roofline import Audit, Bound, audit, bound, decode_bound, mbu, mfu
-from llmperf.sizes import buffers_bytes, kv_bytes, weights_bytes
+from llmperf.predict.latency import Latency, card_ceilings, latency, launches, matmul_shapes
+from llmperf.predict.ledger import LEVELS, Ledger, Line, at_rest, memory
+from llmperf.predict.roofline import Audit, Bound, audit, bound, decode_bound, mbu, mfu
+from llmperf.predict.sizes import buffers_bytes, kv_bytes, weights_bytes
 
 __all__ = [
     "GIB",

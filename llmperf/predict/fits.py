@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmperf.cards import GIB, Card
-from llmperf.ledger import Ledger, memory
+from llmperf.predict.cards import GIB, Card
+from llmperf.predict.ledger import Ledger, memory
 from llmperf.tensors import ModelShape
 
 MARGIN = 0.05  # of the card, where it must never run full

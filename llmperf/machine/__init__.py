@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from llmperf import gpu
-from llmperf.probes import PROBES, cpu_others_percent
-from llmperf.run_tool import ask
+from llmperf.machine import gpu
+from llmperf.machine.probes import PROBES, cpu_others_percent
+from llmperf.machine.run_tool import ask
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0

@@ -3,7 +3,7 @@
 import csv
 from dataclasses import dataclass
 
-from llmperf import card_specs
+from llmperf.machine import card_specs
 
 GIB = 2**30
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llmperf.sizes import dtype_bytes, kv_bytes, stored
+from llmperf.predict.sizes import dtype_bytes, kv_bytes, stored
 from llmperf.tensors import ModelShape
 
 LOOPS = ("recompute", "cached", "compiled")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmperf.intervals import ratio_interval
+from llmperf.stats.intervals import ratio_interval
 
 # What two sets of records must share before their speeds say anything about each other.
 COMPARED = (

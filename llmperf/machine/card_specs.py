@@ -2,12 +2,12 @@
 
 import csv
 import re
-from pathlib import Path
 
-from llmperf import gpu
-from llmperf.run_tool import ask
+from llmperf import REFERENCE
+from llmperf.machine import gpu
+from llmperf.machine.run_tool import ask
 
-SPECS = Path(__file__).resolve().parent.parent / "data" / "reference" / "gpu_specs.csv"
+SPECS = REFERENCE / "gpu_specs.csv"
 ALIASES = {"h100 hbm3": "h100 sxm5", "h200": "h200 sxm"}  # as the driver names them → as sold
 NOISE = re.compile(r"\b(nvidia|geforce|tesla|gpu|\d+\s*gb)\b")
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from llmperf import costs
-from llmperf.costs import Cost
+from llmperf.predict import costs
+from llmperf.predict.costs import Cost
 from llmperf.tensors import ModelShape
 
 BANDWIDTH, ARITHMETIC, LAUNCHES, PYTHON = "bandwidth", "arithmetic", "launches", "Python"

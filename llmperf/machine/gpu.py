@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llmperf import probe_text
-from llmperf.run_tool import Unknown, run_tool
+from llmperf.machine import probe_text
+from llmperf.machine.run_tool import Unknown, run_tool
 
 DRIVER_MODELS = {0: "WDDM", 1: "TCC", 2: "MCDM"}  # nvmlDriverModel_t
 

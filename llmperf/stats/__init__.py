@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmperf.comparison import Comparison, Incomparable, compare
-from llmperf.intervals import Interval, checked, median_interval, ratio_interval
+from llmperf.stats.comparison import Comparison, Incomparable, compare
+from llmperf.stats.intervals import Interval, checked, median_interval, ratio_interval
 
 __all__ = [
     "Comparison",
