@@ -5,6 +5,7 @@ Every figure shows the spread of what it draws and names the machine in its capt
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llmperf import machine, published, stats
-from llmperf.experiment import environment
+from llmperf.experiment.beside import environment
 from llmperf.trace import Trace
 
 # Okabe and Ito's palette: told apart with any colour vision. Markers differ too.
@@ -21,6 +22,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#8c959f"
 SIZE = (7.5, 4.2)  # inches
+CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
 GIB = 2**30
 
 STRATEGY_STYLE = {
@@ -53,12 +55,19 @@ def caption(fig: Figure, frame: pd.DataFrame | None = None, note: str = "") -> N
         ok = frame[frame.status == "ok"]
         models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
         repeats = ok.repeat.nunique()
-        lines.insert(1, f"{models}; points are runs, the line their median of {repeats}")
-        lines += sorted({w for w in ok.warnings if w})[:1]
+        drawn = f"points are runs, the line their median of {repeats}"
+        lines.insert(1, "; ".join((models, drawn, *_bands(fig))))
+        lines += sorted({w for w in ok.warnings if w})[:2]
         failed = frame[frame.status != "ok"]
         lines += [f"left out: {len(failed)} runs, {failed.status.iloc[0]}"] if len(failed) else []
-    text = "\n".join(line for line in lines if line)
+    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+
+
+def _bands(fig: Figure) -> list[str]:
+    """What the bands of a figure are, as `_band` marked them."""
+    marks = {band.get_gid() for ax in fig.axes for band in ax.collections}
+    return sorted(mark for mark in marks if mark and mark.startswith("band: "))
 
 
 def _machines(frame: pd.DataFrame | None) -> str:
@@ -70,7 +79,7 @@ def _machines(frame: pd.DataFrame | None) -> str:
 
 def _label(row) -> str:
     random = " (random weights)" if row.weights == "random" else ""
-    return f"{row.model} {row.get('quantization') or row.dtype}{random}"
+    return f"{row.model} {row.get('quantization') or row['dtype']}{random}"
 
 
 def curve(
@@ -83,7 +92,7 @@ def curve(
     style: int = 0,
     scale: float = 1.0,
 ) -> None:
-    """Runs as points, their median as a line, and its 95 % interval as a band.
+    """Runs as points, their median as a line, and a band: see `_band`.
 
     `scale` multiplies y, for instance 1 / GIB. Rows without a value are left out.
     """
@@ -96,15 +105,25 @@ def curve(
     ax.plot(
         xs, [s["median"] for s in spreads.values()], "-", marker=marker, color=color, label=label
     )
-    bounded = {key: s for key, s in spreads.items() if s["low"] is not None}
-    ax.fill_between(
-        list(bounded),
-        [s["low"] for s in bounded.values()],
-        [s["high"] for s in bounded.values()],
-        color=color,
-        alpha=0.15,
-        linewidth=0,
-    )
+    _band(ax, {key: (values * scale).tolist() for key, values in groups}, spreads, color)
+
+
+def _band(ax: Axes, samples: dict, spreads: dict, color: str) -> None:
+    """The 95 % interval of the median; where repeats are too few for one, lowest to highest.
+
+    The band carries its kind as its id, from which `caption` says what it is.
+    """
+    repeated = {key: values for key, values in samples.items() if len(values) > 1}
+    if not repeated:
+        return
+    if any(spreads[key]["low"] is None for key in repeated):
+        ends = [(min(values), max(values)) for values in repeated.values()]
+        kind = f"band: lowest to highest of {min(map(len, repeated.values()))}"
+    else:
+        ends = [(spreads[key]["low"], spreads[key]["high"]) for key in repeated]
+        kind = "band: 95 % interval"
+    low, high = zip(*ends, strict=True)
+    ax.fill_between(list(repeated), low, high, color=color, alpha=0.15, linewidth=0, gid=kind)
 
 
 def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **wanted) -> None:

@@ -9,30 +9,34 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 
 INTERVAL_S = 0.02
-SLOW_SHARE = 0.002  # share of one core that the costly readings (unique set size) may take
 
-# Channel → unit. Device and process VRAM come from NVML, rss and uss from the operating system,
-# allocated and reserved from torch's caching allocator.
+# Channel → unit. Device, process VRAM and gpu_clock (the multiprocessors') come from NVML; rss, uss
+# and cpu_clock (the fastest core's) from the operating system; allocated and reserved from torch's
+# caching allocator.
 CHANNELS = {
     "device_used": "bytes",
     "device_free": "bytes",
     "device_reserved": "bytes",
     "utilization": "percent",
     "power": "watts",
+    "gpu_clock": "mhz",
     "process_vram": "bytes",
     "rss": "bytes",
     "uss": "bytes",
+    "cpu_clock": "mhz",
     "allocated": "bytes",
     "reserved": "bytes",
 }
+GPU_CHANNELS = (
+    *("device_used", "device_free", "device_reserved"),
+    *("utilization", "power", "gpu_clock", "process_vram"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,8 @@ class Window:
 
     def step(self) -> None:
         """Read the allocator now. The decoding loops call this at each step's end."""
-        import torch
-
-        if torch.cuda.is_initialized():
+        torch = sys.modules.get("torch")  # importing it here would be what is measured
+        if torch and torch.cuda.is_initialized():
             now = time.perf_counter() - self._opened
             used, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
             self.allocator.append((now, used, held))
@@ -187,160 +190,3 @@ def _allocator_channels(samples: list[tuple[float, int, int]]) -> dict[str, Chan
         name: Channel("bytes", (*values, peak))
         for name, values, peak in zip(("allocated", "reserved"), series, peaks, strict=True)
     }
-
-
-# The sampling process.
-
-
-class _Probe:
-    """Reads every channel of one process tree and one GPU; remembers why one has no answer."""
-
-    def __init__(self, pid: int, gpu_uuid: str | None):
-        import psutil
-
-        self._psutil = psutil
-        self.root = psutil.Process(pid)
-        self.tree = [self.root]
-        self.reasons: dict[str, str] = {}
-        self.gpu = self._open_gpu(gpu_uuid)
-
-    def _open_gpu(self, uuid: str | None):
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._nvml = pynvml
-            if uuid:
-                return pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            return pynvml.nvmlDeviceGetHandleByIndex(0)
-        except Exception as error:  # no driver, no library, no card: all mean "no GPU to watch"
-            for name in ("device_used", "device_free", "device_reserved"):
-                self.reasons[name] = f"no NVIDIA GPU to ask ({error})"
-            for name in ("utilization", "power", "process_vram"):
-                self.reasons[name] = f"no NVIDIA GPU to ask ({error})"
-            return None
-
-    def fast(self) -> dict[str, float]:
-        """What is cheap enough for every tick."""
-        values = {"rss": sum(self._each(lambda p: p.memory_info().rss))}
-        if self.gpu is not None:
-            values.update(self._device())
-        return values
-
-    def slow(self) -> dict[str, float]:
-        """The unique set size (a walk over page tables), and a fresh look for child processes."""
-        children = self.root.children(recursive=True)
-        self.tree = [self.root, *(c for c in children if c.pid != os.getpid())]
-        try:
-            return {"uss": sum(self._each(lambda p: p.memory_full_info().uss))}
-        except self._psutil.AccessDenied:
-            self.reasons["uss"] = "the operating system does not let this user read it"
-            return {}
-
-    def _each(self, read) -> list[int]:
-        values = []
-        for process in self.tree:
-            try:
-                values.append(read(process))
-            except (self._psutil.NoSuchProcess, self._psutil.ZombieProcess):
-                continue
-        return values
-
-    def _device(self) -> dict[str, float]:
-        nvml, gpu = self._nvml, self.gpu
-        readings = {
-            "device_used": lambda: _memory_v2(nvml, gpu).used,
-            "device_free": lambda: _memory_v2(nvml, gpu).free,
-            "device_reserved": lambda: _memory_v2(nvml, gpu).reserved,
-            "utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            "power": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            "process_vram": self._process_vram,
-        }
-        values = {}
-        for name, read in readings.items():
-            if name in self.reasons:
-                continue
-            try:
-                values[name] = read()
-            except (nvml.NVMLError, LookupError) as error:
-                self.reasons[name] = str(error)
-        return values
-
-    def _process_vram(self) -> int:
-        """Sum over the watched processes. NVML gives host ids, which containers do not share."""
-        used = {
-            p.pid: p.usedGpuMemory
-            for p in self._nvml.nvmlDeviceGetComputeRunningProcesses(self.gpu)
-        }
-        mine = [used[p.pid] for p in self.tree if p.pid in used]
-        if not mine:
-            if used and self.root.pid not in used:
-                raise LookupError("NVML lists other process ids than this system (a container?)")
-            return 0
-        if any(v is None for v in mine):
-            raise LookupError("the driver model does not report memory per process (WDDM, WSL2)")
-        return sum(mine)
-
-
-def _memory_v2(nvml, gpu):
-    """Version 2 of the memory query keeps driver-reserved memory apart from used."""
-    return nvml.nvmlDeviceGetMemoryInfo(gpu, version=nvml.nvmlMemory_v2)
-
-
-def _watch(pid: int, interval_s: float, gpu_uuid: str | None) -> None:
-    """Serve `start` and `stop` lines on standard input until it ends."""
-    words: queue.Queue[str | None] = queue.Queue()
-
-    def listen():
-        for line in sys.stdin:
-            words.put(line.strip())
-        words.put(None)
-
-    threading.Thread(target=listen, daemon=True).start()
-    probe = _Probe(pid, gpu_uuid)
-    _answer(ready=True)
-    while (word := words.get()) is not None:
-        if word == "start":
-            _answer(started=True)
-            _answer(channels=_sample_until_told(probe, interval_s, words))
-
-
-def _sample_until_told(probe: _Probe, interval_s: float, words: queue.Queue) -> dict:
-    samples: dict[str, list] = {}
-    opened = next_slow = time.perf_counter()
-
-    def keep(values):
-        now = round(time.perf_counter() - opened, 4)
-        for name, value in values.items():
-            samples.setdefault(name, []).append((now, value))
-
-    while True:
-        if time.perf_counter() >= next_slow:
-            began = time.perf_counter()
-            keep(probe.slow())
-            cost = time.perf_counter() - began
-            next_slow = began + cost / SLOW_SHARE
-        keep(probe.fast())
-        try:
-            words.get(timeout=interval_s)
-        except queue.Empty:
-            continue
-        keep(probe.fast())
-        keep(probe.slow())
-        return {
-            name: {"samples": samples.get(name, []), "reason": _reason(probe, samples, name)}
-            for name in CHANNELS
-            if name not in ("allocated", "reserved")
-        }
-
-
-def _reason(probe: _Probe, samples: dict, name: str) -> str | None:
-    return None if samples.get(name) else probe.reasons.get(name, "no sample was taken in time")
-
-
-def _answer(**message) -> None:
-    print(json.dumps(message), flush=True)
-
-
-if __name__ == "__main__":
-    _watch(int(sys.argv[1]), float(sys.argv[2]), *(sys.argv[3:4] or [None]))

@@ -1,0 +1,79 @@
+"""What stands beside a measurement: the machine, the prediction, and what ran in turn with it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+from llmperf import ceilings, machine, predict
+from llmperf.experiment.condition import Condition
+from llmperf.trace import Trace
+
+
+@cache
+def environment() -> dict:
+    """This machine, asked once a process."""
+    return machine.describe()
+
+
+def predict_beside(condition: Condition, trace: Trace) -> dict:
+    """What must move and run at least for this run, against this machine's measured ceilings.
+
+    `bound_s` is the least time for all of it, `limit` what sets it; MBU or MFU above 1 makes the
+    record implausible, and `why` has the arithmetic.
+    """
+    m, rows = condition.model, _rows_per_step(condition)
+    limits = ceilings.cached(m.device)
+    bandwidth = limits["read_bytes_per_s"]["median"]
+    flops = (limits["flops_per_s"][m.dtype] or {}).get("median")
+    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
+    once = predict.run_cost(
+        m.shape, m.dtype, rows, prompt, new, condition.loop, quantization=m.quantization
+    )
+    cost = once * (condition.level / rows)
+    least = predict.bound(cost, bandwidth, flops)
+    verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
+    step = predict.decode_bound(
+        m.shape, m.dtype, rows, prompt + new // 2, bandwidth, flops, m.quantization
+    )
+    return {
+        "bound_s": least.seconds,
+        "limit": least.limit,
+        "bound_tpot_ms": step.seconds * 1e3,
+        "mbu": verdict.mbu,
+        "mfu": verdict.mfu,
+        "plausible": verdict.plausible,
+        "why": verdict.sentence,
+        "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
+        "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
+    }
+
+
+def _rows_per_step(condition: Condition) -> int:
+    """Requests that share one pass over the weights."""
+    if condition.strategy != "batch":
+        return 1
+    return min(condition.options.get("batch_size", condition.level), condition.level)
+
+
+def _mean(lengths: int | Sequence[int]) -> int:
+    return round(sum(lengths) / len(lengths)) if isinstance(lengths, Sequence) else lengths
+
+
+def paired(
+    arms: Mapping[str, Callable[[], Trace]], rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Output tokens/s of every arm in every round; a round has each once, in shuffled order.
+
+    Entry i of one arm ran beside entry i of another, so `stats.ratio_interval(..., paired=True)`
+    may compare them. A first round is not counted.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    order, speeds = random.Random(seed), {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name in order.sample(list(arms), len(arms)):
+            trace = arms[name]()
+            speeds[name].append(trace.output_tokens / trace.duration_s)
+    return {name: values[1:] for name, values in speeds.items()}
