@@ -156,18 +156,33 @@ def run(
     requests: Sequence[Request],
     recorder: Recorder,
     *,
+    on_step: Callable[[], None] | None = None,
+    **how,
+) -> None:
+    """Decode `requests` as one batch and record when each token came.
+
+    `how` is what `steps` takes; `on_step` is called after each step.
+    """
+    for _ in steps(model, requests, recorder, **how):
+        if on_step:
+            on_step()
+
+
+def steps(
+    model: Model,
+    requests: Sequence[Request],
+    recorder: Recorder,
+    *,
     loop: str = "cached",
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     worker: str = "0",
-    on_step: Callable[[], None] | None = None,
-) -> None:
-    """Decode `requests` as one batch and record when each token came."""
+) -> Iterator[None]:
+    """As `run`, for a caller that wants the processor back after each step."""
     recorder.started([r.id for r in requests], worker)
     for row in decode(model, requests, loop=loop, sampling=sampling, stop=stop):
         now = recorder.now()
         for request, token in zip(requests, row, strict=True):
             if token is not None:
                 recorder.token(request.id, token, now)
-        if on_step:
-            on_step()
+        yield

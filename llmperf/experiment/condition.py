@@ -29,10 +29,8 @@ class Condition:
     seed: int = 0
 
     def __post_init__(self):
-        strategies.check(self.strategy)
+        strategies.check(self.strategy, self.model, self.level, self.options)
         decoding.check_loop(self.loop)
-        if self.level < 1:
-            raise ValueError(f"{self.strategy} with {self.level} requests: use at least 1")
         workload.check_fits(self.workload, self.model.shape.max_positions)
 
     @cached_property

@@ -1,22 +1,34 @@
 """One file a strategy, each `run(model, workload, options) -> Trace`; this table lists them.
 
 A strategy decides only when and where a request runs. `level` is the number of requests in flight.
+Each has `check(model, level, options)` too, which refuses bad options before any work.
 """
 
 from collections.abc import Callable, Mapping
 
 from llmperf.models import Model
-from llmperf.strategies import batch, sequential
+from llmperf.strategies import batch, coroutine, sequential, threads
 from llmperf.trace import Trace
 from llmperf.workload import Workload
 
+_MODULES = {
+    "sequential": sequential,
+    "batch": batch,
+    "coroutine": coroutine,
+    "threads": threads,
+}
 STRATEGIES: dict[str, Callable[[Model, Workload, Mapping], Trace]] = {
-    "sequential": sequential.run,
-    "batch": batch.run,
+    name: module.run for name, module in _MODULES.items()
 }
 
 
-def check(name: str) -> None:
-    """Raise ValueError for a strategy that there is not."""
+def check(
+    name: str, model: Model | None = None, level: int = 1, options: Mapping | None = None
+) -> None:
+    """Raise ValueError for a strategy that there is not, or, with a model, for its options."""
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}: choose {', '.join(STRATEGIES)}")
+    if level < 1:
+        raise ValueError(f"{name} with {level} requests: use at least 1")
+    if model is not None:
+        _MODULES[name].check(model, level, options or {})

@@ -4,17 +4,25 @@ from collections.abc import Mapping
 
 from llmperf import decoding
 from llmperf.models import Model
+from llmperf.strategies import shared
 from llmperf.trace import Recorder, Trace
 from llmperf.workload import Workload
 
 
-def run(model: Model, workload: Workload, options: Mapping) -> Trace:
-    """All requests are there from the start; each waits until those before it have ended.
+def check(model: Model, level: int, options: Mapping) -> None:
+    """Raise ValueError for options: there are none."""
+    shared.check_options("sequential", options, ())
 
-    Options: `loop` (default cached), `on_step` (called after each token), `on_request`.
+
+def run(model: Model, workload: Workload, options: Mapping) -> Trace:
+    """In the order of arrival; each waits until those before it have ended.
+
+    Options: `loop` (default cached), `on_step` (called after each token).
     """
+    check(model, len(workload.requests), options)
     recorder = Recorder(workload.requests)
-    for request in workload.requests:
+    for request in shared.in_order(workload.requests):
+        shared.wait_for_arrival(request, recorder)
         decoding.run(
             model,
             [request],

@@ -1,0 +1,263 @@
+"""Sequential, batch, coroutine and threads: same tokens, checked options, nothing left behind."""
+
+import itertools
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmperf import decoding, strategies, workload
+from llmperf.sampling import GREEDY, Sampling
+from llmperf.strategies import STRATEGIES, shared
+from llmperf.trace import agreement
+from llmperf.workload import Workload
+
+SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
+VARIANTS = [
+    ("batch", {}),
+    ("batch", {"batch_size": 2}),
+    ("coroutine", {}),
+    ("coroutine", {"variant": "yielding"}),
+    ("coroutine", {"variant": "to_thread"}),
+    ("coroutine", {"variant": "executor", "workers": 2}),
+    ("threads", {}),
+    ("threads", {"workers": 2, "intra_op": 1}),
+    ("threads", {"intra_op": 2}),
+]
+IN_ORDER = [("sequential", {}), *VARIANTS]
+
+
+def names(cases):
+    return [" ".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in cases]
+
+
+def make(tiny, n=5, prompt=(3, 17, 9), new=(6, 4, 9), sampling=GREEDY):
+    return workload.build(tiny.tokenizer, n, prompt, new, sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=names(VARIANTS))
+def test_same_tokens_as_sequential(tiny, name, options, sampling):
+    work = make(tiny, sampling=sampling)
+    reference = STRATEGIES["sequential"](tiny, work, {})
+    trace = STRATEGIES[name](tiny, work, options)
+    found = agreement(trace, reference)
+    assert (found.agree, found.total, found.first_divergence) == (5, 5, None)
+    assert trace.digest() == reference.digest()
+
+
+@pytest.mark.parametrize(("name", "options"), IN_ORDER, ids=names(IN_ORDER))
+@pytest.mark.parametrize("arrivals", [(0,), (0.15, 0.0, 0.1, 0.0, 0.05)], ids=["at once", "spread"])
+def test_every_request_has_its_times(tiny, name, options, arrivals):
+    work = make(tiny)
+    arrived = [replace(r, arrival_s=arrivals[r.id % len(arrivals)]) for r in work.requests]
+    trace = STRATEGIES[name](tiny, Workload(tuple(arrived)), options)
+    assert [len(r.tokens) for r in trace.requests] == [6, 4, 9, 6, 4]
+    for r in trace.requests:
+        times = [r.scheduled_s, r.submitted_s, r.started_s, *r.token_s, trace.duration_s]
+        assert times == sorted(times)
+
+
+def overlaps(trace):
+    spans = sorted((r.started_s, r.token_s[-1]) for r in trace.requests)
+    return any(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False))
+
+
+def slow_step(milliseconds):
+    return {"on_step": lambda: time.sleep(milliseconds / 1e3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "together"),
+    [
+        ("sequential", {}, False),
+        ("coroutine", {}, False),
+        ("coroutine", {"variant": "yielding"}, True),
+        ("coroutine", {"variant": "to_thread"}, True),
+        ("coroutine", {"variant": "executor"}, True),
+        ("threads", {}, True),
+        ("threads", {"workers": 1}, False),
+    ],
+)
+def test_who_runs_while_another_runs(tiny, name, options, together):
+    trace = STRATEGIES[name](tiny, make(tiny, 3), options | slow_step(3))
+    assert overlaps(trace) == together
+
+
+def test_a_blocking_task_holds_the_event_loop_and_a_thread_does_not(tiny):
+    """30 tokens of 5 ms or more: nobody else runs for all of it, or for no more than a part."""
+    work = make(tiny, 3, 4, 10)
+    held = STRATEGIES["coroutine"](tiny, work, slow_step(5))
+    assert held.notes["event_loop"]["longest_block_s"] >= 0.14
+    assert held.notes["event_loop"]["longest_block_s"] == pytest.approx(held.duration_s, rel=0.3)
+    for variant in ("yielding", "to_thread", "executor"):
+        free = STRATEGIES["coroutine"](tiny, work, {"variant": variant} | slow_step(5))
+        assert free.notes["event_loop"]["longest_block_s"] < free.duration_s / 2
+        assert free.notes["event_loop"]["beats"] > 3
+
+
+def test_a_coroutine_run_works_where_an_event_loop_already_runs(tiny):
+    import asyncio
+
+    async def in_a_notebook():
+        return STRATEGIES["coroutine"](tiny, make(tiny, 2), {})
+
+    assert asyncio.run(in_a_notebook()).output_tokens == 10
+
+
+def test_threads_say_how_they_ran(tiny):
+    before = torch.get_num_threads()
+    notes = STRATEGIES["threads"](tiny, make(tiny, 4), {"workers": 2, "intra_op": 1}).notes
+    assert notes["intra_op_threads"] == 1
+    assert sum(w["requests"] for w in notes["workers"]) == 4
+    assert all(0 <= w["cpu_s"] <= w["wall_s"] + 0.02 for w in notes["workers"])
+    assert notes["interpreter"]["switch_interval_s"] == sys.getswitchinterval()
+    assert isinstance(notes["interpreter"]["gil_enabled"], bool)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_intra_op_threads_reach_every_worker_and_are_put_back(tiny, wanted):
+    """OpenMP keeps the number per thread, so it is asked in the workers and in later threads."""
+    seen, before = [], torch.get_num_threads()
+    options = {"intra_op": wanted, "on_step": lambda: seen.append(torch.get_num_threads())}
+    STRATEGIES["threads"](tiny, make(tiny, 3), options)
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert set(seen) == {wanted}
+    assert torch.get_num_threads() == before == later[0]
+
+
+def test_gil_contention_is_a_share_or_says_why_not(tiny, monkeypatch):
+    gil = STRATEGIES["threads"](tiny, make(tiny), {}).notes["gil"]
+    assert 0 <= gil.get("contention", 0) <= 1 and len(gil) == 1
+    monkeypatch.setitem(sys.modules, "gilknocker", None)
+    gil = STRATEGIES["threads"](tiny, make(tiny), {}).notes["gil"]
+    assert gil == {"unavailable": "gilknocker is not installed (it is the optional extra `gil`)"}
+
+
+def test_gil_contention_rises_when_a_thread_holds_the_lock():
+    pytest.importorskip("gilknocker")
+
+    def holder():
+        end = time.perf_counter() + 0.6
+        while time.perf_counter() < end:
+            pass
+
+    with shared.gil_watch() as held:
+        holder()
+    with shared.gil_watch() as free:
+        time.sleep(0.6)
+    assert held["contention"] > 0.5 > 0.2 > free["contention"]
+
+
+@pytest.mark.parametrize(("name", "options"), IN_ORDER, ids=names(IN_ORDER))
+def test_an_error_in_one_worker_is_raised_and_ends_the_others(tiny, name, options):
+    """Request 1 fails: the run ends with its error, long before the others would have ended."""
+    calls, count = [], itertools.count()
+
+    def failing():
+        time.sleep(0.002)
+        number = next(count)  # one step in C: two threads cannot get the same number
+        calls.append(number)
+        if number == 7:
+            raise MemoryError("CUDA out of memory")
+
+    before = threading.active_count()
+    with pytest.raises(MemoryError, match="out of memory"):
+        STRATEGIES[name](tiny, make(tiny, 4, 4, 100), options | {"on_step": failing})
+    assert len(calls) < 30
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [c for c in IN_ORDER if c[0] in ("coroutine", "threads")],
+    ids=names([c for c in IN_ORDER if c[0] in ("coroutine", "threads")]),
+)
+def test_ctrl_c_ends_every_worker(tiny, name, options, monkeypatch):
+    """The interrupt comes to the thread that waits for the workers, as from a terminal."""
+    join, calls, before = threading.Thread.join, [], threading.active_count()
+
+    def interrupted(self, timeout=None):
+        if threading.current_thread() is threading.main_thread() and not calls:
+            calls.append(1)
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        STRATEGIES[name](tiny, make(tiny, 4, 4, 400), options | slow_step(5))
+    assert threading.active_count() == before
+
+
+@pytest.fixture
+def costless(monkeypatch):
+    """A decoding loop that costs nothing: what is left is the strategy itself."""
+
+    def nothing(model, batch, choose):
+        for _ in range(batch.steps):
+            yield torch.zeros(len(batch.ids), dtype=torch.long)
+
+    monkeypatch.setitem(decoding.LOOPS, "cached", nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "n"),
+    [
+        ("threads", {"intra_op": 1}, 100),
+        ("coroutine", {}, 1000),
+        ("coroutine", {"variant": "yielding"}, 1000),
+        ("coroutine", {"variant": "to_thread"}, 1000),
+    ],
+)
+def test_a_crowd_ends_and_leaves_nothing_behind(tiny, costless, name, options, n):
+    before = threading.active_count()
+    trace = STRATEGIES[name](tiny, make(tiny, n, 3, 2), options)
+    assert trace.output_tokens == 2 * n
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("threads", {"workers": 0}, "workers is 0: it must be a whole number, at least 1"),
+        ("threads", {"workers": -2}, "workers is -2: it must be a whole number"),
+        ("threads", {"workers": 2.5}, "workers is 2.5: it must be a whole number"),
+        ("threads", {"workers": 5}, "workers is 5, but there are only 4 requests: use at most 4"),
+        ("threads", {"intra_op": 0}, "intra_op is 0"),
+        ("threads", {"stream": "own"}, "a stream of its own needs a CUDA GPU"),
+        ("threads", {"stream": "mine"}, "stream is 'mine': choose default or own"),
+        ("threads", {"batch": 2}, "threads has no option 'batch': its options are workers"),
+        ("coroutine", {"variant": "magic"}, "variant is 'magic': choose blocking or yielding"),
+        ("coroutine", {"workers": 0}, "workers is 0"),
+        ("batch", {"batch_size": 0}, "batch_size is 0"),
+        ("sequential", {"workers": 2}, "sequential has no option 'workers': its options are none"),
+        ("fast", {}, "unknown strategy 'fast': choose sequential, batch"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(tiny, name, options, words):
+    with pytest.raises(ValueError, match=words):
+        strategies.check(name, tiny, 4, options)
+
+
+def test_intra_op_is_refused_on_a_gpu(tiny):
+    with pytest.raises(ValueError, match="intra_op sets threads of the processor"):
+        strategies.check("threads", replace(tiny, device="cuda:0"), 2, {"intra_op": 1})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_streams_give_the_same_tokens(tiny_folder, stream):
+    from llmperf import models
+
+    model = models.load(str(tiny_folder), dtype="fp32", device="cuda")
+    work = make(model)
+    reference = STRATEGIES["sequential"](model, work, {})
+    assert STRATEGIES["threads"](model, work, {"stream": stream}).digest() == reference.digest()
