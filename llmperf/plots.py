@@ -48,6 +48,18 @@ def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Se
     return fig, axes
 
 
+def legend(ax: Axes) -> None:
+    """Beside the axes, where it hides nothing."""
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def levels(ax: Axes, values: Iterable[int]) -> None:
+    """A logarithmic x axis whose ticks are the levels that were measured."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(values), [str(v) for v in values])
+    ax.minorticks_off()
+
+
 def caption(fig: Figure, frame: pd.DataFrame | None = None, note: str = "") -> None:
     """Under the figure: machine, model, what the spread is, and whether a run was unstable."""
     lines = [_machines(frame), note]
