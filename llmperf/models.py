@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,30 @@ def _quiet() -> None:
 def load_spec(source: LoadSpec) -> Model:
     """Load again what `source` describes, in this process or another."""
     return load(source.name, source.dtype, source.device, source.weights, source.quantization)
+
+
+def front(source: LoadSpec | str) -> Model:
+    """A Model without its weights (`module` is None): what a process needs that only tokenises.
+
+    The process that infers loads the same with `load_spec(front(...).source)`.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if isinstance(source, str):
+        device = _device("auto")
+        source = LoadSpec(source, "fp32" if device == "cpu" else "bf16", device, "auto")
+    _quiet()
+    folder = _folder(source.name, source.weights)
+    if source.weights == "random" or folder is None:
+        config, tokenizer, weights = random_config(source.name), byte_tokenizer(), "random"
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        weights = "trained"
+    shape = shapes.from_config(config.to_dict(), name=source.name)
+    found = replace(source, weights=weights)
+    told = (source.dtype, source.device, weights, source.quantization)
+    return Model(source.name, None, tokenizer, shape, *told, 0.0, found)
 
 
 def _device(device: str) -> str:

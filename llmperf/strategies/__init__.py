@@ -7,7 +7,7 @@ Each has `check(model, level, options)` too, which refuses bad options before an
 from collections.abc import Callable, Mapping
 
 from llmperf.models import Model
-from llmperf.strategies import batch, coroutine, sequential, threads
+from llmperf.strategies import batch, coroutine, dynamic, sequential, threads
 from llmperf.trace import Trace
 from llmperf.workload import Workload
 
@@ -16,6 +16,7 @@ _MODULES = {
     "batch": batch,
     "coroutine": coroutine,
     "threads": threads,
+    "dynamic": dynamic,
 }
 STRATEGIES: dict[str, Callable[[Model, Workload, Mapping], Trace]] = {
     name: module.run for name, module in _MODULES.items()

@@ -1,0 +1,127 @@
+"""Two kinds of process: I/O and CPU work here, inference there; what waits becomes a batch.
+
+The publication recommends it in its summary and did not measure it. The server is the library in
+`llmperf.serving`; this strategy is one of its callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import wait as done
+from functools import cache
+
+from llmperf.models import Model
+from llmperf.serving import RequestFailed, Server
+from llmperf.strategies import shared
+from llmperf.trace import Recorder, Trace
+from llmperf.workload import Request, Workload
+
+OPTIONS = ("max_batch", "window_s", "max_queue", "processes", "concurrency", "deadline_s")
+
+
+def check(model: Model, level: int, options: Mapping) -> None:
+    """Raise ValueError, before any work, for options that cannot be."""
+    shared.check_options("dynamic", options, OPTIONS)
+    for name in ("max_batch", "max_queue", "processes", "concurrency"):
+        if name in options:
+            shared.check_count(name, options[name])
+
+
+def run(model: Model, workload: Workload, options: Mapping) -> Trace:
+    """Send each request to the server when it arrives, and read its tokens as they come.
+
+    Options: `max_batch` (default 8), `window_s` (0.002), `max_queue` (default: all requests),
+    `processes` (1), `concurrency` (at most so many in flight: a closed loop), `deadline_s`, `loop`.
+    The server stays up for the next run of the same kind, so that starting it is not timed;
+    `close()` ends it. Times are those at which this process could read a token.
+    """
+    check(model, len(workload.requests), options)
+    return _wait(_run(model, workload, options))
+
+
+def close() -> None:
+    """End the server that was kept for the next run, and give its memory back."""
+    if _kept:
+        _wait(_kept.pop()[1].close())
+
+
+async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
+    server = await _server(model, options)
+    server.max_queue = options.get("max_queue", len(workload.requests))
+    server.configure(options.get("max_batch", 8), options.get("window_s", 0.002))
+    server.batch_sizes.clear()
+    gate = asyncio.Semaphore(options.get("concurrency", len(workload.requests)))
+    recorder = Recorder(workload.requests)
+    sends = [_send(server, r, workload, options, recorder, gate) for r in workload.requests]
+    recorder.merge(await asyncio.gather(*sends), origin=0.0)
+    return recorder.trace(
+        batch_sizes=list(server.batch_sizes),
+        processes=options.get("processes", 1),
+        load_s=server.load_s,
+        outcomes=dict(Counter(row["status"] for row in recorder.rows())),
+    )
+
+
+async def _send(server, request: Request, workload, options, recorder, gate) -> dict:
+    """One caller: wait for the arrival, send, read; returns the row, times as on perf_counter."""
+    await asyncio.sleep(request.arrival_s - recorder.now())
+    async with gate:
+        recorder.submitted(request.id)
+        stream = server.generate(
+            request,
+            sampling=workload.sampling,
+            stop=workload.stop,
+            deadline_s=options.get("deadline_s"),
+        )
+        tokens = []
+        try:
+            async for token in stream:
+                tokens.append(token)
+        except RequestFailed:
+            pass  # its status and reason are in the stream
+    return {
+        "id": request.id,
+        "started_s": stream.times["started_s"],
+        "token_s": [t.at_s for t in tokens],
+        "tokens": [t.id for t in tokens],
+        "status": stream.status,
+        "reason": stream.reason,
+        "worker": stream.times["worker"],
+    }
+
+
+_kept: list[tuple[tuple, Server]] = []  # at most one, for the next run of the same kind
+
+
+async def _server(model: Model, options: Mapping) -> Server:
+    """The kept server if it is of this kind and alive, else a new one in its place."""
+    kind = (model.source, options.get("processes", 1), options.get("loop", "cached"))
+    if _kept and _kept[0][0] != kind:
+        await _kept.pop()[1].close()
+    if not _kept:
+        _kept.append((kind, Server(model, processes=kind[1], loop=kind[2])))
+    await _kept[0][1].start()  # starts what is missing: all processes, or those that have died
+    return _kept[0][1]
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """An event loop in a thread of its own: a notebook's loop is busy running the cell."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="dynamic").start()
+    return loop
+
+
+def _wait(work: Coroutine):
+    """Run `work` in that loop until it is done; an interrupt here cancels it."""
+    future = asyncio.run_coroutine_threadsafe(work, _event_loop())
+    try:
+        while not done([future], timeout=0.2).done:
+            pass  # waiting in slices, since Windows cannot interrupt a wait without a time limit
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
