@@ -100,8 +100,10 @@ class Sampler:
     """
 
     def __init__(self, interval_s: float = INTERVAL_S, gpu_uuid: str | None = None):
-        if not interval_s > 0:
-            raise ValueError(f"interval_s is {interval_s}: it must be above 0 seconds")
+        if not 0 < interval_s <= 60:
+            raise ValueError(
+                f"interval_s is {interval_s}: it must be above 0 and at most 60 seconds"
+            )
         command = [sys.executable, "-m", "llmperf.memory", str(os.getpid()), str(interval_s)]
         self._process = subprocess.Popen(
             command + ([gpu_uuid] if gpu_uuid else []),

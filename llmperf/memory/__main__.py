@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -11,7 +12,8 @@ import time
 
 from llmperf.memory import CHANNELS, GPU_CHANNELS
 
-SLOW_SHARE = 0.002  # share of one core that the costly readings (unique set size) may take
+# The share of one core that a costly reading may take: so much rarer is it made.
+UNIQUE_SHARE, CHILDREN_SHARE = 0.002, 0.01
 
 
 class _Probe:
@@ -46,10 +48,14 @@ class _Probe:
             values.update(self._device())
         return values
 
-    def slow(self) -> dict[str, float]:
-        """The costly ones: unique set size (a walk over page tables), clock, and new children."""
-        children = self.root.children(recursive=True)
-        self.tree = [self.root, *(c for c in children if c.pid != os.getpid())]
+    def children(self) -> dict[str, float]:
+        """Look for child processes anew; gives no value itself."""
+        found = self.root.children(recursive=True)
+        self.tree = [self.root, *(c for c in found if c.pid != os.getpid())]
+        return {}
+
+    def unique(self) -> dict[str, float]:
+        """The unique set size (a walk over page tables) and the clock."""
         values = self._cpu_clock()
         try:
             values["uss"] = sum(self._each(lambda p: p.memory_full_info().uss))
@@ -135,7 +141,9 @@ def _watch(pid: int, interval_s: float, gpu_uuid: str | None) -> None:
 
 def _sample_until_told(probe: _Probe, interval_s: float, words: queue.Queue) -> dict:
     samples: dict[str, list] = {}
-    opened = next_slow = time.perf_counter()
+    opened = time.perf_counter()
+    costly = {probe.children: CHILDREN_SHARE, probe.unique: UNIQUE_SHARE}
+    due = dict.fromkeys(costly, opened)
 
     def keep(values):
         now = round(time.perf_counter() - opened, 4)
@@ -143,27 +151,32 @@ def _sample_until_told(probe: _Probe, interval_s: float, words: queue.Queue) -> 
             samples.setdefault(name, []).append((now, value))
 
     while True:
-        if time.perf_counter() >= next_slow:
+        for read, share in costly.items():
             began = time.perf_counter()
-            keep(probe.slow())
-            cost = time.perf_counter() - began
-            next_slow = began + cost / SLOW_SHARE
+            if began >= due[read]:
+                keep(read())
+                due[read] = began + (time.perf_counter() - began) / share
         keep(probe.fast())
         try:
-            words.get(timeout=interval_s)
+            word = words.get(timeout=interval_s)
         except queue.Empty:
             continue
-        keep(probe.fast())
-        keep(probe.slow())
-        return {
-            name: {"samples": samples.get(name, []), "reason": _reason(probe, samples, name)}
-            for name in CHANNELS
-            if name not in ("allocated", "reserved")
-        }
+        if word is None:
+            words.put(None)  # for `_watch`: nobody listens any more
+        for read in (*costly, probe.fast):
+            keep(read())
+        return _channels(samples, probe.reasons)
 
 
-def _reason(probe: _Probe, samples: dict, name: str) -> str | None:
-    return None if samples.get(name) else probe.reasons.get(name, "no sample was taken in time")
+def _channels(samples: dict[str, list], reasons: dict[str, str]) -> dict[str, dict]:
+    """Each channel's samples, or why it has none. The allocator is read by the parent."""
+    found = {}
+    for name in CHANNELS:
+        if name in ("allocated", "reserved"):
+            continue
+        why = None if samples.get(name) else reasons.get(name, "no sample was taken in time")
+        found[name] = {"samples": samples.get(name, []), "reason": why}
+    return found
 
 
 def _answer(**message) -> None:
@@ -171,4 +184,5 @@ def _answer(**message) -> None:
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), float(sys.argv[2]), *(sys.argv[3:4] or [None]))
+    with contextlib.suppress(OSError):  # the watched process was killed: nobody is left to answer
+        _watch(int(sys.argv[1]), float(sys.argv[2]), *(sys.argv[3:4] or [None]))
