@@ -180,7 +180,8 @@ class _Session:
         condition, signature = self.conditions[i], self.signature(i)
         if signature in self.reference:
             return
-        level = min(condition.level, REFERENCE_REQUESTS)
+        alike = [c.level for j, c in enumerate(self.conditions) if self.signature(j) == signature]
+        level = min(max(alike), REFERENCE_REQUESTS)
         alone = replace(condition, strategy="sequential", options={}, level=level)
         found = [r for r in self.store.read() if r.kind == "reference"]
         kept = [r for r in found if r.condition == _plain(alone.describe())]
@@ -189,8 +190,9 @@ class _Session:
         self.store.append(self.apart(alone.describe(), trace, "reference"))
 
     def signature(self, i: int) -> str:
-        """Conditions that differ in strategy alone have the same tokens, and one reference."""
-        return records.key("", "", {**self.described[i], "strategy": "", "options": {}}, 0)
+        """Conditions that differ in strategy and level alone share requests, and one reference."""
+        bare = {**self.described[i], "strategy": "", "level": 0, "options": {}}
+        return records.key("", "", bare, 0)
 
     def apart(self, condition: dict, trace: Trace, kind: str, metrics: dict | None = None):
         """A record of a run that is kept but never counted."""
