@@ -137,6 +137,8 @@ def peak(p: Plan) -> list[Line]:
     logits = p.batch * positions * p.shape.vocab * dtype_bytes(p.dtype)
     # Sampling works in fp32 on the last position: a copy, its sorted form, the probabilities.
     sampling = 4 * p.batch * p.shape.vocab * 4
+    # A loop that holds its last output while the next pass runs has the logits twice.
+    kept = logits if p.loop == "recompute" else 0
     low, high = _widest(p)
     least, most = p.processes, p.processes * p.threads
     layers = f"a forward pass over {p.batch} x {p.seen} tokens at the widest place of a layer"
@@ -145,7 +147,7 @@ def peak(p: Plan) -> list[Line]:
     act = (max(0, int(low) - logits) * least, int(high) * most)
     return [
         Line("activations", "allocated", *act, layers),
-        Line("logits", "allocated", logits * least, (logits + sampling) * most, last),
+        Line("logits", "allocated", logits * least, (logits + kept + sampling) * most, last),
     ]
 
 
