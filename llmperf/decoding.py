@@ -64,13 +64,14 @@ def recompute(model: Model, batch: Batch, choose: Callable) -> Iterator[torch.Te
     ids, mask, padded = batch.ids, batch.mask, batch.padded
     for step in range(batch.steps):
         ids, mask = ids[:, -WINDOW:], mask[:, -WINDOW:]
-        out = model.module(
+        logits = model.module(
             input_ids=ids,
             attention_mask=mask if padded else None,
             position_ids=positions(mask),
             use_cache=False,
-        )
-        tokens = choose(out.logits[:, -1], step)
+        ).logits
+        tokens = choose(logits[:, -1], step)
+        del logits  # (rows, columns, vocabulary): not to be held through the next pass
         yield tokens
         ids = torch.cat((ids, tokens[:, None]), dim=1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
