@@ -1,0 +1,134 @@
+"""What only a GPU can show: `pytest -m gpu` (without nbval installed, add `-o addopts=""`).
+
+GPT-2 with random weights at its true shapes, so that no network is needed.
+"""
+
+import pytest
+import torch
+
+from llmperf import machine, models, predict, workload
+from llmperf.experiment import Condition, measure
+from llmperf.machine import gpu
+from llmperf.memory import Sampler
+from llmperf.records import Store
+from llmperf.sampling import GREEDY
+from llmperf.trace import agreement
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return models.load("gpt2", dtype="fp32", device="cuda", weights="random")
+
+
+def run(model, strategy, level=3, loop="cached", **options):
+    condition = Condition(
+        model, strategy, level, loop, prompt_tokens=(9, 24), new_tokens=24, sampling=GREEDY,
+        options=options,
+    )  # fmt: skip
+    return condition.run()
+
+
+def test_allocator_and_device_channels_see_the_same_tensor():
+    torch.zeros(1, device="cuda")  # the context is there before the window opens
+    torch.cuda.empty_cache()
+    with Sampler() as sampler, sampler.window() as window:
+        tensor = torch.ones(512 * MIB, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        window.step()
+    del tensor
+    seen = window.summary()
+    grown = {name: seen[name]["max"] - seen[name]["first"] for name in ("allocated", "device_used")}
+    assert grown["allocated"] == 512 * MIB
+    assert abs(grown["device_used"] - 512 * MIB) <= 32 * MIB
+    assert seen["device_free"]["status"] == seen["utilization"]["status"] == "ok"
+
+
+def test_process_vram_is_a_value_or_says_why_not():
+    torch.zeros(64 * MIB, device="cuda")
+    with Sampler() as sampler, sampler.window() as window:
+        pass
+    channel = window.summary()["process_vram"]
+    assert channel["status"] == "ok" and channel["max"] > 64 * MIB or channel["reason"]
+
+
+def test_torch_and_nvml_mean_the_same_card():
+    (card, *_), reason = machine.run_tool.ask(gpu.cards)
+    assert reason is None
+    assert card["name"] == torch.cuda.get_device_name(0)
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert abs(card["memory_total_bytes"] - total) / total < 0.05
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("batch", {}),
+        ("coroutine", {}),
+        ("coroutine", {"variant": "to_thread"}),
+        ("threads", {"stream": "default"}),
+        ("threads", {"stream": "own"}),
+        ("processes", {}),
+        ("dynamic", {}),
+    ],
+    ids=str,
+)
+def test_every_strategy_gives_the_tokens_of_sequential(gpt2, strategy, options):
+    found = agreement(run(gpt2, strategy, **options), run(gpt2, "sequential"))
+    assert (found.agree, found.total) == (3, 3), found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_cuda_graphs_give_the_tokens_of_cached(dtype):
+    from llmperf import compiled
+
+    llm = models.load("gpt2", dtype=dtype, device="cuda", weights="random")
+    plan = compiled.prepare(llm, 3, 64, GREEDY)
+    assert plan.reason is None
+    found = agreement(run(llm, "batch", loop="compiled"), run(llm, "batch"))
+    assert found.total == 3
+    if dtype == "fp32":
+        assert found.agree == 3, found
+
+
+def test_graphs_are_refused_in_a_worker_thread_and_the_tokens_stay(gpt2):
+    found = agreement(run(gpt2, "threads", loop="compiled"), run(gpt2, "sequential"))
+    assert (found.agree, found.total) == (3, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_the_ledger_predicts_the_allocators_peak_within_two_percent(gpt2, batch):
+    work = workload.build(gpt2.tokenizer, batch, 64, 64, sampling=GREEDY)
+    run(gpt2, "batch", batch)  # workspaces and lazily loaded kernels
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    Condition(gpt2, "batch", batch, prompt_tokens=64, new_tokens=64).run(work)
+    measured = torch.cuda.max_memory_allocated()
+    ledger = predict.memory(
+        gpt2.shape, "fp32", batch=batch, prompt_tokens=64, new_tokens=64, strategy="batch",
+        hopper=torch.cuda.get_device_capability()[0] >= 9,
+    )  # fmt: skip
+    low, high = ledger.at("allocated")
+    assert low * 0.98 <= measured <= high * 1.02, (low / MIB, measured / MIB, high / MIB)
+
+
+def test_out_of_memory_is_a_record_and_the_next_condition_runs(gpt2, tmp_path):
+    """A cap inside torch stands for a full card; nothing of the card itself is changed."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 200 * MIB) / total)
+    try:
+        sizes = (1, 256)
+        conditions = [Condition(gpt2, "batch", n, prompt_tokens=400, new_tokens=4) for n in sizes]
+        results = measure("gpu-oom", conditions, Store(tmp_path / "r.jsonl"), repeats=2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    by_level = results.frame.groupby("level").status.agg(list).to_dict()
+    assert by_level[1] == ["ok", "ok"]
+    assert by_level[256][0] in ("oom", "skipped") and by_level[256][1] == "skipped"
+
+
+def test_the_mps_daemon_is_noticed_or_ruled_out():
+    env = machine.describe()
+    assert env["mps_daemon"] in (True, False) or env["reasons"]["mps_daemon"]
