@@ -1,0 +1,424 @@
+"""measure(): the order, what is resumed, what fails, when it stops, what stands beside a run."""
+
+import gc
+import json
+import warnings
+import weakref
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmperf import experiment, machine, strategies
+from llmperf.experiment import Condition, beside, measure, results
+from llmperf.memory import Sampler, Window
+from llmperf.records import Record, Store
+from llmperf.trace import RequestTrace, Trace
+
+CEILINGS = {
+    "read_bytes_per_s": {"median": 1e12},
+    "flops_per_s": dict.fromkeys(("fp32", "bf16", "fp16"), {"median": 1e15}),
+}
+
+
+class Blind:
+    """In the sampler's place: starts no process and sees nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def window(self, **_):
+        return nullcontext(Window())
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """A machine that is described at once, idle, unwatched, and of known ceilings."""
+    monkeypatch.setattr(experiment, "Sampler", Blind)
+    monkeypatch.setattr(machine, "busy", lambda: None)
+    monkeypatch.setattr(beside.ceilings, "cached", lambda device: CEILINGS)
+    monkeypatch.setattr(experiment, "environment", lambda: {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "records.jsonl")
+
+
+@pytest.fixture
+def points(tiny):
+    return [Condition(tiny, "sequential", n, prompt_tokens=4, new_tokens=2) for n in (1, 2, 3)]
+
+
+def run(conditions, store, **options):
+    return measure("test", conditions, store, progress=False, **options)
+
+
+def counted(store):
+    return [r for r in store.read() if r.kind == "measure"]
+
+
+def made_up(seconds):
+    """A strategy whose every run takes the next of `seconds`, and the last one from then on."""
+    left = list(seconds)
+
+    def strategy(model, workload, options):
+        taken = left.pop(0) if len(left) > 1 else left[0]
+        requests = tuple(
+            RequestTrace(r.id, 4, 0.0, 0.0, 0.0, (taken / 2, taken), (1, 2))
+            for r in workload.requests
+        )
+        return Trace(requests, taken)
+
+    return strategy
+
+
+def failing(error):
+    def strategy(model, workload, options):
+        raise error
+
+    return strategy
+
+
+# The order of the runs
+
+
+def test_every_round_has_each_condition_once_in_an_order_of_its_own(points, store, tmp_path):
+    run(points, store, repeats=6, seed=1)
+    levels = [(r.repeat, r.condition["level"]) for r in counted(store)]
+    rounds = [[n for repeat, n in levels if repeat == i] for i in range(6)]
+    assert [repeat for repeat, _ in levels] == sorted(repeat for repeat, _ in levels)
+    assert all(sorted(order) == [1, 2, 3] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1, "not the same order in every round"
+    again, other = Store(tmp_path / "again.jsonl"), Store(tmp_path / "other.jsonl")
+    run(points, again, repeats=6, seed=1)
+    run(points, other, repeats=6, seed=2)
+    assert [(r.repeat, r.condition["level"]) for r in counted(again)] == levels
+    assert [(r.repeat, r.condition["level"]) for r in counted(other)] != levels
+
+
+@pytest.mark.parametrize("kept", [0, 4, 7, -2])
+def test_a_run_that_was_cut_off_ends_with_the_same_records(
+    points, tiny, store, tmp_path, monkeypatch, kept
+):
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(ValueError("no")))
+    conditions = [*points, Condition(tiny, "batch", 2, prompt_tokens=4, new_tokens=2)]
+    run(conditions, store, repeats=3)
+    lines = store.path.read_bytes().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"".join(lines[:kept]) + lines[kept][:30])
+    with pytest.warns(UserWarning, match="torn"):
+        again = Store(cut)
+    before = again.read()
+    run(conditions, again, repeats=3)
+    assert again.read()[: len(before)] == before, "what was there is not touched"
+    whole = sorted((r.key, r.status) for r in store.read())
+    assert sorted((r.key, r.status) for r in again.read()) == whole
+    assert len({key for key, _ in whole}) == len(whole)
+
+
+def test_what_is_there_is_not_run_again(points, store, monkeypatch):
+    run(points, store, repeats=2)
+    size, asked = store.path.stat().st_size, []
+    monkeypatch.setattr(machine, "busy", lambda: asked.append(1))
+    monkeypatch.setitem(strategies.STRATEGIES, "sequential", failing(AssertionError("run again")))
+    found = run(points, store, repeats=2)
+    assert store.path.stat().st_size == size and not asked
+    assert list(found.frame.status) == ["ok"] * 6
+
+
+# Failures
+
+
+def test_a_failure_is_a_record_then_skipped_and_the_rest_go_on(points, tiny, store, monkeypatch):
+    home = str(experiment.Path.home())
+    error = ValueError(f"cannot read {home}/model\nand a second line")
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(error))
+    found = run([Condition(tiny, "batch", 2, new_tokens=2), points[0]], store, repeats=3)
+    rows = found.frame.sort_values("repeat")
+    assert list(rows[rows.strategy == "sequential"].status) == ["ok"] * 3
+    failed = [r for r in found.records if r.condition["strategy"] == "batch"]
+    assert [r.status for r in failed] == ["error", "skipped", "skipped"]
+    assert failed[0].reason == "ValueError: cannot read ~/model"
+    assert failed[1].reason == "failed before: error: ValueError: cannot read ~/model"
+    assert all(r.trace is None and not r.metrics and not r.prediction for r in failed)
+
+
+@pytest.mark.parametrize("kind", ["torch", "python", "text"])
+def test_out_of_memory_has_a_status_of_its_own(tiny, store, monkeypatch, kind):
+    import torch
+
+    error = {
+        "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        "python": MemoryError(),
+        "text": RuntimeError("[enforce fail] DefaultCPUAllocator: Out of memory"),
+    }[kind]
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(error))
+    found = run([Condition(tiny, "batch", 2, new_tokens=2)], store, repeats=2)
+    assert list(found.frame.status) == ["oom", "skipped"]
+
+
+def test_what_a_failed_run_held_is_free_when_memory_is_released(tiny, store, monkeypatch):
+    class Tensor:
+        pass
+
+    held, alive = [], []
+
+    def strategy(model, workload, options):
+        tensor = Tensor()
+        held.append(weakref.ref(tensor))
+        raise MemoryError
+
+    def release():
+        gc.collect()
+        alive.append(held[0]() is not None)
+
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", strategy)
+    monkeypatch.setattr(experiment, "_release", release)
+    run([Condition(tiny, "batch", 1, new_tokens=2)], store, repeats=1)
+    assert alive == [False]
+
+
+def test_a_request_that_failed_makes_its_run_a_failure(tiny, store, monkeypatch):
+    def strategy(model, workload, options):
+        bad = RequestTrace(0, 4, 0.0, 0.0, None, (), (), "error", "the server is gone")
+        return Trace((bad,), 1.0)
+
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", strategy)
+    found = run([Condition(tiny, "batch", 1, new_tokens=2)], store, repeats=2)
+    assert list(found.frame.status) == ["error", "skipped"]
+    assert found.records[-1].reason.endswith("the server is gone")
+
+
+# When it stops
+
+
+def test_the_budget_ends_it_after_a_whole_round_and_says_so(points, store):
+    found = run(points, store, repeats=5, budget_s=1e-6)
+    assert len(counted(store)) == 3
+    assert found.stopped == "the budget of 1e-06 s was spent after 1 repeats"
+    assert run(points, store, repeats=2).stopped == "2 repeats"
+
+
+def test_it_stops_when_every_interval_is_narrow_and_names_those_that_are_not(
+    tiny, store, tmp_path, monkeypatch
+):
+    one = Condition(tiny, "sequential", 1, prompt_tokens=4, new_tokens=2)
+    two = Condition(tiny, "batch", 2, prompt_tokens=4, new_tokens=2)
+    monkeypatch.setitem(strategies.STRATEGIES, "sequential", made_up([1.0]))
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0]))
+    options = {"repeats": 2, "width": 0.05, "max_repeats": 12}
+    found = run([one, two], store, **options)
+    assert found.stopped == "every interval is within 5% after 8 repeats"
+    assert len(counted(store)) == 16
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0, 2.0, 3.0] * 8))
+    found = run([one, two], Store(tmp_path / "wide.jsonl"), **options)
+    assert found.stopped == "12 repeats; not within 5%: batch 2"
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(ValueError("no")))
+    found = run([one, two], Store(tmp_path / "failed.jsonl"), **options)
+    assert found.stopped == "every interval is within 5% after 8 repeats", "not waited for"
+    found = run([two], Store(tmp_path / "all.jsonl"), **options)
+    assert found.stopped == "12 repeats", "nothing was measured, so nothing is narrow"
+
+
+def test_a_quantity_that_is_not_known_never_counts_as_narrow(tiny, store, tmp_path, monkeypatch):
+    monkeypatch.setitem(strategies.STRATEGIES, "sequential", made_up([0.5]))
+    one = Condition(tiny, "sequential", 1, prompt_tokens=4, new_tokens=2)
+    options = {"repeats": 8, "width": 0.05, "max_repeats": 9}
+    found = run([one], store, quantity="peak_output_tokens_per_s", **options)
+    assert found.stopped == "9 repeats; not within 5%: sequential 1", "no peak below one second"
+    found = run([one], Store(tmp_path / "b.jsonl"), quantity="ttft_ms.median", **options)
+    assert found.stopped.startswith("every interval")
+    for bad in ("ttft_ms", "tokens_per_fortnight"):
+        with pytest.raises(ValueError, match=f"'{bad}' is no number in the metrics"):
+            run([one], store, quantity=bad, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, "repeats is 0"),
+        ({"width": 0.05}, "set max_repeats to that or more"),
+        ({"budget_s": 0}, "budget_s is 0"),
+    ],
+)
+def test_bad_numbers_are_refused(points, store, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(points, store, **options)
+    with pytest.raises(ValueError, match="there is no condition"):
+        run([], store)
+    assert store.read() == []
+
+
+# What is kept apart, and what stands beside
+
+
+def test_warmup_and_reference_are_kept_and_never_counted(tiny, store):
+    conditions = [
+        Condition(tiny, strategy, level, prompt_tokens=4, new_tokens=6)
+        for strategy, level in (("batch", 6), ("sequential", 6), ("batch", 2))
+    ]
+    found = run(conditions, store, repeats=2)
+    kinds = [r.kind for r in store.read()]
+    assert (kinds.count("measure"), kinds.count("warmup"), kinds.count("reference")) == (6, 3, 1)
+    assert set(found.frame.kind) == {"measure"} and len(found.frame) == 6
+    for r in store.read():
+        longest = max(len(row.tokens) for row in r.to_trace().requests)
+        if r.kind == "warmup":
+            assert longest == experiment.WARMUP_TOKENS
+            assert 2 <= len(r.metrics["warmup_s"]) <= experiment.WARMUP_RUNS
+        else:
+            assert longest == 6
+        if r.kind == "reference":
+            assert r.condition["strategy"] == "sequential"
+            assert len(r.to_trace().requests) == experiment.REFERENCE_REQUESTS
+
+
+def test_warmup_ends_when_times_settle():
+    assert not experiment._settled([1.0])
+    assert not experiment._settled([1.0, 0.8]) and experiment._settled([1.0, 0.8, 0.8])
+
+
+def test_agreement_is_recorded_and_shows_other_tokens(tiny, store, monkeypatch):
+    batch = Condition(tiny, "batch", 6, prompt_tokens=(3, 9), new_tokens=5)
+    found = run([batch], store, repeats=1)
+    (row,) = found.frame.itertuples()
+    assert (row.agree, row.compared) == (4, 4)
+    honest = strategies.STRATEGIES["batch"]
+
+    def wrong(model, workload, options):
+        trace = honest(model, workload, options)
+        bad = trace.requests[1]
+        tokens = (*bad.tokens[:2], bad.tokens[2] + 1, *bad.tokens[3:])
+        requests = [replace(r, tokens=tokens) if r.id == bad.id else r for r in trace.requests]
+        return replace(trace, requests=tuple(requests))
+
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", wrong)
+    (record,) = [r for r in run([replace(batch, seed=1)], store, repeats=1).records if r.agreement]
+    assert record.agreement == {"agree": 3, "total": 4, "first_divergence": [1, 2]}
+
+
+def test_the_prediction_stands_beside_and_says_what_cannot_be(tiny, store, monkeypatch):
+    one = Condition(tiny, prompt_tokens=4, new_tokens=2)
+    (row,) = run([one], store, repeats=1).frame.itertuples()
+    assert row.plausible and 0 < row.mbu < 1 and row.bound_s < row.duration_s
+    slow = {**CEILINGS, "read_bytes_per_s": {"median": 1.0}}
+    monkeypatch.setattr(beside.ceilings, "cached", lambda device: slow)
+    (row,) = run([replace(one, seed=1)], store, repeats=1).frame.itertuples()
+    assert not row.plausible and row.mbu > 1
+
+
+def test_a_busy_machine_is_noted_in_the_record_and_the_frame(points, store, monkeypatch):
+    noted = iter(["others use 50 % of the CPU", None])
+    monkeypatch.setattr(machine, "busy", lambda: next(noted))
+    frame = run(points, store, repeats=2).frame
+    assert list(frame[frame.repeat == 0].warnings) == ["unstable: others use 50 % of the CPU"] * 3
+    assert not frame[frame.repeat == 1].warnings.str.contains("others").any()
+
+
+# Warnings that only a series shows
+
+
+def series(speeds, level=1, **fields):
+    return [
+        Record("e", {"strategy": "s", "level": level}, i, metrics={"output_tokens_per_s": v})
+        for i, v in enumerate(speeds)
+    ]
+
+
+def test_a_slower_second_half_warns_in_every_record_of_the_condition():
+    steady, slower = series([30, 31, 29, 30] * 2), series([30, 31, 29, 30, 26, 27, 25, 26], 2)
+    mixed = [r for pair in zip(steady, slower, strict=True) for r in pair]
+    found = results.with_warnings(mixed)
+    texts = {r.condition["level"]: r.warnings for r in found}
+    assert texts[1] == [] and len(texts[2]) == 1
+    assert texts[2][0].startswith("unstable: throughput, drift: the median moved from 30 in")
+    assert all(r.warnings == texts[r.condition["level"]] for r in found)
+    assert all(not r.warnings for r in mixed), "the records themselves are left as they were"
+    assert results.with_warnings(found) == found, "and nothing is said twice"
+
+
+def test_few_repeats_of_many_conditions_show_a_drift_together():
+    rows = [series([10 * n, 9.5 * n, 9 * n], n) for n in (1, 2, 3, 4)]
+    found = results.with_warnings([r for three in zip(*rows, strict=True) for r in three])
+    assert {tuple(r.warnings) for r in found} == {
+        ("unstable: throughput, drift: -10.0% from the first round to the last, over 4 conditions",)
+    }
+    few = [r for n in (1, 2) for r in series([10 * n, 9 * n, 8 * n], n)]
+    assert not any(r.warnings for r in results.with_warnings(few))
+
+
+@pytest.mark.parametrize(("conditions", "repeats"), [(1, 10), (7, 3), (4, 5)])
+def test_stable_series_seldom_warn_and_slowed_ones_do(conditions, repeats):
+    rng = np.random.default_rng(0)
+    alarms = {False: 0, True: 0}
+    for slowed in alarms:
+        for _ in range(200):
+            noise = np.exp(0.02 * rng.normal(size=(conditions, repeats)))
+            if slowed:
+                noise[:, repeats // 2 + repeats % 2 :] *= 0.9
+            rows = [series((noise[n] * (n + 1)).tolist(), n) for n in range(conditions)]
+            alarms[slowed] += any(r.warnings for r in results.with_warnings(sum(rows, [])))
+    assert alarms[False] < 0.06 * 200 and alarms[True] > 0.9 * 200
+
+
+def test_failed_runs_and_warmups_are_no_part_of_a_series():
+    rows = series([30.0] * 7 + [20.0])
+    odd = [
+        replace(rows[0], kind="warmup", metrics={"warmup_s": [1]}),
+        replace(rows[0], repeat=9, status="oom", metrics={}),
+        replace(rows[0], repeat=10, metrics={"output_tokens_per_s": None}),
+    ]
+    assert not any(r.warnings for r in results.with_warnings([*odd, *rows]))
+
+
+def test_a_clock_that_moved_warns_and_one_that_cannot_be_read_does_not():
+    def clocked(mhz):
+        memory = {
+            "gpu_clock": {"status": "ok", "unit": "mhz", "max": mhz},
+            "cpu_clock": {"status": "unavailable", "reason": "no", "unit": "mhz"},
+        }
+        return replace(series([30.0])[0], repeat=mhz, memory=memory)
+
+    found = results.with_warnings([clocked(1980), clocked(1950), clocked(1410)])
+    assert found[0].warnings == ["unstable: the GPU's clock moved between 1,410 and 1,980 MHz"]
+    assert not results.with_warnings([clocked(1980), clocked(1900)])[0].warnings
+
+
+def test_drift_reaches_the_results_and_leaves_the_store_alone(tiny, store, monkeypatch):
+    times = [1.0] * 4 + [1.0, 1.01, 0.99, 1.0, 1.2, 1.21, 1.19, 1.2]  # reference, warm-up, runs
+    monkeypatch.setitem(strategies.STRATEGIES, "sequential", made_up(times[1:]))
+    frame = run([Condition(tiny, prompt_tokens=4, new_tokens=2)], store, repeats=8).frame
+    assert frame.warnings.str.contains("unstable: throughput, drift").all()
+    assert all(json.loads(line)["warnings"] == [] for line in store.path.open(encoding="utf-8"))
+
+
+def test_arms_run_in_turn_and_the_first_round_is_not_counted():
+    ran = []
+
+    def arm(name):
+        def go():
+            ran.append(name)
+            taken = 100.0 if len(ran) <= 2 else {"a": 1.0, "b": 2.0}[name]
+            return Trace((RequestTrace(0, 1, 0.0, 0.0, 0.0, (taken,), (7,)),), taken)
+
+        return go
+
+    speeds = beside.paired({"a": arm("a"), "b": arm("b")}, rounds=6)
+    assert speeds == {"a": [1.0] * 6, "b": [0.5] * 6}
+    rounds = [tuple(ran[i : i + 2]) for i in range(0, 14, 2)]
+    assert set(rounds) == {("a", "b"), ("b", "a")}
+    with pytest.raises(ValueError, match="rounds is 0"):
+        beside.paired({"a": arm("a")}, rounds=0)
+
+
+def test_memory_is_watched_and_a_quiet_run_warns_of_nothing(points, store, monkeypatch):
+    monkeypatch.setattr(experiment, "Sampler", Sampler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run(points[:1], store, repeats=1)
+    assert found.frame.max_rss_bytes.iloc[0] > 50e6
