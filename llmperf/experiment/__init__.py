@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmperf import machine, metrics, records
+from llmperf import machine, records
 from llmperf.experiment import beside, results
 from llmperf.experiment.beside import environment
 from llmperf.experiment.condition import Condition
@@ -56,7 +56,8 @@ def measure(
     session = _Session(experiment, conditions, store, seed)
     stopped, wide = f"{rounds} repeats", []
     began = time.perf_counter()
-    with Sampler() as sampler, _bar(len(conditions) * rounds, experiment, progress) as bar:
+    bar = _bar(len(conditions) * rounds, experiment, progress)
+    with Sampler() as sampler, strategies.session(), bar:
         for done in range(1, rounds + 1):
             session.round(done - 1, sampler, bar)
             wide = session.wide(width, quantity) if width and done >= repeats else []
@@ -144,7 +145,7 @@ class _Session:
         condition = self.conditions[i]
         try:
             self.prepare(i)
-            with sampler.window() as window:
+            with sampler.window(without=condition.ready()) as window:
                 trace = condition.run(on_step=_on_step(condition, window))
             return self.filled(bare, i, trace, window)
         except Exception as error:  # a record with a status, and the sweep goes on
@@ -182,7 +183,7 @@ class _Session:
             return
         alike = [c.level for j, c in enumerate(self.conditions) if self.signature(j) == signature]
         level = min(max(alike), REFERENCE_REQUESTS)
-        alone = replace(condition, strategy="sequential", options={}, level=level)
+        alone = condition.alone(level)
         found = [r for r in self.store.read() if r.kind == "reference"]
         kept = [r for r in found if r.condition == _plain(alone.describe())]
         trace = kept[0].to_trace() if kept else alone.run()
@@ -190,9 +191,8 @@ class _Session:
         self.store.append(self.apart(alone.describe(), trace, "reference"))
 
     def signature(self, i: int) -> str:
-        """Conditions that differ in strategy and level alone share requests, and one reference."""
-        bare = {**self.described[i], "strategy": "", "level": 0, "options": {}}
-        return records.key("", "", bare, 0)
+        """Conditions that differ in strategy, level or arrivals alone share one reference."""
+        return records.key("", "", self.conditions[i].alone(1).describe(), 0)
 
     def apart(self, condition: dict, trace: Trace, kind: str, metrics: dict | None = None):
         """A record of a run that is kept but never counted."""
@@ -212,7 +212,7 @@ class _Session:
             reason=failed[0] if failed else None,
             trace=trace.to_dict(),
             token_digest=trace.digest(),
-            metrics=metrics.summarize(trace),
+            metrics=self.conditions[i].summarize(trace),
             memory=window.summary(),
             prediction=beside.predict_beside(self.conditions[i], trace),
             agreement=asdict(agreement(trace, self.reference[self.signature(i)])),

@@ -51,10 +51,11 @@ def predict_beside(condition: Condition, trace: Trace) -> dict:
 
 
 def _rows_per_step(condition: Condition) -> int:
-    """Requests that share one pass over the weights."""
-    if condition.strategy != "batch":
-        return 1
-    return min(condition.options.get("batch_size", condition.level), condition.level)
+    """Requests that share one pass over the weights, at the most."""
+    sizes = {"batch": ("batch_size", condition.level), "dynamic": ("max_batch", 8)}
+    sizes |= dict.fromkeys(("continuous", "endpoint"), ("", condition.level))
+    name, default = sizes.get(condition.strategy, ("", 1))
+    return min(condition.options.get(name, default), condition.level)
 
 
 def _mean(lengths: int | Sequence[int]) -> int:

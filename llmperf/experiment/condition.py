@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
-from llmperf import decoding, strategies, workload
+from llmperf import decoding, metrics, strategies, workload
 from llmperf.models import Model
 from llmperf.sampling import PUBLISHED, Sampling
 from llmperf.trace import Trace
@@ -66,10 +66,22 @@ class Condition:
             "seed": self.seed,
         }
 
+    def ready(self) -> list[int]:
+        """Start what a run needs before its clock does; the idle processes that are no part of it."""
+        return strategies.ready(self.strategy, self.model, self.level, self.options)
+
     def run(self, work: Workload | None = None, on_step=None) -> Trace:
         """Run once, all device work finished before the clock is read."""
         options = {**self.options, "loop": self.loop, "on_step": on_step}
         return strategies.STRATEGIES[self.strategy](self.model, work or self.workload, options)
+
+    def alone(self, level: int) -> Condition:
+        """`level` such requests one after another: what its tokens are compared with."""
+        return replace(self, strategy="sequential", options={}, level=level)
+
+    def summarize(self, trace: Trace) -> dict:
+        """The metrics of a run of it."""
+        return metrics.summarize(trace)
 
     def shortened(self, new_tokens: int) -> Workload:
         """The same requests with at most `new_tokens` each: what a warm-up runs."""

@@ -1,0 +1,234 @@
+"""Arrivals have the rate and the law they say; the sweep and the queue agree with arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llmperf import capacity, load, metrics, records, strategies, workload
+from llmperf.experiment import measure
+from llmperf.models import byte_tokenizer
+from llmperf.sampling import GREEDY
+from llmperf.trace import RequestTrace, Trace
+from llmperf.workload import Request, Workload
+
+
+def requests(n, new=1):
+    return Workload(tuple(Request(i, (1,), new) for i in range(n)))
+
+
+# Arrivals.
+
+
+@pytest.mark.parametrize(
+    ("kind", "burstiness", "cv"), [("poisson", 1, 1), ("gamma", 0.25, 2), ("even", 1, 0)]
+)
+def test_arrivals_have_their_rate_and_variation(kind, burstiness, cv):
+    times = load.arrival_times(kind, 40_000, 5.0, burstiness=burstiness, seed=3)
+    gaps = np.diff(times)
+    assert times[0] == 0 and (gaps >= 0).all()
+    assert np.mean(gaps) == pytest.approx(0.2, rel=0.03)
+    assert np.std(gaps) / np.mean(gaps) == pytest.approx(cv, abs=0.06)
+
+
+def test_arrivals_repeat_with_their_seed_and_stretch_with_the_rate():
+    slow = load.arrival_times("poisson", 50, 1.0, seed=1)
+    assert (slow == load.arrival_times("poisson", 50, 1.0, seed=1)).all()
+    assert not np.allclose(slow, load.arrival_times("poisson", 50, 1.0, seed=2))
+    assert load.arrival_times("poisson", 50, 4.0, seed=1) == pytest.approx(slow / 4)
+    assert not load.arrival_times("closed", 5).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kind": "often"}, "choose poisson"),
+        ({"kind": "poisson", "rate_per_s": 0}, "rate_per_s"),
+        ({"kind": "poisson", "rate_per_s": math.nan}, "rate_per_s"),
+        ({"kind": "gamma", "burstiness": -1}, "burstiness"),
+    ],
+)
+def test_arrivals_that_cannot_be_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        load.arriving(requests(3), **options)
+
+
+def test_lengths_stay_within_bounds_and_near_their_median():
+    drawn = load.lengths(5_000, 100, 0.6, low=10, high=400)
+    assert min(drawn) == 10 and max(drawn) == 400
+    assert np.median(drawn) == pytest.approx(100, rel=0.05)
+    with pytest.raises(ValueError, match="must rise"):
+        load.lengths(5, 100, low=200, high=400)
+
+
+def test_a_trace_file_gives_times_and_lengths(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,new_tokens\n3,7,2\n1,5,4\n", encoding="utf-8")
+    work = load.from_file(path, byte_tokenizer(), speedup=2)
+    assert [(r.arrival_s, len(r.prompt_ids), r.max_new_tokens) for r in work.requests] == [
+        (0.5, 5, 4),
+        (1.5, 7, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arrival_s,prompt_tokens\n1,2\n", "no column 'new_tokens'"),
+        ("arrival_s,prompt_tokens,new_tokens\n1,2,3\n-1,2,3\n", "line 3"),
+        ("arrival_s,prompt_tokens,new_tokens\n1,x,3\n", "line 2"),
+        ("arrival_s,prompt_tokens,new_tokens\n1,2\n", "line 2"),
+        ("arrival_s,prompt_tokens,new_tokens\n", "no rows"),
+    ],
+)
+def test_a_broken_trace_file_is_refused_with_its_line(tmp_path, text, says):
+    path = tmp_path / "trace.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        load.from_file(path, byte_tokenizer())
+
+
+# Every strategy under arriving load.
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("sequential", {}), ("threads", {"workers": 2}), ("dynamic", {})]
+)
+def test_no_request_starts_before_it_is_scheduled(tiny, strategy, options):
+    work = workload.build(tiny.tokenizer, 5, 8, 4, sampling=GREEDY)
+    work = load.arriving(work, kind="even", rate_per_s=20)
+    try:
+        trace = strategies.STRATEGIES[strategy](tiny, work, options)
+    finally:
+        strategies.dynamic.close()
+    for i, r in enumerate(trace.requests):
+        assert r.scheduled_s == pytest.approx(i / 20)
+        assert r.scheduled_s - 0.002 <= r.started_s <= r.token_s[0]
+        assert r.submitted_s >= r.scheduled_s - 0.002
+    assert trace.duration_s > 0.2
+
+
+def test_a_measured_load_is_scored_from_its_schedule_and_compared_with_sequential(tiny, tmp_path):
+    slo = {"ttft_ms": 60_000}
+    arrivals = {"kind": "poisson", "rate_per_s": 50, "seed": 1}
+    conditions = [
+        load.Arriving(tiny, name, 5, prompt_tokens=8, new_tokens=5, arrivals=arrivals, slo=slo)
+        for name in ("sequential", "threads")
+    ]
+    store = records.Store(tmp_path / "records.jsonl")
+    found = measure("load", conditions, store, repeats=1, progress=False).records
+    counted = [r for r in found if r.kind == "measure"]
+    assert [r.status for r in counted] == ["ok", "ok"]
+    for record in counted:
+        assert record.metrics["clock"] == "scheduled" and record.metrics["goodput_per_s"] > 0
+        assert record.condition["arrivals"] == arrivals
+        assert record.agreement["agree"] == record.agreement["total"] == 4
+    assert len([r for r in store.read() if r.kind == "reference"]) == 1
+
+
+# The highest rate.
+
+
+def queue(rate, seed, n=400, service_s=0.1):
+    """One server, exact: M/D/1, by Lindley's recursion."""
+    arrivals = load.arrival_times("poisson", n, rate, seed=seed)
+    free, rows = 0.0, []
+    for i, at in enumerate(arrivals):
+        start = max(at, free)
+        free = start + service_s
+        rows.append(RequestTrace(i, 1, at, at, start, (free,), (1,)))
+    return Trace(tuple(rows), free)
+
+
+def test_bisection_finds_the_rate_at_which_a_queue_misses_its_limit():
+    slo = {"ttft_ms": 500}
+    found = load.highest_rate(queue_long, slo, 1.0, 20.0, steps=7)
+    exact = [r for r in np.arange(5, 10, 0.05) if attained(r, 0.5) >= 0.9][-1]
+    assert found.low <= exact <= found.high
+    assert found.rate_per_s == pytest.approx(exact, rel=0.06)
+    assert found.high / found.low < 1.3
+    assert len(found.probes) == 9
+
+
+def queue_long(rate, seed):
+    return queue(rate, seed, n=2_000)
+
+
+def attained(rate, limit_s, service_s=0.1, n=50_000):
+    """The share answered in time, by the same recursion in closed form (a running maximum)."""
+    arrivals = load.arrival_times("poisson", n, rate, seed=99)
+    ahead = service_s * np.arange(n)
+    waits = np.maximum.accumulate(arrivals - ahead) + ahead - arrivals
+    return np.mean(waits + service_s <= limit_s)
+
+
+def test_a_limit_that_never_or_always_holds_says_so():
+    never = load.highest_rate(queue, {"ttft_ms": 50}, 1.0, 5.0)
+    assert never.rate_per_s is None and "lowest rate tried" in never.reason
+    always = load.highest_rate(queue, {"ttft_ms": 60_000}, 1.0, 5.0)
+    assert always.rate_per_s == 5.0 and "still hold" in always.reason
+    with pytest.raises(ValueError, match="lower first"):
+        load.highest_rate(queue, {"ttft_ms": 50}, 5.0, 1.0)
+    with pytest.raises(ValueError, match="share"):
+        load.highest_rate(queue, {"ttft_ms": 50}, 1.0, 5.0, share=1.0)
+
+
+def test_a_request_without_an_answer_misses_its_limit():
+    rows = (
+        RequestTrace(0, 1, 0.0, 0.0, 0.0, (0.1,), (1,)),
+        RequestTrace(1, 1, 0.0, 0.0, status="rejected"),
+    )
+    assert load.probe(1.0, [Trace(rows, 1.0)], {"ttft_ms": 500}).attained == 0.5
+
+
+# Capacity.
+
+FLAT = capacity.Curve((1, 4), (0.1, 0.1), (0.05, 0.05))
+
+
+def test_one_card_without_batching_is_the_textbook_queue():
+    work = load.arriving(requests(2_000), "poisson", rate_per_s=7.0, seed=5)
+    trace = capacity.simulate(work, FLAT, max_batch=1, window_s=0)
+    mine = [r.started_s for r in trace.requests]
+    assert mine == pytest.approx([r.started_s for r in queue(7.0, 5, n=2_000).requests])
+    waits = [r.started_s - r.scheduled_s for r in trace.requests]
+    pollaczek_khinchine = 0.7 * 0.1 / (2 * (1 - 0.7))
+    assert np.mean(waits) == pytest.approx(pollaczek_khinchine, rel=0.25)
+
+
+def test_batches_fill_to_their_limit_and_the_longest_row_holds_the_card():
+    work = Workload(tuple(Request(i, (1,), n) for i, n in enumerate([3, 1, 1, 1, 1])))
+    trace = capacity.simulate(work, FLAT, max_batch=4, window_s=0.01)
+    starts = [r.started_s for r in trace.requests]
+    assert starts == pytest.approx([0, 0, 0, 0, 0.2])  # full at once; then 0.1 + 2 x 0.05
+    assert trace.requests[0].token_s == pytest.approx((0.1, 0.15, 0.2))
+    lone = capacity.simulate(requests(1), FLAT, max_batch=4, window_s=0.01)
+    assert lone.requests[0].started_s == pytest.approx(0.01)  # it waited the window
+    metrics.summarize(trace)  # a Trace as any other
+
+
+def test_more_cards_carry_more_and_the_fewest_that_hold_are_found():
+    work = load.arriving(requests(1_000), "poisson", rate_per_s=30.0, seed=2)
+    slo = {"ttft_ms": 400}
+    needed = capacity.cards_needed(work, FLAT, slo, max_batch=1)
+    assert needed == 4  # 30/s at 10/s a card need more than 3
+
+    def share(cards):
+        trace = capacity.simulate(work, FLAT, cards=cards, max_batch=1)
+        return load.probe(30.0, [trace], slo).attained
+
+    assert share(needed - 1) < 0.9 <= share(needed)
+    assert capacity.cards_needed(work, FLAT, {"ttft_ms": 1}, most=3) is None
+
+
+def test_a_curve_comes_from_batches_and_is_drawn_on_beyond_them():
+    def batch(n):
+        times = tuple(1 + 0.1 * n + 0.02 * n * k for k in range(4))
+        return Trace(tuple(RequestTrace(i, 1, 0, 0, 1.0, times, (1,) * 4) for i in range(n)), 3.0)
+
+    curve = capacity.Curve.of([batch(1), batch(3), batch(3)])
+    assert curve.rows == (1, 3)
+    assert curve.batch_s(2) == pytest.approx((0.2, 0.04))
+    assert curve.batch_s(6) == pytest.approx((0.6, 0.12))
+    with pytest.raises(ValueError, match="rise"):
+        capacity.Curve((2, 1), (1, 1), (1, 1))
