@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llmperf import machine, records
+from llmperf import machine, records, strategies
 from llmperf.experiment import beside, results
 from llmperf.experiment.beside import environment
 from llmperf.experiment.condition import Condition

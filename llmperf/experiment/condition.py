@@ -67,7 +67,7 @@ class Condition:
         }
 
     def ready(self) -> list[int]:
-        """Start what a run needs before its clock does; the idle processes that are no part of it."""
+        """Start what a run needs before its clock; ids of idle processes that are no part of it."""
         return strategies.ready(self.strategy, self.model, self.level, self.options)
 
     def run(self, work: Workload | None = None, on_step=None) -> Trace:

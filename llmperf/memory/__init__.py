@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 INTERVAL_S = 0.02
@@ -131,9 +132,12 @@ class Sampler:
                 self._process.wait()
         self._process.stdout.close()
 
-    def window(self) -> _WindowContext:
-        """A context manager that yields a `Window`."""
-        return _WindowContext(self)
+    def window(self, without: Sequence[int] = ()) -> _WindowContext:
+        """A context manager that yields a `Window`.
+
+        `without`: ids of child processes that only wait, and are no part of what is measured.
+        """
+        return _WindowContext(self, without)
 
     def _say(self, word: str) -> None:
         self._process.stdin.write(word + "\n")
@@ -150,13 +154,13 @@ class Sampler:
 
 
 class _WindowContext:
-    def __init__(self, sampler: Sampler):
-        self._sampler = sampler
+    def __init__(self, sampler: Sampler, without: Sequence[int]):
+        self._sampler, self._without = sampler, without
         self._window = Window()
 
     def __enter__(self) -> Window:
         _reset_allocator_peaks()
-        self._sampler._say("start")
+        self._sampler._say(" ".join(map(str, ["start", *self._without])))
         self._sampler._expect("started")
         self._window._opened = time.perf_counter()
         self._window.step()

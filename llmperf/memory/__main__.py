@@ -25,6 +25,7 @@ class _Probe:
         self._psutil = psutil
         self.root = psutil.Process(pid)
         self.tree = [self.root]
+        self.without = {os.getpid()}  # processes of the tree that are not watched
         self.reasons: dict[str, str] = {}
         self.gpu = self._open_gpu(gpu_uuid)
 
@@ -51,7 +52,7 @@ class _Probe:
     def children(self) -> dict[str, float]:
         """Look for child processes anew; gives no value itself."""
         found = self.root.children(recursive=True)
-        self.tree = [self.root, *(c for c in found if c.pid != os.getpid())]
+        self.tree = [self.root, *(c for c in found if c.pid not in self.without)]
         return {}
 
     def unique(self) -> dict[str, float]:
@@ -134,7 +135,8 @@ def _watch(pid: int, interval_s: float, gpu_uuid: str | None) -> None:
     probe = _Probe(pid, gpu_uuid)
     _answer(ready=True)
     while (word := words.get()) is not None:
-        if word == "start":
+        if word.startswith("start"):
+            probe.without = {os.getpid(), *map(int, word.split()[1:])}
             _answer(started=True)
             _answer(channels=_sample_until_told(probe, interval_s, words))
 

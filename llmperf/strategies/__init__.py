@@ -1,13 +1,15 @@
 """One file a strategy, each `run(model, workload, options) -> Trace`; this table lists them.
 
 A strategy decides only when and where a request runs. `level` is the number of requests in flight.
-Each has `check(model, level, options)` too, which refuses bad options before any work.
+Each has `check(model, level, options)` too, which refuses bad options before any work. What
+`processes` keeps alive from run to run lives inside a `session`.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from llmperf.models import Model
-from llmperf.strategies import batch, coroutine, dynamic, sequential, threads
+from llmperf.strategies import batch, coroutine, dynamic, processes, sequential, threads
 from llmperf.trace import Trace
 from llmperf.workload import Workload
 
@@ -16,6 +18,7 @@ _MODULES = {
     "batch": batch,
     "coroutine": coroutine,
     "threads": threads,
+    "processes": processes,
     "dynamic": dynamic,
 }
 STRATEGIES: dict[str, Callable[[Model, Workload, Mapping], Trace]] = {
@@ -33,3 +36,18 @@ def check(
         raise ValueError(f"{name} with {level} requests: use at least 1")
     if model is not None:
         _MODULES[name].check(model, level, options or {})
+
+
+def session() -> AbstractContextManager:
+    """Inside, a strategy may keep what is dear to start; on leaving, nothing is left."""
+    return processes.session()
+
+
+def ready(name: str, model: Model, level: int, options: Mapping) -> list[int]:
+    """Start what a run of this condition needs, so that no measurement sees it being started.
+
+    Gives the process ids of workers that stay idle in it: they are not part of its memory.
+    """
+    if name == "processes":
+        return processes.ready(model, level, options)
+    return processes.rest(model)

@@ -1,0 +1,344 @@
+"""Processes: same tokens, own and shared memory, death and hanging noticed, nothing left behind."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmperf import models, strategies, workload
+from llmperf.experiment import Condition, measure
+from llmperf.records import Store
+from llmperf.sampling import GREEDY, Sampling
+from llmperf.strategies import STRATEGIES, processes
+from llmperf.strategies.pool import WorkerDied
+from llmperf.trace import agreement
+
+SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
+run = STRATEGIES["processes"]
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to stop a process with")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama of 64 MiB: weights that a unique set size shows beside the libraries."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        initializer_range=0.5,
+    )
+    path = tmp_path_factory.mktemp("small")
+    LlamaForCausalLM(config).save_pretrained(path)
+    models.byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    return models.load(str(folder), dtype="fp32", device="cpu")
+
+
+def make(model, n=5, prompt=(3, 17, 9), new=(6, 4, 9), sampling=GREEDY):
+    return workload.build(model.tokenizer, n, prompt, new, sampling=sampling)
+
+
+def workers_left():
+    """Worker processes below this one, and files of weights that nobody maps any more."""
+    found = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
+    return found + list(Path(tempfile.gettempdir()).glob("llmperf-weights-*"))
+
+
+def is_worker(process):
+    try:
+        return "llmperf.strategies.worker" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    assert not workers_left()
+
+
+@pytest.fixture(scope="module")
+def outcomes(small):
+    """One pool of two workers for each kind of weights: traces of both samplings."""
+    found = {}
+    for weights in ("own", "shared"):
+        with strategies.session():
+            for sampling in (GREEDY, SAMPLED):
+                options = {"workers": 2, "weights": weights}
+                found[weights, sampling] = run(small, make(small, sampling=sampling), options)
+    return found
+
+
+@pytest.mark.parametrize("weights", ["own", "shared"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_same_tokens_as_sequential(small, outcomes, weights, sampling):
+    reference = STRATEGIES["sequential"](small, make(small, sampling=sampling), {})
+    trace = outcomes[weights, sampling]
+    found = agreement(trace, reference)
+    assert (found.agree, found.total, found.first_divergence) == (5, 5, None)
+    assert trace.digest() == reference.digest()
+
+
+@pytest.mark.parametrize("weights", ["own", "shared"])
+def test_times_stand_on_one_clock_and_cover_the_slowest_worker(outcomes, weights):
+    trace = outcomes[weights, SAMPLED]
+    for r in trace.requests:
+        times = [r.submitted_s, r.started_s, *r.token_s, trace.duration_s]
+        assert times == sorted(times)
+    assert {r.worker for r in trace.requests} == {"0", "1"}
+    first = [min(r.started_s for r in trace.requests if r.worker == w) for w in "01"]
+    ends = [max(r.token_s[-1] for r in trace.requests if r.worker == w) for w in "01"]
+    assert max(first) < min(ends)  # both were at work at once
+
+
+def test_shared_weights_are_in_memory_once(outcomes):
+    """64 MiB of weights stand in the unique set of each `own` worker, and of no `shared` one."""
+    unique = {
+        weights: [w["uss_bytes"] for w in outcomes[weights, SAMPLED].notes["workers"]]
+        for weights in ("own", "shared")
+    }
+    least = min(unique["own"]) - max(unique["shared"])
+    assert 50 * 2**20 < least < 80 * 2**20
+
+
+def test_workers_say_what_they_took(outcomes):
+    for trace in outcomes.values():
+        workers = trace.notes["workers"]
+        assert sum(w["requests"] for w in workers) == 5
+        assert all(w["rss_bytes"] > w["uss_bytes"] > 0 and w["load_s"] > 0 for w in workers)
+        assert trace.notes["intra_op_threads"] == max(1, processes._cores() // 2)
+        assert "mps_daemon" in trace.notes
+
+
+def killed_while_running(model, options, wound, new_tokens=2000):
+    """Run long requests, wound a random worker in the middle; gives the error and its delay."""
+    hurt = []
+    with strategies.session():
+        strategies.ready("processes", model, 2, options)
+        victim = random.choice(processes._pool.workers).process
+        work = make(model, 2, 8, new_tokens)
+
+        def wounding():
+            hurt.append(time.perf_counter())
+            wound(victim)
+
+        timer = threading.Timer(0.7, wounding)
+        timer.start()
+        with pytest.raises(WorkerDied) as caught:
+            run(model, work, options)
+        delay = time.perf_counter() - hurt[0]
+        assert not workers_left()  # at once, and not only when the session ends
+    return str(caught.value), delay
+
+
+def test_a_killed_worker_ends_the_run_with_its_exit_code(small):
+    words, delay = killed_while_running(small, {"weights": "shared"}, lambda p: p.kill())
+    assert "of 2 died: exit code " in words and "its last words: none" in words
+    if os.name == "posix":
+        assert "exit code -9, SIGKILL" in words
+    assert delay < 5
+
+
+@posix
+def test_a_hanging_worker_ends_the_run(small):
+    words, delay = killed_while_running(
+        small, {}, lambda p: os.kill(p.pid, signal.SIGSTOP), new_tokens=4000
+    )
+    assert "of 2 hung: not a sign of life for 4" in words
+    assert delay < 5
+
+
+def test_an_error_in_a_worker_comes_back_in_its_words(small):
+    with pytest.raises(WorkerDied, match="worker 0 of 1 failed: ValueError: unknown loop 'fast'"):
+        run(small, make(small, 1), {"loop": "fast"})
+
+
+def test_the_sweep_goes_on_after_a_death_and_idle_workers_are_not_counted(
+    small, tmp_path, monkeypatch
+):
+    """Two workers die, one alone runs; the memory of two idle ones is in no other condition."""
+    answered, deaths = processes._answered, []
+
+    def deadly(pool, work, workers, options):
+        if workers == 2 and not deaths:
+            deaths.append(pool.workers[1].process.kill())
+        return answered(pool, work, workers, options)
+
+    conditions = [
+        Condition(small, name, level, prompt_tokens=8, new_tokens=level_tokens)
+        for name, level, level_tokens in (
+            ("processes", 2, 4),
+            ("processes", 2, 40),
+            ("processes", 1, 40),
+            ("sequential", 1, 40),
+        )
+    ]
+    monkeypatch.setattr(processes, "_answered", deadly)
+    store = Store(tmp_path / "records.jsonl")
+    results = measure("x", conditions, store, repeats=2, progress=False, seed=1)
+    rows = results.frame
+    assert len(rows) == 8 and not workers_left()
+    assert sorted(rows.status)[:1] == ["error"]
+    assert rows.status.value_counts()["ok"] == 6
+    dead = rows[rows.status == "error"].iloc[0]
+    assert dead.reason.startswith("WorkerDied: worker 1 of 2 died: exit code")
+    ok = rows[rows.status == "ok"]
+    assert (ok.agree == ok.compared).all()
+    memory = ok.groupby(["strategy", "level"]).max_rss_bytes
+    each = 250 * 2**20  # what a worker holds at the least
+    assert memory.max()["sequential", 1] + each < memory.min()["processes", 1]
+    assert memory.max()["processes", 1] + each < memory.min()["processes", 2]
+
+
+def test_ctrl_c_in_the_parent_ends_all_workers(small, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_drive", interrupted)
+    with strategies.session():
+        with pytest.raises(KeyboardInterrupt):
+            run(small, make(small, 2), {"workers": 1})
+        assert not workers_left()
+
+
+SCRIPT = """
+import sys
+from llmperf import models, strategies, workload
+model = models.load(sys.argv[1], dtype="fp32", device="cpu")
+work = workload.build(model.tokenizer, 1, 8, 3)
+with strategies.session():
+    print(strategies.STRATEGIES["processes"](model, work, {"weights": "shared"}).output_tokens)
+    print([w.process.pid for w in strategies.processes._pool.workers], flush=True)
+    work = workload.build(model.tokenizer, 1, 8, 4000)
+    strategies.STRATEGIES["processes"](model, work, {"weights": "shared"})
+"""
+
+
+@posix
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])
+def test_a_script_without_a_main_guard_leaves_nothing_however_it_ends(folder, tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert parent.stdout.readline() == "3\n"
+    (worker,) = map(psutil.Process, eval(parent.stdout.readline()))
+    if how == signal.SIGINT:  # a terminal sends it to the whole group
+        os.killpg(parent.pid, how)
+    else:
+        parent.kill()
+    psutil.wait_procs([worker], timeout=5)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert parent.wait(10) != 0
+    parent.stdout.close()
+    assert not list(tmp_path.glob("llmperf-weights-*"))
+
+
+def test_workers_start_from_a_real_kernel(folder):
+    """What a notebook defines cannot be imported by a worker, and need not be."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    cell = (
+        "from llmperf import models, workload\n"
+        "from llmperf.strategies import STRATEGIES\n"
+        f"model = models.load({str(folder)!r}, dtype='fp32', device='cpu')\n"
+        "work = workload.build(model.tokenizer, 1, 8, 5)\n"
+        "trace = STRATEGIES['processes'](model, work, {})\n"
+        "print(trace.digest() == STRATEGIES['sequential'](model, work, {}).digest())"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    assert notebook.cells[0].outputs[0].text == "True\n"
+
+
+@pytest.mark.slow
+def test_twenty_killings_give_twenty_error_records(small, tmp_path):
+    for repeat in range(20):
+        killer = threading.Thread(target=kill_one_when_at_work, daemon=True)
+        condition = Condition(small, "processes", 2, prompt_tokens=8, new_tokens=4000)
+        store = Store(tmp_path / f"{repeat}.jsonl")
+        killer.start()
+        (record,) = measure("x", [condition], store, repeats=1, progress=False).records[-1:]
+        killer.join()
+        assert record.status == "error" and "SIGKILL" in record.reason
+        assert not workers_left()
+        assert time.perf_counter() - killed_at[-1] < 5 + 1  # the sampler's end is in this
+
+
+killed_at = []
+
+
+def kill_one_when_at_work():
+    """SIGKILL to a random worker in the middle of the counted run."""
+    while not (processes._pool and len(processes._pool.workers) == 2):
+        time.sleep(0.05)
+    pool = processes._pool
+    while any(w.load_s is None for w in pool.workers):
+        time.sleep(0.05)
+    time.sleep(random.uniform(0.2, 3))
+    killed_at.append(time.perf_counter())
+    random.choice(pool.workers).process.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 0}, "workers is 0: it must be a whole number, at least 1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"workers": 9}, "workers is 9, but there are only 4 requests"),
+        ({"weights": "half"}, "weights is 'half': choose own or shared"),
+        ({"threads": 2}, "processes has no option 'threads': its options are workers, weights"),
+    ],
+)
+def test_bad_options_are_one_clear_sentence(small, options, words):
+    with pytest.raises(ValueError, match=words):
+        strategies.check("processes", small, 4, options)
+
+
+def test_shared_weights_are_refused_on_a_gpu(small):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="shared weights are for the cpu"):
+        strategies.check("processes", replace(small, device="cuda:0"), 2, {"weights": "shared"})
+
+
+def test_more_processes_than_memory_are_refused_with_the_arithmetic(small):
+    """Ten copies of 0.06 GiB and ten interpreters do not fit 1 GiB; the number named does."""
+    with pytest.raises(ValueError, match="10 processes need at least 10 x 0.06 GiB") as caught:
+        processes.check_memory(small, 10, free_bytes=2**30)
+    words = str(caught.value)
+    most = int(words.rsplit(" ", 1)[1])
+    assert "1.00 GiB are free" in words and 1 <= most < 10
+    processes.check_memory(small, most, free_bytes=2**30)
+    with pytest.raises(ValueError, match=f"use at most {most}$"):
+        processes.check_memory(small, most + 1, free_bytes=2**30)
+    with pytest.raises(ValueError, match=r"100000 processes need at least 1 x 0\.06 GiB"):
+        strategies.check("processes", small, 100_000, {"weights": "shared"})
