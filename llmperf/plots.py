@@ -60,9 +60,14 @@ def levels(ax: Axes, values: Iterable[int]) -> None:
     ax.minorticks_off()
 
 
-def caption(fig: Figure, frame: pd.DataFrame | None = None, note: str = "") -> None:
-    """Under the figure: machine, model, what the spread is, and whether a run was unstable."""
-    lines = [_machines(frame), note]
+def caption(
+    fig: Figure, frame: pd.DataFrame | None = None, note: str = "", simulated: bool = False
+) -> None:
+    """Under the figure: machine, model, what the spread is, and whether a run was unstable.
+
+    A `simulated` figure names no machine.
+    """
+    lines = ["simulated, on no machine" if simulated else _machines(frame), note]
     if frame is not None and len(frame):
         ok = frame[frame.status == "ok"]
         models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
