@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from llmperf.models import Model
-from llmperf.strategies import batch, coroutine, dynamic, processes, sequential, threads
+from llmperf.strategies import batch, continuous, coroutine, dynamic, processes, sequential, threads
 from llmperf.trace import Trace
 from llmperf.workload import Workload
 
@@ -20,6 +20,7 @@ _MODULES = {
     "threads": threads,
     "processes": processes,
     "dynamic": dynamic,
+    "continuous": continuous,
 }
 STRATEGIES: dict[str, Callable[[Model, Workload, Mapping], Trace]] = {
     name: module.run for name, module in _MODULES.items()
