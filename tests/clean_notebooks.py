@@ -10,6 +10,7 @@ With --check nothing is written, and the exit status is 1 when a file would chan
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import nbformat
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 TIMING = ("execution", "papermill")
+PROGRESS = re.compile(r"\d+%\|.*\| \d+/\d+")  # as tqdm draws it
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -51,12 +53,16 @@ def _clean_metadata(metadata: nbformat.NotebookNode) -> None:
 
 
 def _keep(output: nbformat.NotebookNode) -> bool:
-    """Drop the widget's view from `output`; whether anything is left to show.
+    """Whether an output still shows something without a kernel.
 
-    Without the state of the widget, the view is an empty box; its text/plain twin still reads.
+    A widget's view does not: a form has a static twin in the next cell, and the text of a progress
+    bar is frozen at 0 %, also when it was printed to stderr.
     """
-    data = output.get("data", {})
-    return data.pop(WIDGET_VIEW, None) is None or bool(data)
+    if output.output_type == "stream" and output.name == "stderr":
+        return not PROGRESS.search(output.text)
+    return WIDGET_VIEW not in output.get("data", {}) and not PROGRESS.search(
+        output.get("data", {}).get("text/plain", "")
+    )
 
 
 def clean(path: Path, check: bool) -> bool:
