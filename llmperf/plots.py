@@ -5,6 +5,7 @@ Every figure shows the spread of what it draws and names the machine in its capt
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -74,11 +75,18 @@ def caption(
         repeats = ok.repeat.nunique()
         drawn = f"points are runs, the line their median of {repeats}"
         lines.insert(1, "; ".join((models, drawn, *_bands(fig))))
-        lines += sorted({w for w in ok.warnings if w})[:2]
+        lines += _unstable(ok.warnings)
         failed = frame[frame.status != "ok"]
         lines += [f"left out: {len(failed)} runs, {failed.status.iloc[0]}"] if len(failed) else []
     text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+
+
+def _unstable(warnings: Iterable[str]) -> list[str]:
+    """One warning of a kind, though each run gives its own figures."""
+    mark = "unstable: "
+    texts = [text for w in warnings if w for text in w.removeprefix(mark).split(f"; {mark}")]
+    return [mark + text for text in {re.sub(r"[\d.,]+", "", text): text for text in texts}.values()]
 
 
 def _bands(fig: Figure) -> list[str]:
@@ -147,6 +155,7 @@ def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **want
     """The published rows of a strategy over concurrency, in grey, one line style a machine."""
     dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
     rows = published.groups(strategy, **wanted)
+    rows = rows.sort_values("concurrency")
     for i, (label, group) in enumerate(rows.groupby("label")):
         ax.plot(
             group.concurrency,

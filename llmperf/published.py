@@ -40,6 +40,7 @@ def groups(strategy: str, **wanted) -> pd.DataFrame:
     """One row a group of requests in flight: its median seconds with the fastest and slowest run,
     tokens/s as printed (256 tokens assumed for each request), reserved and allocated GB.
 
+    `times_one` is its time over that of one request, as the same page has it.
     A group without a total line (processes, and threads beside them) takes its slowest worker's
     time. The batch rows that the multiprocessing page repeats are counted once.
     """
@@ -57,6 +58,10 @@ def groups(strategy: str, **wanted) -> pd.DataFrame:
         allocated_gb=("allocated_gb", "min"),
     )
     out["output_tokens_per_s"] = out.concurrency * NEW_TOKENS / out.seconds
+    one = measurements(strategy="sequential").groupby(["experiment", "label"]).seconds.median()
+    out["times_one"] = out.seconds / [
+        one.get(page, float("nan")) for page in zip(out.experiment, out.label, strict=True)
+    ]
     return out
 
 
