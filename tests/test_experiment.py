@@ -116,9 +116,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_records(
     before = again.read()
     run(conditions, again, repeats=3)
     assert again.read()[: len(before)] == before, "what was there is not touched"
-    whole = sorted((r.key, r.status) for r in store.read())
-    assert sorted((r.key, r.status) for r in again.read()) == whole
-    assert len({key for key, _ in whole}) == len(whole)
+    whole = sorted((r.key, r.status, r.reason or "") for r in store.read())
+    assert sorted((r.key, r.status, r.reason or "") for r in again.read()) == whole
+    assert len({key for key, *_ in whole}) == len(whole)
 
 
 def test_what_is_there_is_not_run_again(points, store, monkeypatch):
@@ -218,8 +218,9 @@ def test_it_stops_when_every_interval_is_narrow_and_names_those_that_are_not(
     monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0, 2.0, 3.0] * 8))
     found = run([one, two], Store(tmp_path / "wide.jsonl"), **options)
     assert found.stopped == "12 repeats; not within 5%: batch 2"
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(ValueError("no")))
+    monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0] * 5 + [3.0, "no number"]))
     found = run([one, two], Store(tmp_path / "failed.jsonl"), **options)
+    assert list(found.frame.status).count("ok") > 8, "it failed only later"
     assert found.stopped == "every interval is within 5% after 8 repeats", "not waited for"
     found = run([two], Store(tmp_path / "all.jsonl"), **options)
     assert found.stopped == "12 repeats", "nothing was measured, so nothing is narrow"
