@@ -46,6 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the presets")
     models.set_defaults(call=_models)
 
+    compare = commands.add_parser("compare", help="put runs side by side, from any machines")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
+    compare.add_argument(
+        "--quantity", default="output_tokens_per_s", help="any metric, for instance ttft_ms.median"
+    )
+    compare.add_argument("--published", action="store_true", help="the published tables too")
+    compare.set_defaults(call=_compare)
+
+    share = commands.add_parser("share", help="pack a run into one file without names or paths")
+    share.add_argument("run", metavar="RUN")
+    share.add_argument("--to", metavar="FILE", help="default: the machine's name.jsonl.gz, here")
+    share.set_defaults(call=_share)
+
     report = commands.add_parser("report", help="write a run's report again")
     report.add_argument("folder", metavar="DIR")
     report.set_defaults(call=_report)
@@ -106,6 +119,23 @@ def _models(_) -> None:
         shape = shapes.preset(name)
         print(f"{name:20} {shape.parameters() / 1e6:>10,.0f} M parameters, {shape.layers} layers")
     print("Any hub id (owner/model) and any local folder work too.")
+
+
+def _compare(arguments) -> None:
+    from llmperf import runs
+
+    found = runs.load(arguments.runs)
+    print(
+        runs.compare(
+            [*found, *(runs.published() if arguments.published else [])], arguments.quantity
+        )
+    )
+
+
+def _share(arguments) -> None:
+    from llmperf import runs
+
+    print(f"Shared: {runs.share(arguments.run, arguments.to)}")
 
 
 def _report(arguments) -> None:

@@ -165,7 +165,7 @@ def test_verdicts(id, good, bad):
     assert yes.figures and no.figures and yes.settings
 
 
-BYTES = "batch-reserved processes-memory vram-same-inside kv-share available-vram".split()
+BYTES = ["batch-reserved", "processes-memory", "vram-same-inside", "kv-share", "available-vram"]
 TIMED = [c for c in CASES if c[0] not in BYTES]  # memory repeats to the byte: one run is enough
 
 

@@ -165,7 +165,7 @@ def gather(records: Iterable, across: bool = False, impossible_too: bool = False
     what no single one of them holds. Runs faster than their machine can be are left out, and
     counted, unless `impossible_too`.
     """
-    rows = [r if isinstance(r, dict) else vars(r) for r in records]
+    rows = [r if isinstance(r, Mapping) else vars(r) for r in records]
     rows = [r for r in rows if r.get("kind", "measure") == "measure" and r.get("condition")]
     ok = [r for r in rows if r.get("status", "ok") == "ok" and r.get("metrics")]
     groups: dict[str, list] = {}
@@ -202,25 +202,23 @@ def hardware_of(row: Mapping) -> str:
     return env.get("cpu_model") or "unknown CPU"
 
 
-def _setting(key: str, rows: list[Mapping]) -> Setting:
-    first = rows[0]
-    c = first["condition"]
+def label(condition: Mapping) -> str:
+    """Model, dtype, loop where it is not the usual one, and lengths: `gpt2 fp32, 32+64 tokens`."""
+    c = condition
     loop = f", {c['loop']}" if c.get("loop", "cached") != "cached" else ""
     random = " random" if c.get("weights") == "random" else ""
-    what = f"{c.get('model')} {c.get('quantization') or c.get('dtype')}{random}{loop}"
     prompt = f"{c['prompt_tokens']}+" if c.get("prompt_tokens") else ""
-    lengths = f"{prompt}{c.get('new_tokens')} tokens"
+    what = f"{c.get('model')} {c.get('quantization') or c.get('dtype')}{random}{loop}"
+    return f"{what}, {prompt}{c.get('new_tokens')} tokens"
+
+
+def _setting(key: str, rows: list[Mapping]) -> Setting:
+    first = rows[0]
+    c, env = first["condition"], first.get("environment") or {}
     os, hardware = os_of(first), hardware_of(first)
-    return Setting(
-        key,
-        f"{what}, {lengths}, {hardware}, {os}",
-        os,
-        hardware,
-        c.get("device") != "cpu" and bool((first.get("environment") or {}).get("gpus")),
-        c,
-        first.get("environment") or {},
-        rows,
-    )
+    has_gpu = c.get("device") != "cpu" and bool(env.get("gpus"))
+    name = f"{label(c)}, {hardware}, {os}"
+    return Setting(key, name, os, hardware, has_gpu, c, env, rows)
 
 
 def unstable(settings: Iterable[Setting]) -> str | None:

@@ -1,0 +1,266 @@
+"""Loading, comparing and sharing runs: whole ones, torn ones, and those of other versions."""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from llmperf import findings, metrics, runs
+from llmperf.__main__ import main
+from llmperf.records import Record, Store
+from llmperf.runs.sharing import own_words, scrub
+from llmperf.trace import RequestTrace, Trace
+
+ENV = {
+    "os": "Linux", "os_version": "Debian GNU/Linux 12", "kernel": "5.15.153.1",
+    "cpu_model": "AMD EPYC", "cores_logical": 2, "cores_allowed": 2, "cores_quota": None,
+    "gpus": [], "packages": {"torch": "2.13.0"}, "python": "3.11.7", "on_battery": None,
+    "reasons": {},
+}  # fmt: skip
+CARD = {"name": "RTX 4090", "driver": "560.1", "driver_model": None, "memory_total_bytes": 2**34,
+        "utilization_percent": 0, "processes": [{"pid": 5, "name": "secret.exe"}]}  # fmt: skip
+NOISE = (0.98, 0.99, 1.0, 1.01, 1.02)
+
+
+def record(level, speed, repeat, env=ENV, **more):
+    times = tuple(0.1 + i / (30 * speed) for i in range(8))
+    requests = [RequestTrace(i, 4, 0.0, 0.0, 0.01, times, tuple(range(8))) for i in range(level)]
+    trace = Trace(tuple(requests), times[-1] + 0.001, {"gil": {"contention": 0.25}})
+    condition = {"strategy": "batch", "level": level, "loop": "cached", "options": {},
+                 "model": "gpt2", "dtype": "fp32", "device": "cuda" if env.get("gpus") else "cpu",
+                 "prompt_tokens": 4, "new_tokens": 8}  # fmt: skip
+    return dataclasses.replace(
+        Record(
+            experiment="03-batch",
+            condition=condition | more.pop("condition", {}),
+            repeat=repeat,
+            environment=env,
+            trace=trace.to_dict(),
+            token_digest=trace.digest(),
+            metrics=metrics.summarize(trace),
+            memory={"rss": {"status": "ok", "unit": "bytes", "max": 5}},
+            prediction={"plausible": True, "why": "it is"},
+        ),
+        **more,
+    )
+
+
+def write(folder, speed=1.0, env=ENV, levels=(1, 2, 4), **more):
+    store = Store(folder / "records.jsonl")
+    for level in levels:
+        for repeat, noise in enumerate(NOISE):
+            store.append(record(level, speed * noise, repeat, env, **more))
+    return folder
+
+
+def only(path):
+    (run,) = runs.load([path])
+    return run
+
+
+def test_loading_skips_token_times_and_keeps_the_rest(tmp_path):
+    run = only(write(tmp_path / "a"))
+    lines = (tmp_path / "a" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    for ours, line in zip(run.records, lines, strict=True):
+        whole = json.loads(line)
+        assert ours["condition"] == whole["condition"] and ours["environment"] == ENV
+        assert dict(ours["memory"]) == whole["memory"] and ours["repeat"] == whole["repeat"]
+        assert ours["metrics"] == {k: v for k, v in whole["metrics"].items() if k != "reasons"}
+        assert dict(ours["trace"]["notes"]) == whole["trace"]["notes"]
+        assert ours["trace"]["requests"] == [] and ours["prediction"] == whole["prediction"]
+        assert ours["warnings"] == [] and ours["status"] == "ok" and ours["schema"] == 1
+    assert run.name.startswith("linux-2core")
+    assert not run.left_out and not run.dirty and len(run.measured) == 15
+
+
+def test_a_line_whose_options_hold_a_fields_name_is_read_the_plain_way(tmp_path):
+    options = {"repeat": 3, "metrics": {"x": 1}, "requests": [1]}
+    run = only(write(tmp_path, levels=(1,), condition={"options": options}))
+    assert run.records[0]["condition"]["options"] == options and len(run.measured) == 5
+    assert run.records[0]["repeat"] == 0 and run.records[0]["metrics"]["output_tokens"] == 8
+
+
+def test_files_folders_packs_and_folders_of_runs(tmp_path):
+    write(tmp_path / "many" / "a")
+    write(tmp_path / "many" / "b")
+    (tmp_path / "many" / "empty").mkdir()
+    assert [r.name for r in runs.load([tmp_path / "many"])][1].endswith("#2")
+    pack = runs.share(tmp_path / "many" / "a", tmp_path / "x.jsonl.gz")
+    assert len(only(pack).records) == len(only(tmp_path / "many" / "a").records)
+    notebooks = tmp_path / "interactive"
+    for name in ("03-batch-1", "05-threads-2"):
+        Store(notebooks / f"{name}.jsonl").append(record(1, 1, 0))
+    assert len(only(notebooks).records) == 2
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    file = write(tmp_path / "a", levels=(1,)) / "records.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    newer = json.dumps(json.loads(lines[0]) | {"schema": 9, "novel": 1})
+    older = {k: v for k, v in json.loads(lines[0]).items() if k not in ("schema", "prediction")}
+    bad = ["[1, 2]", '{"condition": {}}', "what?", lines[1][: len(lines[1]) // 2]]
+    text = "\n".join([*lines, newer, json.dumps(older), *bad])
+    file.write_text(text, encoding="utf-8")
+    run = only(file)
+    said = " ".join(run.left_out)
+    assert len(run.records) == 7
+    assert "newer schema 9" in said and "older schema 0" in said
+    assert "2 lines left out, torn" in said or said.count("torn") == 2
+    assert "no condition" in said and "strategy and level" in said
+
+
+def test_torn_pack_and_no_environment(tmp_path):
+    whole = runs.share(write(tmp_path / "a", levels=range(1, 40)), tmp_path / "whole.jsonl.gz")
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(whole.read_bytes()[:-2000])
+    run = only(torn)
+    assert 0 < len(run.records) < 195 and "torn" in run.left_out[0]
+    bare = only(write(tmp_path / "b", env={}))
+    assert "unknown" in bare.name and "15 records without an environment" in bare.left_out[0]
+    assert str(runs.compare([bare, run]))
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "nonsense"])
+def test_nothing_to_read_is_one_sentence(tmp_path, what, capsys):
+    path = tmp_path / what
+    if what == "empty":
+        path.mkdir()
+    if what == "nonsense":
+        path = path.with_suffix(".jsonl")
+        path.write_text("hello\n", encoding="utf-8")
+    assert main(["compare", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("llmperf: ")
+
+
+def test_dirty_runs_are_marked(tmp_path):
+    env = ENV | {"on_battery": True, "gpus": [CARD | {"utilization_percent": 40}]}
+    run = only(write(tmp_path / "a", env=env, warnings=["unstable: others use 90 % of the CPU"]))
+    said = " ".join(run.dirty)
+    assert "15 of 15 runs warn" in said and "battery" in said and "40 % busy" in said
+    false = only(write(tmp_path / "b", prediction={"plausible": False}))
+    assert "faster than the machine can be" in false.dirty[0] and not false.measured
+    assert "not clean: on battery" in str(runs.compare([run]))
+
+
+def test_two_runs_of_one_machine_cannot_be_told_apart(tmp_path):
+    pair = [only(write(tmp_path / "a", 1.0)), only(write(tmp_path / "b", 1.3))]
+    found = runs.compare([pair[0], dataclasses.replace(pair[1], name="again")])
+    assert found.pairs[0].verdict.startswith("cannot tell") and not found.differs
+    assert {row.verdict for row in found.pairs[0].rows} == {"cannot tell"}
+    assert found.pairs[0].typical == pytest.approx(1.2, abs=0.15)
+
+
+def windows_and_wsl2(tmp_path, factor=1.5, **more):
+    windows = write(tmp_path / "w", 1.0, ENV | {"os": "Windows", "gpus": [CARD]})
+    wsl2 = write(tmp_path / "l", factor, ENV | {"os": "WSL2", "gpus": [CARD]}, **more)
+    return runs.load([windows, wsl2])
+
+
+def test_a_pair_on_one_card_gets_ratios_after_what_differs(tmp_path):
+    found = runs.compare(windows_and_wsl2(tmp_path))
+    (pair,) = found.pairs
+    assert pair.verdict == "faster in 3 of 3 conditions" and list(pair.differs) == ["os"]
+    assert all(r.low < r.ratio < r.high for r in pair.rows)
+    text = str(found)
+    assert text.index("os: Windows") < text.index("ratio") and "faster" in text
+    slower = runs.compare(windows_and_wsl2(tmp_path / "d"), "duration_s").pairs[0]
+    assert slower.verdict.startswith("faster") and slower.rows[0].ratio < 1
+    same = runs.compare(windows_and_wsl2(tmp_path / "s", 1.01)).pairs[0]
+    assert same.verdict.startswith("cannot tell: none of 3")
+
+
+def test_what_may_not_be_compared(tmp_path):
+    other = windows_and_wsl2(tmp_path, condition={"model": "yi-6b-chat"})
+    found = runs.compare(other)
+    assert "no condition is the same" in found.pairs[0].verdict
+    assert found.differs["model"] == {other[0].name: "gpt2", other[1].name: "yi-6b-chat"}
+    card = runs.load([write(tmp_path / "x", env=ENV | {"gpus": [CARD | {"name": "RTX 3060"}]})])
+    assert not runs.compare([other[0], *card]).pairs
+    with pytest.raises(ValueError, match="choose one of .*ttft_ms"):
+        runs.compare(other, "speed")
+
+
+def test_fewer_tokens_are_not_a_speed(tmp_path):
+    a, b = windows_and_wsl2(tmp_path)
+    cut = [{**r, "metrics": r["metrics"] | {"output_tokens": 1}} for r in b.records]
+    found = runs.compare([a, dataclasses.replace(b, records=tuple(cut))])
+    assert {r.ratio for r in found.pairs[0].rows} == {None}
+    assert "number of tokens" in found.pairs[0].rows[0].note
+
+
+def test_published_tables_stand_beside(tmp_path):
+    table = runs.side_by_side([*runs.published(), only(write(tmp_path))])
+    assert (
+        table.loc[("batch", 10)].notna().sum() == 2 and table.loc[("batch", 2)].notna().sum() == 3
+    )
+    windows = next(c for c in table if "Windows" in c)
+    assert table.loc[("batch", 10), windows] == pytest.approx(2560 / 3.549)
+
+
+SECRET = "a-person"
+
+
+def test_a_shared_file_names_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmperf.runs.sharing.getpass.getuser", lambda: SECRET)
+    monkeypatch.setattr("llmperf.runs.sharing.socket.gethostname", lambda: "their-laptop")
+    env = ENV | {"gpus": [CARD | {"uuid": "GPU-77"}], "host_gpus": "their-laptop", "novel": SECRET,
+                 "reasons": {"hags": r"C:\Users\a-person\x.exe failed"}}  # fmt: skip
+    more = {
+        "condition": {"model": "/home/a-person/models/mine", "options": {"base_url": "http://h:1"}},
+        "warnings": [f"unstable: {SECRET} at their-laptop, ~/work, 192.168.0.7, me@mail.org"],
+        "reason": "HTTP 401 with api_key=abc and hf_abcdefghijkl at https://their.host/v1",
+        "run_id": SECRET,
+    }
+    pack = runs.share(write(tmp_path / SECRET, env=env, **more), tmp_path / "x")
+    text = gzip.decompress(pack.read_bytes()).decode()
+    for word in (SECRET, "their", "192.168", "mail.org", "abc", "/home", "Users", "GPU-77", "h:1",
+                 "secret", '"pid"'):  # fmt: skip
+        assert word not in text, word
+    shared = only(pack)
+    assert shared.environment["kernel"] == "5.15.153.1" and "GNU/Linux" in text
+    assert shared.measured[0]["condition"]["model"] == "<a local model>"
+    assert pack.name == "x.jsonl.gz" and len(shared.measured) == 15
+
+
+def test_a_shared_file_compares_as_the_run_itself(tmp_path):
+    a, b = windows_and_wsl2(tmp_path)
+    shared = only(runs.share(tmp_path / "l", tmp_path / "x"))
+    ours, theirs = (runs.compare([a, x]).pairs[0] for x in (b, shared))
+    assert ours.rows == theirs.rows
+    ours, theirs = (findings.judge_all(x.records) for x in (b, shared))
+    assert ours == theirs
+
+
+def test_scrubbing_leaves_figures_and_usual_words():
+    for text in ("12.0 steps take 6.5 GB, 0.305 s at 21 GB/s", "GNU/Linux", "01-ai/Yi-6B-Chat",
+                 "the first token came late"):  # fmt: skip
+        assert scrub(text, ("someone",)) == text
+    assert all(len(word) > 2 for word in own_words())
+
+
+def test_sharing_says_what_is_wrong(tmp_path):
+    write(tmp_path / "m" / "a")
+    write(tmp_path / "m" / "b")
+    with pytest.raises(ValueError, match="holds 2 runs"):
+        runs.share(tmp_path / "m", tmp_path / "x")
+    runs.share(tmp_path / "m" / "a", tmp_path / "x")
+    with pytest.raises(ValueError, match="is there already"):
+        runs.share(tmp_path / "m" / "a", tmp_path / "x")
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    windows_and_wsl2(tmp_path)
+    folders = [str(tmp_path / name) for name in "wl"]
+    assert main(["compare", *folders, "--published"]) == 0
+    out = capsys.readouterr().out
+    assert "published" in out and "faster in 3 of 3 conditions" in out
+    assert main(["share", folders[0], "--to", str(tmp_path / "p")]) == 0
+    assert "p.jsonl.gz" in capsys.readouterr().out and (tmp_path / "p.jsonl.gz").exists()
+
+
+def test_shipped_runs_can_be_read():
+    for folder in runs.shipped():
+        (run,) = runs.load([folder])
+        assert run.measured and not run.left_out, Path(folder).name
