@@ -1,0 +1,81 @@
+"""What a figure says of itself: which band, which machine, what was unstable."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from llmperf import plots
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def frame(repeats, **fields):
+    rows = []
+    for level in (1, 2, 4):
+        for repeat in range(repeats):
+            row = {"status": "ok", "level": level, "y": level * (10 + repeat), "repeat": repeat}
+            row |= {"model": "gpt2", "dtype": "fp32", "weights": "trained", "quantization": None}
+            rows.append(row | {"warnings": "", "machine": "a card"} | fields)
+    return pd.DataFrame(rows)
+
+
+def drawn(rows):
+    """The caption's text, and the lowest and highest of the band at level 1 (None without one)."""
+    fig, ax = plots.figure()
+    plots.curve(ax, rows, "level", "y", "here")
+    plots.caption(fig, rows)
+    edges = [y for band in ax.collections for x, y in band.get_paths()[0].vertices if x == 1]
+    return fig.get_supxlabel(), (min(edges), max(edges)) if edges else None
+
+
+def test_few_repeats_are_drawn_from_lowest_to_highest_and_called_so():
+    text, band = drawn(frame(3))
+    assert "band: lowest to highest of 3" in text and "interval" not in text
+    assert band == (10, 12)
+
+
+def test_enough_repeats_are_drawn_with_their_interval():
+    text, band = drawn(frame(12))
+    assert "band: 95 % interval" in text and "lowest" not in text
+    assert 10 < band[0] < 15.5 < band[1] < 21, "narrower than all the runs"
+
+
+def test_one_kind_of_band_a_curve_when_a_level_has_fewer_runs():
+    rows = frame(6)
+    text, band = drawn(rows[(rows.level < 4) | (rows.repeat < 3)])
+    assert "band: lowest to highest of 3" in text and band == (10, 15)
+
+
+def test_one_run_has_no_band():
+    text, band = drawn(frame(1))
+    assert "band" not in text and band is None
+
+
+def test_the_caption_names_model_machine_and_one_warning_of_a_kind():
+    rows = frame(3)
+    rows.loc[0, "warnings"] = "unstable: others use 50 % of the CPU; unstable: drift: -7.1%"
+    rows.loc[1, "warnings"] = "unstable: others use 61 % of the CPU"
+    rows.loc[8, ["status", "warnings"]] = ["oom", "unstable: a failed run's own"]
+    text, _ = drawn(rows)
+    assert text.startswith("a card\ngpt2 fp32; points are runs")
+    assert text.count("unstable: others use") == 1 and "unstable: drift: -7.1%" in text
+    assert "failed run's own" not in text and "left out: 1 runs, oom" in text
+
+
+def test_long_captions_are_wrapped():
+    text, _ = drawn(frame(3, warnings="unstable: " + "why and " * 40))
+    assert max(map(len, text.splitlines())) <= plots.CAPTION_COLUMNS
+
+
+def test_a_simulated_figure_names_no_machine():
+    fig, _ = plots.figure()
+    plots.caption(fig, note="made up", simulated=True)
+    assert fig.get_supxlabel() == "simulated, on no machine\nmade up"
