@@ -1,0 +1,192 @@
+"""The compiled loop: the same tokens as the eager one, and a reason where it cannot work."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import tiny_models
+
+torch = pytest.importorskip("torch")
+
+from llmperf import compiled, decoding, fused, models, sampling, shapes, workload  # noqa: E402
+
+GREEDY = sampling.GREEDY
+DRAWN = sampling.Sampling(temperature=0.8, top_k=20, top_p=0.9, suppress=(0,))
+
+
+def tiny(case: str) -> models.Model:
+    torch.manual_seed(0)
+    module, config = tiny_models.build(case)
+    for parameter in module.parameters():  # far from uniform, so that a wrong logit shows
+        parameter.data.mul_(4)
+    shape = shapes.from_config(config.to_dict(), name=case)
+    source = models.LoadSpec(case, "fp32", "cpu", "random")
+    return models.Model(case, module, None, shape, "fp32", "cpu", "random", None, 0.0, source)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    made = {}
+    return lambda case: made.setdefault(case, tiny(case))
+
+
+def requests(lengths, new=12):
+    texts = [tuple((7 * i + 3 * n) % 100 + 1 for i in range(n)) for n in lengths]
+    return [workload.Request(i, t, new + i, seed=i) for i, t in enumerate(texts)]
+
+
+def both(model, asked, drawn, stop=None):
+    said = []
+    ours = list(compiled.steps(model, asked, drawn, stop, progress=said.append))
+    eager = list(decoding.decode(model, asked, loop="cached", sampling=drawn, stop=stop))
+    return ours, eager, said
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-bias-tied", "gpt2", "qwen3"])
+@pytest.mark.parametrize("lengths", [(9,), (4, 17, 9)])
+@pytest.mark.parametrize("drawn", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_same_tokens_as_the_eager_loop(loaded, case, lengths, drawn):
+    model = loaded(case)
+    ours, eager, _ = both(model, requests(lengths), drawn)
+    assert ours == eager
+    assert compiled.prepare(model, len(lengths), 64, drawn).reason is None
+
+
+def test_a_row_ends_at_its_own_stop_token(loaded):
+    model, asked = loaded("llama"), requests((4, 17, 9))
+    free, _, _ = both(model, asked, GREEDY)
+    stop = workload.Stop(end_ids=frozenset({free[3][1]}))
+    ours, eager, _ = both(model, asked, GREEDY, stop)
+    assert ours == eager
+    assert ours[-1][1] is None
+
+
+def test_a_longer_text_takes_a_larger_bucket(loaded, monkeypatch):
+    monkeypatch.setattr(compiled, "SMALLEST_BUCKET", 16)
+    model = loaded("llama")
+    for lengths in ((4,), (30,), (4,)):
+        ours, eager, _ = both(model, requests(lengths), GREEDY)
+        assert ours == eager
+    assert compiled.bucket(16) == 16
+    assert compiled.bucket(17) == 32
+
+
+def test_a_plan_is_compiled_once(loaded):
+    model = loaded("llama")
+    first = compiled.prepare(model, 1, 40, progress=lambda _: None)
+    said = []
+    assert compiled.prepare(model, 1, 41, DRAWN, progress=said.append) is first
+    assert not said
+
+
+def test_two_interleaved_generators_do_not_share_keys(loaded):
+    model, (one, other) = loaded("llama"), (requests((9,)), requests((5,)))
+    first, second = (compiled.steps(model, r, GREEDY) for r in (one, other))
+    pairs = zip(first, second, strict=True)
+    ours = [list(side) for side in zip(*pairs, strict=True)]
+    expected = [list(decoding.decode(model, r, sampling=GREEDY)) for r in (one, other)]
+    assert ours == expected
+
+
+def test_threads_give_the_same_tokens(loaded):
+    model = loaded("llama")
+    asked = [requests((n,)) for n in (3, 6, 9)]
+    got = {}
+
+    def work(i):
+        got[i] = list(compiled.steps(model, asked[i], DRAWN))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert got == {i: list(decoding.decode(model, r, sampling=DRAWN)) for i, r in enumerate(asked)}
+
+
+def test_bf16_stays_close(loaded):
+    model = loaded("llama")
+    other = replace(tiny("llama"), dtype="bf16")
+    other.module.to(torch.bfloat16)
+    assert compiled.prepare(other, 2, 40).reason is None
+    assert compiled.prepare(model, 2, 40).reason is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 33, 200])
+def test_linear_kernel(rows, dtype, columns):
+    fused.build_kernels()
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, columns).to(dtype), torch.randn(45, columns).to(dtype)
+    bias = torch.randn(45).to(dtype)
+    exact = x.double() @ w.double().T + bias.double()
+    ours = torch.ops.llmperf.linear(x, w, bias)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_attention_kernel_with_holes_in_the_mask():
+    fused.build_kernels()
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 6, 1, 20),
+        torch.randn(2, 3, 50, 20),
+        torch.randn(2, 3, 50, 20),
+    )
+    mask = torch.rand(2, 1, 1, 50) > 0.5
+    ours = torch.ops.llmperf.attend(query, key, value, mask, 0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(ours.transpose(1, 2), theirs)
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [("mistral", "sliding window"), ("gemma2", "softcap|sliding|alike|attention")],
+)
+def test_a_model_that_cannot_be_compiled_falls_back_with_a_reason(loaded, case, word):
+    model = loaded(case)
+    ours, eager, said = both(model, requests((4, 9)), GREEDY)
+    assert ours == eager
+    assert len(said) == 1
+    assert any(w in said[0] for w in word.split("|"))
+
+
+def test_without_a_static_cache_it_falls_back(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model.module), "_can_compile_fullgraph", False)
+    ours, eager, said = both(model, requests((4,)), GREEDY)
+    assert ours == eager
+    assert "static cache" in said[0]
+
+
+def test_without_a_compiler_it_falls_back(monkeypatch):
+    def no_compiler():
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(fused, "build_kernels", no_compiler)
+    ours, eager, said = both(tiny("llama"), requests((4,)), GREEDY)
+    assert ours == eager
+    assert "no C++ compiler" in said[0]
+
+
+def test_a_step_that_computes_something_else_is_refused(monkeypatch):
+    right = compiled._step
+    monkeypatch.setattr(
+        compiled,
+        "_step",
+        lambda module: lambda *a: (a[0][:, 0], right(module)(*a)[1] * 1.5),
+    )
+    ours, eager, said = both(tiny("llama"), requests((4,)), GREEDY)
+    assert ours == eager
+    assert "differ" in said[0]
+
+
+@pytest.mark.gpu
+def test_worker_threads_fall_back_on_a_gpu(loaded):
+    model = replace(loaded("llama"), device="cuda:0")
+    plans = []
+    thread = threading.Thread(target=lambda: plans.append(compiled.prepare(model, 1, 40)))
+    thread.start()
+    thread.join()
+    assert "main thread" in plans[0].reason
