@@ -1,0 +1,121 @@
+"""The measured ledger: tensors to the byte, levels that add up, residuals with a name."""
+
+import pytest
+from tiny_models import CONFIGS, build
+
+from llmperf import memory, predict, shapes
+from llmperf.memory import Channel, Window, measured
+
+GIB = 2**30
+
+
+def generated(module, prompt=20, new=4, rows=2):
+    """The cache after `new` tokens: it holds prompt + new - 1 of them."""
+    import torch
+
+    ids = torch.randint(3, 100, (rows, prompt))
+    with torch.inference_mode():
+        return module.generate(
+            ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True,
+            return_dict_in_generate=True, pad_token_id=0,
+        ).past_key_values  # fmt: skip
+
+
+def sizes(rows):
+    return {row.name: row.bytes for row in rows}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_weights_and_cache_to_the_byte_as_predicted(case):
+    module, config = build(case)
+    shape = shapes.from_config(config.to_dict())
+    found = sizes(measured.ledger(module, generated(module)))
+    assert found["weights"] == predict.weights_bytes(shape, "fp32")
+    assert found["buffers"] == predict.buffers_bytes(shape, "fp32")
+    if not shape.windows:
+        assert found["kv cache"] == predict.kv_bytes(shape, 2, 23, "fp32")
+    else:  # a sliding layer keeps a view of the tensor that the last step appended to
+        full = predict.kv_bytes(shapes.from_config({**config.to_dict(), "sliding_window": None}),
+                                2, 23, "fp32")  # fmt: skip
+        assert predict.kv_bytes(shape, 2, 23, "fp32") <= found["kv cache"] <= full
+
+
+def test_a_static_cache_is_held_whole():
+    import torch
+    from transformers import StaticCache
+
+    module, config = build("llama")
+    cache = StaticCache(config=config, max_cache_len=40)
+    with torch.inference_mode():
+        module(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
+    shape = shapes.from_config(config.to_dict())
+    expected = predict.kv_bytes(shape, 2, 40, "fp32")
+    # the static layers also count their tokens, in a tensor of one or a few integers
+    assert expected <= sizes(measured.ledger(module, cache))["kv cache"] < expected + 1000
+
+
+def test_quantised_weights_are_weights_and_not_buffers():
+    import torch
+
+    module = torch.nn.Module()
+    module.register_buffer("qweight", torch.zeros(10, 10, dtype=torch.int32))
+    module.register_buffer("inv_freq", torch.zeros(4))
+    found = sizes(measured.tensors(module))
+    assert (found["weights"], found["buffers"], found["kv cache"]) == (400, 16, 0)
+
+
+def test_on_the_cpu_the_rows_add_up_to_the_resident_set():
+    module, _ = build("llama")
+    with memory.Sampler() as sampler, sampler.window() as window:
+        cache = generated(module)
+    rss = window.summary()["rss"]["max"]
+    for base in (None, 50_000_000):
+        rows = measured.ledger(module, cache, window, base)
+        assert sum(r.bytes for r in rows if r.level != "of process") == rss
+        assert all(r.explanation for r in rows)
+        shared = rows[-1]
+        assert shared.name == "of it shared" and 0 <= shared.bytes < rss
+    assert sizes(rows)["context and libraries"] == 50_000_000
+
+
+def made_up(**peaks):
+    channels = {name: Channel("bytes", ((0.0, size),)) for name, size in peaks.items()}
+    reason = "the driver model does not report memory per process (WDDM, WSL2)"
+    missing = dict.fromkeys(memory.CHANNELS, Channel("bytes", reason=reason))
+    return Window({**missing, **channels})
+
+
+def test_on_a_gpu_each_level_is_a_row_beyond_the_one_inside():
+    module, _ = build("llama")
+    held = sum(r.bytes for r in measured.tensors(module))
+    peaks = {"allocated": held + 7, "reserved": held + 27, "process_vram": held + 127,
+             "device_used": held + 1127}  # fmt: skip
+    found = sizes(measured.ledger(module, None, made_up(**peaks)))
+    assert found["activations, logits, workspaces"] == 7
+    assert found["allocator slack"] == 20
+    assert found["context and libraries"] == 100
+    assert found["idle use"] == 1000
+    del peaks["process_vram"]
+    rows = measured.ledger(module, None, made_up(**peaks))
+    hidden = next(r for r in rows if r.name == "context and libraries")
+    assert hidden.bytes is None and "WDDM" in hidden.explanation
+    assert sizes(rows)["idle use"] == 1100, "what cannot be told apart stays in the sum"
+
+
+def test_beside_the_prediction():
+    module, config = build("llama")
+    shape = shapes.from_config(config.to_dict())
+    book = predict.memory(shape, "fp32", batch=2, prompt_tokens=20, new_tokens=4, platform="cpu")
+    rows = measured.ledger(module, generated(module))
+    table = {t["name"]: t for t in measured.beside(rows, book.to_dict()["lines"])}
+    for name in ("weights", "buffers", "kv cache"):
+        assert table[name]["measured"] == table[name]["low"] == table[name]["high"]
+    assert table["logits"]["measured"] is None and table["logits"]["high"] > 0
+
+
+def test_bad_input():
+    module, _ = build("gpt2")
+    with pytest.raises(ValueError, match="still open"):
+        measured.ledger(module, None, Window())
+    with pytest.raises(ValueError, match="no weights to count"):
+        measured.ledger(None)
