@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from llmperf.models import Model
-from llmperf.strategies import batch, continuous, coroutine, dynamic, processes, sequential, threads
+from llmperf.strategies import (
+    batch,
+    continuous,
+    coroutine,
+    dynamic,
+    endpoint,
+    processes,
+    sequential,
+    threads,
+)
 from llmperf.trace import Trace
 from llmperf.workload import Workload
 
@@ -21,6 +30,7 @@ _MODULES = {
     "processes": processes,
     "dynamic": dynamic,
     "continuous": continuous,
+    "endpoint": endpoint,
 }
 STRATEGIES: dict[str, Callable[[Model, Workload, Mapping], Trace]] = {
     name: module.run for name, module in _MODULES.items()

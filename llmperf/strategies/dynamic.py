@@ -7,15 +7,12 @@ The publication recommends it in its summary and did not measure it. The server 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import Counter
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import wait as done
-from functools import cache
+from collections.abc import Mapping
 
 from llmperf.models import Model
 from llmperf.serving import RequestFailed, Server
-from llmperf.strategies import shared
+from llmperf.strategies import background, shared
 from llmperf.trace import Recorder, Trace
 from llmperf.workload import Request, Workload
 
@@ -39,13 +36,13 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     `close()` ends it. Times are those at which this process could read a token.
     """
     check(model, len(workload.requests), options)
-    return _wait(_run(model, workload, options))
+    return background.wait(_run(model, workload, options))
 
 
 def close() -> None:
     """End the server that was kept for the next run, and give its memory back."""
     if _kept:
-        _wait(_kept.pop()[1].close())
+        background.wait(_kept.pop()[1].close())
 
 
 async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -105,23 +102,3 @@ async def _server(model: Model, options: Mapping) -> Server:
         _kept.append((kind, Server(model, processes=kind[1], loop=kind[2])))
     await _kept[0][1].start()  # starts what is missing: all processes, or those that have died
     return _kept[0][1]
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """An event loop in a thread of its own: a notebook's loop is busy running the cell."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="dynamic").start()
-    return loop
-
-
-def _wait(work: Coroutine):
-    """Run `work` in that loop until it is done; an interrupt here cancels it."""
-    future = asyncio.run_coroutine_threadsafe(work, _event_loop())
-    try:
-        while not done([future], timeout=0.2).done:
-            pass  # waiting in slices, since Windows cannot interrupt a wait without a time limit
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise

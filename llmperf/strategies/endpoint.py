@@ -1,0 +1,242 @@
+"""Any OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, `transformers serve`.
+
+The way past one GPU and one machine. The model given here lends its tokenizer alone
+(`models.front` loads no weights); what the server runs is the server's affair. The key is read from
+the environment and goes into one header, never into a record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmperf.models import Model
+from llmperf.strategies import background, shared
+from llmperf.strategies.events import BrokenStream, Chunk, read_chunks
+from llmperf.trace import ERROR, OK, Recorder, Trace
+from llmperf.workload import Request, Workload
+
+if TYPE_CHECKING:
+    import httpx
+
+OPTIONS = (
+    "url",
+    "served_model",
+    "api",
+    "key_env",
+    "timeout_s",
+    "connect_timeout_s",
+    "deadline_s",
+    "retries",
+    "concurrency",
+    "extra",
+)
+APIS = {"completions": "completions", "chat": "chat/completions"}
+BUSY = {429, 502, 503, 504}  # worth another try
+MAX_CONNECTIONS = 256  # more requests than this wait for one that is free
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def check(model: Model, level: int, options: Mapping) -> None:
+    """Raise ValueError, before any work, for options that cannot be."""
+    import httpx
+
+    shared.check_options("endpoint", options, OPTIONS)
+    url = httpx.URL(options.get("url", ""))
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(
+            f"url is {options.get('url', '')!r}: give the server's base address, such as"
+            " http://localhost:8000/v1"
+        )
+    if url.userinfo:
+        raise ValueError(
+            "the url names a password: set it in the environment and name it with key_env"
+        )
+    shared.check_choice("api", options.get("api", "completions"), list(APIS))
+    if "concurrency" in options:
+        shared.check_count("concurrency", options["concurrency"])
+    for name in ("timeout_s", "connect_timeout_s", "deadline_s"):
+        if not options.get(name, 1) > 0:
+            raise ValueError(f"{name} is {options[name]}: it must be above 0 seconds")
+    if not 0 <= options.get("retries", 0) <= 10:
+        raise ValueError(f"retries is {options['retries']}: choose 0 to 10")
+
+
+def run(model: Model, workload: Workload, options: Mapping) -> Trace:
+    """Send each request when it arrives; times are those at which its events reached this client.
+
+    Options: `url` (such as http://localhost:8000/v1), `served_model` (its name there; default the
+    model's), `api` (`completions`, or `chat`, which adds the server's chat template), `key_env`
+    (OPENAI_API_KEY), `timeout_s` (60, between two events), `connect_timeout_s` (5), `deadline_s`
+    (600, a whole request), `retries` (2), `concurrency` (a closed loop), `extra` (fields added to
+    each request, such as {"ignore_eos": True} for a forced length on vLLM or SGLang).
+
+    A refused connection and "too busy" are tried again; every retry is counted in the notes and its
+    time stays in the request's TTFT. Tokens are counted by tokenizing the answer, since an event
+    may carry several or none; each has the time of the event that completed its text.
+    """
+    check(model, len(workload.requests), options)
+    return background.wait(_run(model, workload, options))
+
+
+@dataclass
+class _Session:
+    """What the requests of a run share."""
+
+    model: Model
+    workload: Workload
+    options: Mapping
+    client: httpx.AsyncClient
+    recorder: Recorder
+    gate: asyncio.Semaphore
+    counts: Counter
+    secret: str
+
+
+async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
+    n = options.get("concurrency", len(workload.requests))
+    key = os.environ.get(options.get("key_env", "OPENAI_API_KEY"), "")
+    async with _client(options, key, n) as client:
+        recorder = Recorder(workload.requests)
+        session = _Session(
+            model, workload, options, client, recorder, asyncio.Semaphore(n), Counter(), key
+        )
+        rows = await asyncio.gather(*(_one(session, r) for r in workload.requests))
+        recorder.merge(rows, origin=0.0)
+        counted = ("retries", "connections", "answers_with_usage", "usage_tokens")
+        return recorder.trace(
+            **{name: session.counts[name] for name in counted},
+            outcomes=dict(Counter(row["status"] for row in rows)),
+            tokens_comparable=False,  # another engine, with random numbers of its own
+        )
+
+
+def _client(options: Mapping, key: str, connections: int) -> httpx.AsyncClient:
+    """One pool of connections for the run. Redirects are not followed: they may leak a key."""
+    import httpx
+
+    url, n = httpx.URL(options["url"]), min(connections, MAX_CONNECTIONS)
+    return httpx.AsyncClient(
+        base_url=str(url).rstrip("/") + "/",
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(
+            options.get("timeout_s", 60.0), connect=options.get("connect_timeout_s", 5.0), pool=None
+        ),
+        limits=httpx.Limits(max_connections=n, max_keepalive_connections=n),
+        trust_env=url.host not in LOCAL,  # no proxy in front of this machine itself
+    )
+
+
+async def _one(session: _Session, request: Request) -> dict:
+    """One request from arrival to its one outcome; the row's times are as on perf_counter."""
+    recorder, options = session.recorder, session.options
+    await asyncio.sleep(request.arrival_s - recorder.now())
+    chunks: list[Chunk] = []
+    async with session.gate:
+        recorder.submitted(request.id)
+        try:
+            async with asyncio.timeout(options.get("deadline_s", 600.0)):
+                await _with_retries(session, request, chunks)
+            reason = None if chunks else "the server ended the answer without any text"
+        except Exception as error:  # each request gets an answer, whatever the server does
+            reason = _reason(error, options).replace(session.secret or "\0", "***")
+    row = {"id": request.id, "started_s": None, "status": ERROR if reason else OK}
+    return row | {"reason": reason} | _tokens(session.model.tokenizer, chunks)
+
+
+async def _with_retries(session: _Session, request: Request, chunks: list[Chunk]) -> None:
+    import httpx
+
+    left = session.options.get("retries", 2)
+    pause = 0.2
+    while True:
+        try:
+            return await _stream(session, request, chunks)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.HTTPStatusError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if not left or chunks or (status is not None and status not in BUSY):
+                raise
+        left -= 1
+        session.counts["retries"] += 1
+        await asyncio.sleep(pause)
+        pause *= 2
+
+
+async def _stream(session: _Session, request: Request, chunks: list[Chunk]) -> None:
+    """Read one answer into `chunks`."""
+    import httpx
+
+    api = session.options.get("api", "completions")
+    body = _body(session, request, api)
+    extensions = {"trace": _count_connections(session.counts)}
+    async with session.client.stream(
+        "POST", APIS[api], json=body, extensions=extensions
+    ) as response:
+        if response.status_code != 200:
+            text = (await response.aread())[:300].decode(errors="replace")
+            message = f"the server answered {response.status_code}: {' '.join(text.split())}"
+            raise httpx.HTTPStatusError(message, request=response.request, response=response)
+        async for chunk in read_chunks(response.aiter_bytes(), request.max_new_tokens):
+            if chunk.text:
+                chunks.append(chunk)
+            if chunk.usage_tokens is not None:
+                session.counts["answers_with_usage"] += 1
+                session.counts["usage_tokens"] += chunk.usage_tokens
+
+
+def _count_connections(counts: Counter):
+    async def trace(event: str, info: dict) -> None:
+        counts["connections"] += event == "connection.connect_tcp.complete"
+
+    return trace
+
+
+def _body(session: _Session, request: Request, api: str) -> dict:
+    sampling, model = session.workload.sampling, session.model
+    text = model.tokenizer.decode(request.prompt_ids)
+    chat = {"messages": [{"role": "user", "content": text}]}
+    body = {
+        "model": session.options.get("served_model", model.name),
+        "max_tokens": request.max_new_tokens,
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "seed": request.seed,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if not sampling.greedy and sampling.top_p is not None:
+        body["top_p"] = sampling.top_p
+    body |= chat if api == "chat" else {"prompt": text}
+    return body | dict(session.options.get("extra", {}))
+
+
+def _tokens(tokenizer, chunks: list[Chunk]) -> dict:
+    """The answer's tokens, each with the time of the event that brought its last character."""
+    text = "".join(c.text for c in chunks)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    times, i, have = [], 0, len(chunks[0].text) if chunks else 0
+    for _, end in found["offset_mapping"]:
+        while have < end:
+            i += 1
+            have += len(chunks[i].text)
+        times.append(chunks[i].at_s)
+    return {"tokens": list(found["input_ids"]), "token_s": times}
+
+
+def _reason(error: Exception, options: Mapping) -> str:
+    """One sentence: what happened, at which server."""
+    import httpx
+
+    match error:
+        case httpx.ConnectError() | httpx.ConnectTimeout():
+            return f"no server answers at {options['url']}: {error or 'no connection in time'}"
+        case httpx.ReadTimeout():
+            return f"no event for {options.get('timeout_s', 60.0):g} s (timeout_s)"
+        case TimeoutError():
+            return f"no whole answer within {options.get('deadline_s', 600.0):g} s (deadline_s)"
+        case httpx.HTTPStatusError() | BrokenStream():
+            return str(error)
+    return f"{type(error).__name__}: {error}"
