@@ -101,16 +101,23 @@ class Setting:
             if not timed or r["metrics"].get("duration_s") is not None
         }
 
+    def alike(self, strategy: str, level: int, **options) -> list[Mapping]:
+        """The runs of one variant: the one without other options, else the first by spelling."""
+        by: dict[str, list] = {}
+        for row in self.runs(strategy, level, **options):
+            given = row["condition"].get("options") or {}
+            others = {k: v for k, v in given.items() if k not in options}
+            by.setdefault(json.dumps(others, sort_keys=True) if others else "", []).append(row)
+        return by[min(by)] if by else []
+
     def metric(self, name: str, strategy: str, level: int, **options) -> list[float]:
         """One value a run, of a plain metric such as `duration_s`."""
-        runs = self.runs(strategy, level, **options)
-        return [r["metrics"][name] for r in runs if r["metrics"].get(name) is not None]
+        values = (r["metrics"].get(name) for r in self.alike(strategy, level, **options))
+        return [x for x in values if x is not None]
 
     def seconds(self, strategy: str, level: int, **options) -> list[float]:
-        """Duration of each run. Of several variants of a strategy, the one without options."""
-        plain = [r for r in self.runs(strategy, level, **options) if not _varied(r, options)]
-        chosen = plain or _first_variant(self.runs(strategy, level, **options))
-        return [s for r in chosen if (s := r["metrics"].get("duration_s")) is not None]
+        """Duration of each run."""
+        return self.metric("duration_s", strategy, level, **options)
 
     def in_a_row(self, n: int) -> tuple[list[float], str]:
         """Seconds of n requests one after another: measured so, or n times one; and which."""
@@ -123,7 +130,7 @@ class Setting:
 
     def peaks(self, channel: str, strategy: str, level: int, of: str = "max") -> list[float]:
         """A memory channel's highest (or `of`) value in each run that could read it."""
-        found = (r["memory"].get(channel) or {} for r in self.runs(strategy, level))
+        found = (r["memory"].get(channel) or {} for r in self.alike(strategy, level))
         return [c[of] for c in found if c.get("status", "ok") == "ok" and c.get(of) is not None]
 
 
@@ -131,18 +138,6 @@ def _one_worker_each(condition: Mapping) -> bool:
     """Ten requests through two threads say nothing of ten threads."""
     options = condition.get("options") or {}
     return options.get("workers", condition["level"]) == condition["level"]
-
-
-def _varied(row: Mapping, asked: Mapping) -> bool:
-    return bool(set(row["condition"].get("options") or {}) - set(asked))
-
-
-def _first_variant(rows: list[Mapping]) -> list[Mapping]:
-    """Variants are never mixed: the first of them in the order of their spelling."""
-    by = {}
-    for row in rows:
-        by.setdefault(json.dumps(row["condition"].get("options"), sort_keys=True), []).append(row)
-    return by[min(by)] if by else []
 
 
 @dataclass(frozen=True)

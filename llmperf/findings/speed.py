@@ -114,7 +114,7 @@ def _without_loop(s: Setting) -> str:
 def _contention(s: Setting, n: int) -> Part | None:
     few = min(s.levels("threads"))
     sides = [
-        [x for r in s.runs("threads", level) if (x := _note(r, "gil", "contention")) is not None]
+        [x for r in s.alike("threads", level) if (x := _note(r, "gil", "contention")) is not None]
         for level in (n, few)
     ]
     if few == n or not all(sides):
