@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -115,12 +116,20 @@ class _Worker:
 
 
 def _listen(inbox: queue.SimpleQueue) -> None:
-    """Messages into the queue; when the parent is gone, so is this process, in mid-work too."""
+    """Messages into the queue; when the parent is gone, so is this process, in mid-work too.
+
+    It takes the file of weights along, since nobody else is left to do so.
+    """
+    folder = None
     while True:
         try:
-            inbox.put(pickle.load(sys.stdin.buffer))
+            kind, values = pickle.load(sys.stdin.buffer)
         except (EOFError, OSError, pickle.UnpicklingError):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
+        folder = values.get("folder", folder)
+        inbox.put((kind, values))
 
 
 def main() -> None:
