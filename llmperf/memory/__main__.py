@@ -13,7 +13,7 @@ import time
 from llmperf.memory import CHANNELS, GPU_CHANNELS
 
 # The share of one core that a costly reading may take: so much rarer is it made.
-UNIQUE_SHARE, CHILDREN_SHARE = 0.002, 0.01
+UNIQUE_SHARE, CHILDREN_SHARE = 0.002, 0.002
 
 
 class _Probe:
@@ -137,31 +137,39 @@ def _watch(pid: int, interval_s: float, gpu_uuid: str | None) -> None:
     while (word := words.get()) is not None:
         if word.startswith("start"):
             probe.without = {os.getpid(), *map(int, word.split()[1:])}
-            _answer(started=True)
             _answer(channels=_sample_until_told(probe, interval_s, words))
 
 
 def _sample_until_told(probe: _Probe, interval_s: float, words: queue.Queue) -> dict:
+    """Sample until the next word. The costly first readings end before the run may begin."""
     samples: dict[str, list] = {}
-    opened = time.perf_counter()
     costly = {probe.children: CHILDREN_SHARE, probe.unique: UNIQUE_SHARE}
-    due = dict.fromkeys(costly, opened)
+    due = dict.fromkeys(costly, 0.0)
+    opened = None
 
     def keep(values):
-        now = round(time.perf_counter() - opened, 4)
+        now = 0.0 if opened is None else round(time.perf_counter() - opened, 4)
         for name, value in values.items():
             samples.setdefault(name, []).append((now, value))
 
-    while True:
+    def keep_costly():
         for read, share in costly.items():
             began = time.perf_counter()
             if began >= due[read]:
                 keep(read())
-                due[read] = began + (time.perf_counter() - began) / share
-        keep(probe.fast())
+                ended = time.perf_counter()
+                due[read] = ended + (ended - began) / share
+
+    keep_costly()
+    keep(probe.fast())
+    _answer(started=True)
+    opened = time.perf_counter()
+    while True:
         try:
             word = words.get(timeout=interval_s)
         except queue.Empty:
+            keep_costly()
+            keep(probe.fast())
             continue
         if word is None:
             words.put(None)  # for `_watch`: nobody listens any more
