@@ -168,8 +168,11 @@ def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **want
         )
 
 
-def gantt(ax: Axes, trace: Trace) -> None:
-    """Who ran when: per request, waiting in grey, prefill in light, decoding in full colour."""
+def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
+    """Who ran when: per request, waiting in grey, prefill in light, decoding in full colour.
+
+    `named` draws the legend; of several axes side by side, let the last one have it.
+    """
     for row, request in enumerate(trace.requests):
         if request.started_s is None or not request.token_s:
             continue
@@ -180,8 +183,10 @@ def gantt(ax: Axes, trace: Trace) -> None:
         ax.barh(row, last - first, left=first, color=COLORS[0], height=0.7)
     ax.set(xlabel="time since the start (s)", ylabel="request", yticks=range(len(trace.requests)))
     ax.invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#e6e8eb", COLORS[5], COLORS[0])]
-    ax.legend(handles, ("waiting", "prefill", "decoding"), loc="best", frameon=False)
+    for name, color in (("waiting", "#e6e8eb"), ("prefill", COLORS[5]), ("decoding", COLORS[0])):
+        ax.bar(0, 0, color=color, label=name)
+    if named:
+        legend(ax)
 
 
 def stacked(ax: Axes, parts: pd.DataFrame, unit: str) -> None:
