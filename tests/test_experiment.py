@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmperf import experiment, machine, strategies
-from llmperf.experiment import Condition, beside, measure, results
+from llmperf.experiment import Condition, beside, fits, measure, results
 from llmperf.memory import Sampler, Window
 from llmperf.records import Record, Store
 from llmperf.trace import RequestTrace, Trace
@@ -146,6 +146,58 @@ def test_a_failure_is_a_record_then_skipped_and_the_rest_go_on(points, tiny, sto
     assert failed[0].reason == "ValueError: cannot read ~/model"
     assert failed[1].reason == "failed before: error: ValueError: cannot read ~/model"
     assert all(r.trace is None and not r.metrics and not r.prediction for r in failed)
+
+
+def test_what_surely_does_not_fit_is_refused_with_the_arithmetic(points, tiny, store, monkeypatch):
+    """Its cache alone: 2 x 2 layers x 16 entries x 4 bytes x 11 tokens for each row."""
+    huge = Condition(tiny, "batch", 2, prompt_tokens=10, new_tokens=2)
+    object.__setattr__(huge, "level", 200_000_000)  # no machine here has 524 GiB
+    monkeypatch.setattr(
+        Condition, "run", lambda *a, **k: made_up([1.0])(None, points[0].workload, {})
+    )
+    found = run([huge, points[0]], store, repeats=2)
+    rows = found.frame.groupby("level").status.agg(list)
+    assert rows[200_000_000] == ["skipped", "skipped"] and rows[1] == ["ok", "ok"]
+    said = next(r.reason for r in found.records if r.status == "skipped")
+    assert said.startswith("refused beforehand: ") and "kv cache 524.52" in said
+    assert "does not fit in" in said and "held already" in said
+
+
+def test_a_budget_caps_what_a_run_may_take(tiny):
+    import psutil
+
+    condition = Condition(tiny, "batch", 4, prompt_tokens=10, new_tokens=2)
+    assert fits.refusal(condition) is None
+    here = fits.memory(condition, 2**20)
+    assert here.budget == 2**20 and here.held > 10**8
+    large = Condition(tiny, "batch", 4, prompt_tokens=10, new_tokens=2)
+    object.__setattr__(large, "level", 4_000_000)  # 10.5 GiB of cache
+    assert "does not fit" in fits.refusal(large, 2**30)
+    with pytest.raises(ValueError, match="a budget of .*: give one above 0, up to"):
+        fits.refusal(condition, 2 * psutil.virtual_memory().total)
+
+
+def test_where_a_full_card_spills_the_allocator_is_capped(tiny, monkeypatch):
+    import torch
+
+    told, gib = [], 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * gib, 10 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gib)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: told.append(a))
+    condition = Condition(tiny, "sequential", 1, prompt_tokens=4, new_tokens=2)
+    assert fits.cap(condition) is None
+    object.__setattr__(condition, "model", replace(tiny, device="cuda:0"))
+    for system, share in (("WSL2", 0.85), ("Windows", 0.85), ("Linux", None)):
+        monkeypatch.setitem(fits.PROBES, "os", lambda system=system: system)
+        assert fits.cap(condition) == (share and pytest.approx(share))
+    assert fits.cap(condition, 3 * gib) is None
+    assert [device for _, device in told] == ["cuda:0", "cuda:0"]
+
+
+def test_the_predicted_memory_stands_beside_the_run(points, store):
+    row = run(points[:1], store, repeats=1).frame.iloc[0]
+    assert row.memory_level == "process"
+    assert 0 < row.memory_low_bytes < row.memory_high_bytes
 
 
 @pytest.mark.parametrize("kind", ["torch", "python", "text"])

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from llmperf import machine, records, strategies
-from llmperf.experiment import beside, results
+from llmperf.experiment import beside, fits, results
 from llmperf.experiment.beside import environment
 from llmperf.experiment.condition import Condition
 from llmperf.experiment.results import Results
@@ -39,6 +39,7 @@ def measure(
     quantity: str = "output_tokens_per_s",
     max_repeats: int | None = None,
     budget_s: float | None = None,
+    memory_budget: int | None = None,
     progress: bool = True,
 ) -> Results:
     """Run every condition `repeats` times, interleaved, and store a record of each run.
@@ -46,14 +47,15 @@ def measure(
     Runs that the store already holds are not repeated, so a killed study goes on where it was. With
     `width`, rounds are added up to `max_repeats` until every condition's interval of `quantity` (a
     number in the metrics) is narrower than that share of its median. `budget_s` ends the sweep
-    after the round at work. A condition that fails is a record with a status, and the rest go on.
+    after the round at work. A condition that fails is a record with a status, and the rest go on;
+    one that surely does not fit is not tried, see `fits.refusal`, which takes `memory_budget`.
     """
     rounds = _rounds(repeats, width, max_repeats)
     if not conditions:
         raise ValueError(f"{experiment}: there is no condition to measure")
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"budget_s is {budget_s}: it must be above 0 seconds")
-    session = _Session(experiment, conditions, store, seed)
+    session = _Session(experiment, conditions, store, seed, memory_budget)
     stopped, wide = f"{rounds} repeats", []
     began = time.perf_counter()
     bar = _bar(len(conditions) * rounds, experiment, progress)
@@ -90,7 +92,7 @@ def _rounds(repeats: int, width: float | None, max_repeats: int | None) -> int:
 class _Session:
     """One call of `measure`: its order, its reference tokens, and the records it made or found."""
 
-    def __init__(self, experiment, conditions, store, seed):
+    def __init__(self, experiment, conditions, store, seed, memory_budget=None):
         self.experiment, self.store = experiment, store
         self.conditions = list(conditions)
         self.described = [c.describe() for c in self.conditions]
@@ -99,13 +101,16 @@ class _Session:
         self.reference: dict[str, Trace] = {}
         self.warm: set[int] = set()
         self.failed = self._failed_before()
+        asked = {i: fits.refusal(c, memory_budget) for i, c in enumerate(self.conditions)}
+        self.refused = {i: why for i, why in asked.items() if why}
+        fits.cap(self.conditions[0], memory_budget)
         self.noticed: str | None = None  # what else this machine was doing as the round began
         self.run_id = store.path.parent.name
 
     @property
     def alive(self) -> bool:
-        """Whether a condition is left that has not failed."""
-        return len(self.failed) < len(self.conditions)
+        """Whether a condition is left that neither failed nor was refused."""
+        return len(self.failed | self.refused) < len(self.conditions)
 
     def _failed_before(self) -> dict[int, str]:
         """Conditions that failed in an earlier part of this run: they are not tried again."""
@@ -132,6 +137,8 @@ class _Session:
     def one(self, i: int, repeat: int, sampler: Sampler) -> Record:
         """The record of one run, whatever came of it; a condition that failed is not run again."""
         bare = self.record(self.described[i], repeat)
+        if i in self.refused:
+            return replace(bare, status="skipped", reason=self.refused[i])
         if i in self.failed:
             return replace(bare, status="skipped", reason=f"failed before: {self.failed[i]}")
         record = self.tried(bare, i, sampler)
@@ -221,7 +228,7 @@ class _Session:
 
     def wide(self, width: float, quantity: str) -> list[str]:
         """The conditions, failed ones aside, whose interval of `quantity` is not narrow enough."""
-        alive = {key for i, key in enumerate(self.keys) if i not in self.failed}
+        alive = {key for i, key in enumerate(self.keys) if i not in self.failed | self.refused}
         return results.wide([r for r in self.mine() if _bare_key(r) in alive], width, quantity)
 
     def mine(self) -> list[Record]:

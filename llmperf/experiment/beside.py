@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 from llmperf import ceilings, machine, predict
+from llmperf.experiment import fits
 from llmperf.experiment.condition import Condition
 from llmperf.trace import Trace
 
@@ -47,7 +48,18 @@ def predict_beside(condition: Condition, trace: Trace) -> dict:
         "why": verdict.sentence,
         "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
         "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
+        **_memory_beside(condition),
     }
+
+
+def _memory_beside(condition: Condition) -> dict:
+    """The ledger's bounds at the level that is measured: the process on the CPU, else reserved."""
+    book = fits.ledger(condition)
+    if book is None:
+        return {}
+    level = "process" if condition.model.device == "cpu" else "reserved"
+    low, high = book.at(level)
+    return {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
 
 
 def _rows_per_step(condition: Condition) -> int:
