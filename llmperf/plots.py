@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from llmperf import machine, published, stats
 from llmperf.experiment.beside import environment
+from llmperf.predict import Ledger
 from llmperf.trace import Trace
 
 # Okabe and Ito's palette: told apart with any colour vision. Markers differ too.
@@ -208,7 +209,23 @@ def stacked(ax: Axes, parts: pd.DataFrame, unit: str) -> None:
         left = left + parts[column]
     ax.set_xlabel(unit)
     ax.invert_yaxis()
-    ax.legend(frameon=False, fontsize=8, loc="best")
+    legend(ax)
+
+
+def ledgers(ax: Axes, books: Mapping[str, Ledger], most: int = 5) -> None:
+    """One stacked bar a predicted ledger: its `most` largest lines, the rest, and in grey stripes
+    what arithmetic leaves open between the low and the high bound. GiB."""
+    lows = pd.DataFrame(
+        {label: {line.name: line.low / GIB for line in b.lines} for label, b in books.items()}
+    ).T
+    lows = lows[lows.max().sort_values(ascending=False, kind="stable").index]
+    parts = lows.iloc[:, :most].assign(rest=lows.iloc[:, most:].sum(axis=1))
+    stacked(ax, parts, "GiB")
+    for label, book in books.items():
+        width, name = (book.high - book.low) / GIB, "up to" if label == next(iter(books)) else None
+        ax.barh(label, width, left=book.low / GIB, color="white", edgecolor=GREY, hatch="////",
+                linewidth=0.8, label=name)  # fmt: skip
+    legend(ax)
 
 
 def bars(ax: Axes, labels: Iterable[str], samples: Sequence[Sequence[float]], unit: str) -> None:

@@ -249,6 +249,7 @@ def test_yi_34b_on_an_rtx_3090():
     assert "weights 17.91 + kv cache 1.87" in said[0]
     assert "might fit in 24.00 GiB" in said[0]
     assert any(s.startswith("Batch 3 surely fits") for s in said)
+    assert said[-1] == "RTX 5090 (32 GiB) surely holds it."
     plain = predict.advise(shapes.preset("yi-34b-chat"), predict.card("RTX 3090"), **RUN)
     assert "does not fit" in plain[0]
     assert any(s.startswith("With awq weights") and "might fit" in s for s in plain)

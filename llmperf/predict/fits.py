@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llmperf.predict import cards
 from llmperf.predict.cards import GIB, Card
 from llmperf.predict.ledger import Ledger, memory
 from llmperf.tensors import ModelShape
@@ -132,7 +133,15 @@ def advise(shape: ModelShape, card: Card, **run) -> list[str]:
         smaller = judge(memory(shape, **{**run, "quantization": word}), size)
         if run.get("quantization") is None and shape.quantization is None:
             said.append(f"With {word} weights: {smaller.sentence}.")
-    return said
+    return said + _cards_that_hold(memory(shape, **run).high)
+
+
+def _cards_that_hold(size: int) -> list[str]:
+    """The smallest known card that surely holds `size` bytes, if there is one."""
+    known = [cards.card(name) for name in cards.names()]
+    enough = [c for c in known if c.memory_gib * GIB >= size]
+    smallest = min(enough, key=lambda c: c.memory_gib, default=None)
+    return [f"{smallest.name} ({smallest.memory_gib:g} GiB) surely holds it."] if smallest else []
 
 
 @dataclass(frozen=True)
