@@ -11,9 +11,9 @@ from llmperf import machine, plots
 from llmperf.findings.evidence import Setting, gather
 from llmperf.runs.tables import condition_key
 
-PANELS = (
-    ("output_tokens_per_s", "tokens/s of all requests together\n(more is better)"),
-    ("wait_ms", "a request's time for each of its tokens,\nqueue included (ms, less is better)"),
+PANELS = (  # metric, title, unit
+    ("output_tokens_per_s", "All requests together: more is better", "output tokens/s"),
+    ("wait_ms", "Each request, waiting included: less is better", "its time for a token (ms)"),
 )
 
 
@@ -74,11 +74,12 @@ def figure(records: Iterable):
     if not len(frame):
         return None
     fig, axes = plots.figure(columns=2, height=3.8)
-    for ax, (y, text) in zip(axes, PANELS, strict=True):
+    for ax, (y, title, unit) in zip(axes, PANELS, strict=True):
         known = frame[frame[y].notna()]
         for name, rows in known.groupby("strategy", sort=False):
             plots.curve(ax, rows, "level", y, name, style=plots.STRATEGY_STYLE.get(name, 5))
-        ax.set(xlabel="requests at once", ylabel=text, yscale="log")
+        ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
+        ax.set_title(title, fontsize=10)
         plots.levels(ax, sorted(frame.level.unique()))
     plots.legend(axes[1])
     plots.caption(fig, frame)

@@ -1,4 +1,4 @@
-"""The HTML report of a run: one file that opens without a network."""
+"""The HTML report of a run: one file that opens without a network, the verdict first."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ th, td { border: 1px solid #d0d7de; padding: .25rem .6rem; text-align: right }
 th:first-child, td:first-child { text-align: left }
 .failed { color: #a40e26; font-weight: 600 }
 .anchor-link, .jp-InputPrompt, .prompt { display: none }
+.lead { font-size: 1.25rem; margin: .3rem 0 }
+.card td { text-align: left; vertical-align: top } .card td:nth-child(2) { font-weight: 600 }
+.holds { color: #0b6b3a } .fails { color: #a40e26 } .open { color: #57606a }
 details > summary { cursor: pointer; color: #57606a; font-size: 13px }
 """
 
 
 def write(folder: Path, state) -> Path:
-    """Write `report.html` in a run's folder: contents first, then every executed notebook."""
+    """Write `report.html` in a run's folder: the verdict, then every executed notebook."""
     links, sections = [], []
     for stem in state.steps:
         outcome = state.done.get(stem, "not run")
@@ -40,12 +43,70 @@ def write(folder: Path, state) -> Path:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>llmperf: {html.escape(state.profile)}</title><style>{STYLE}</style></head><body>"
         "<main><h1>What decides how fast a language model answers on this machine</h1>"
+        f"{_verdict(folder)}"
         f"<p>Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}.</p>"
         f"<nav><ol start='0'>{''.join(links)}</ol></nav>{''.join(sections)}</main></body></html>"
     )
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _verdict(folder: Path) -> str:
+    """The first screen: the answer, the machine, one figure, and the scorecard."""
+    from llmperf import findings, overview, runs, verdict
+
+    try:
+        (run,) = runs.load([folder / "records.jsonl"])
+    except ValueError as error:
+        return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
+    said = findings.judge_all(run.records)
+    dirty = "".join(f'<p class="failed">Not clean: {html.escape(x)}</p>' for x in run.dirty)
+    return (
+        f'<p class="lead">{html.escape(verdict.headline(run.records))}</p>'
+        f"<p>Measured on {html.escape(run.caption)}.</p>{dirty}"
+        f"{_image(overview.figure(run.records))}{_scorecard(said)}"
+    )
+
+
+def _image(figure) -> str:
+    """A figure as a PNG inside the page; nothing when there is none."""
+    import base64
+    import io
+
+    import matplotlib.pyplot as plt
+
+    if figure is None:
+        return ""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img alt="Throughput and waiting of every strategy" src="data:image/png;base64,{data}">'
+    )
+
+
+CLASSES = {"holds": "holds", "does not hold": "fails"}
+
+
+def _scorecard(verdicts) -> str:
+    """How many of the published findings hold, then each, what could be judged first."""
+    words = ("holds", "does not hold", "cannot tell", "not testable here")
+    count = {word: sum(v.verdict == word for v in verdicts) for word in words}
+    rows = "".join(
+        f"<tr><td>{html.escape(v.claim)}</td>"
+        f'<td class="{CLASSES.get(v.verdict, "open")}">{v.verdict}</td>'
+        f"<td>{html.escape('. '.join((v.figures, *v.warnings)))}</td></tr>"
+        for v in sorted(verdicts, key=lambda v: words.index(v.verdict))
+    )
+    return (
+        f"<h2>Does the published study hold here?</h2><p>Of its {len(verdicts)} findings"
+        f" {count['holds']} hold on this machine, {count['does not hold']} do not,"
+        f" {count['cannot tell']} cannot be told from these runs, and {count['not testable here']}"
+        " need another machine or notebook.</p><table class='card'><thead><tr><th>Finding</th>"
+        f"<th>Here</th><th>Figures, or what is lacking</th></tr></thead>{rows}</table>"
+    )
 
 
 def _body(path: Path) -> str:

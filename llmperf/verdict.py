@@ -107,6 +107,22 @@ def table(records: Iterable):
     return pd.DataFrame(rows)
 
 
+def headline(records: Iterable) -> str:
+    """The answer in one sentence: what gives the most tokens/s here, against one after another."""
+    found = options(records)
+    if not found:
+        return "Nothing was measured yet."
+    best = max(found, key=lambda o: o.tokens_per_s)
+    name = best.name[0].upper() + best.name[1:]
+    text = f"{name}: the most tokens here, {best.tokens_per_s:.3g} tokens/s"
+    alone = [o for o in found if o.strategy == "sequential"] or [o for o in found if o.level == 1]
+    alone = [o for o in alone if o.dtype == best.dtype] or alone
+    if not alone or best in alone:
+        return f"{text}."
+    one = max(alone, key=lambda o: o.tokens_per_s)
+    return f"{text}, {best.tokens_per_s / one.tokens_per_s:.1f} times one request after another."
+
+
 def recommend(
     records: Iterable,
     load_per_s: float,
