@@ -97,10 +97,7 @@ def test_a_broken_trace_file_is_refused_with_its_line(tmp_path, text, says):
 def test_no_request_starts_before_it_is_scheduled(tiny, strategy, options):
     work = workload.build(tiny.tokenizer, 5, 8, 4, sampling=GREEDY)
     work = load.arriving(work, kind="even", rate_per_s=20)
-    try:
-        trace = strategies.STRATEGIES[strategy](tiny, work, options)
-    finally:
-        strategies.dynamic.close()
+    trace = strategies.STRATEGIES[strategy](tiny, work, options)
     for i, r in enumerate(trace.requests):
         assert r.scheduled_s == pytest.approx(i / 20)
         assert r.scheduled_s - 0.002 <= r.started_s <= r.token_s[0]

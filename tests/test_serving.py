@@ -14,7 +14,7 @@ import engines
 import psutil
 import pytest
 
-from llmperf import workload
+from llmperf import strategies, workload
 from llmperf.models import byte_tokenizer
 from llmperf.sampling import GREEDY, PUBLISHED, Sampling
 from llmperf.serving import RequestFailed, Server
@@ -53,10 +53,7 @@ def test_tokens_are_those_of_sequential(tiny):
     work = workload.build(
         tiny.tokenizer, 9, (3, 17, 40), (12, 5, 20), sampling=Sampling(top_k=40, top_p=0.9)
     )
-    try:
-        trace = dynamic.run(tiny, work, {"max_batch": 4})
-    finally:
-        dynamic.close()
+    trace = dynamic.run(tiny, work, {"max_batch": 4})
     alone = sequential.run(tiny, work, {})
     assert agreement(trace, alone).agree == 9
     assert [r.status for r in trace.requests] == ["ok"] * 9
@@ -64,6 +61,19 @@ def test_tokens_are_those_of_sequential(tiny):
     for r in trace.requests:
         assert r.submitted_s <= r.started_s <= r.token_s[0]
         assert list(r.token_s) == sorted(r.token_s)
+
+
+def test_a_session_keeps_the_server_and_leaves_nothing_behind(tiny):
+    work = workload.build(tiny.tokenizer, 2, 5, 3)
+    with strategies.session():
+        assert strategies.ready("dynamic", tiny, 2, {}) == []
+        idle = strategies.ready("sequential", tiny, 2, {})
+        assert len(idle) == 1 and psutil.pid_exists(idle[0])
+        first = dynamic.run(tiny, work, {"max_batch": 1})
+        assert dynamic.run(tiny, work, {}).digest() == first.digest()
+        assert strategies.ready("sequential", tiny, 2, {}) == idle  # the same one
+    assert strategies.ready("sequential", tiny, 2, {}) == []
+    assert not psutil.pid_exists(idle[0])
 
 
 def test_a_text_comes_back_as_text_that_ends_at_the_stop_rule():

@@ -2,11 +2,11 @@
 
 A strategy decides only when and where a request runs. `level` is the number of requests in flight.
 Each has `check(model, level, options)` too, which refuses bad options before any work. What
-`processes` keeps alive from run to run lives inside a `session`.
+`processes` and `dynamic` keep alive from run to run lives inside a `session`.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from llmperf.models import Model
 from llmperf.strategies import (
@@ -49,9 +49,11 @@ def check(
         _MODULES[name].check(model, level, options or {})
 
 
-def session() -> AbstractContextManager:
+@contextmanager
+def session() -> Iterator[None]:
     """Inside, a strategy may keep what is dear to start; on leaving, nothing is left."""
-    return processes.session()
+    with processes.session(), dynamic.session():
+        yield
 
 
 def ready(name: str, model: Model, level: int, options: Mapping) -> list[int]:
@@ -59,6 +61,10 @@ def ready(name: str, model: Model, level: int, options: Mapping) -> list[int]:
 
     Gives the process ids of workers that stay idle in it: they are not part of its memory.
     """
-    if name == "processes":
-        return processes.ready(model, level, options)
-    return processes.rest(model)
+    idle: list[int] = []
+    for module in (processes, dynamic):
+        if _MODULES[name] is module:
+            idle += module.ready(model, level, options)
+        else:
+            idle += module.rest(model)
+    return idle

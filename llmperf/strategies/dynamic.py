@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from llmperf.models import Model
 from llmperf.serving import RequestFailed, Server
@@ -32,15 +33,44 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `max_batch` (default 8), `window_s` (0.002), `max_queue` (default: all requests),
     `processes` (1), `concurrency` (at most so many in flight: a closed loop), `deadline_s`, `loop`.
-    The server stays up for the next run of the same kind, so that starting it is not timed;
-    `close()` ends it. Times are those at which this process could read a token.
+    Inside a `strategies.session()` the server stays up for the next run of the same kind. Starting
+    it is never timed. Times are those at which this process could read a token.
     """
     check(model, len(workload.requests), options)
-    return background.wait(_run(model, workload, options))
+    with session():
+        return background.wait(_run(model, workload, options))
 
 
-def close() -> None:
-    """End the server that was kept for the next run, and give its memory back."""
+@contextmanager
+def session() -> Iterator[None]:
+    """Inside, the server stays up from run to run; on leaving the outermost it is ended."""
+    global _sessions
+    _sessions += 1
+    try:
+        yield
+    finally:
+        _sessions -= 1
+        if not _sessions:
+            _close()
+
+
+def ready(model: Model, level: int, options: Mapping) -> list[int]:
+    """Have the server of this condition loaded; none of its processes is idle in a run."""
+    background.wait(_server(model, options))
+    return []
+
+
+def rest(model: Model) -> list[int]:
+    """Before a run of another strategy: the processes that only wait meanwhile.
+
+    On a GPU each holds a context that the device level counts, so there they are ended.
+    """
+    if _kept and model.device != "cpu":
+        _close()
+    return _kept[0][1].pids if _kept else []
+
+
+def _close() -> None:
     if _kept:
         background.wait(_kept.pop()[1].close())
 
@@ -90,6 +120,7 @@ async def _send(server, request: Request, workload, options, recorder, gate) -> 
     }
 
 
+_sessions = 0
 _kept: list[tuple[tuple, Server]] = []  # at most one, for the next run of the same kind
 
 
