@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmperf.machine import cache_dir
-from llmperf.sampling import Sampling, next_tokens, uniforms
-from llmperf.workload import Request, Stop
+from llmperf.sampling import Sampling, next_tokens
+from llmperf.workload import Request
 
 if TYPE_CHECKING:
     import torch
@@ -256,30 +256,18 @@ def tokens(model: Model, plan: Plan, batch, sampling: Sampling, draws) -> Iterat
         plan.buffers.append(buffers)
 
 
-def steps(
-    model: Model,
-    requests: Sequence[Request],
-    sampling: Sampling | None = None,
-    stop: Stop | None = None,
-    progress: Callable[[str], None] = print,
-) -> Iterator[list[int | None]]:
-    """As `decoding.decode`: one list a step, None for rows that ended."""
+def loop(model: Model, batch, draw) -> Iterator[torch.Tensor]:
+    """The decoding loop `compiled`, as `decoding.LOOPS` lists it: tokens of (rows,) a step."""
     from llmperf import decoding
 
-    sampling, stop = sampling or Sampling(), stop or Stop()
-    batch = decoding.pad(requests, model.torch_device)
-    length = batch.ids.shape[1] + batch.steps
-    plan = prepare(model, len(requests), length, sampling, progress)
+    rows, columns = batch.ids.shape
+    plan = prepare(model, rows, columns + batch.steps, draw.sampling)
     if plan.reason:
-        yield from decoding.decode(model, requests, sampling=sampling, stop=stop)
-        return
-    draws = uniforms([r.seed for r in requests], batch.steps).to(model.torch_device)
-    left = [r.max_new_tokens for r in requests]
-    for step, chosen in enumerate(tokens(model, plan, batch, sampling, draws), 1):
-        row = [t if n else None for t, n in zip(chosen.tolist(), left, strict=True)]
-        yield row
-        for i, token in enumerate(row):
-            if token is not None:
-                left[i] = 0 if stop.ends(token, step) else left[i] - 1
-        if not any(left):
-            return
+        yield from decoding.cached(model, batch, draw)
+    else:
+        yield from tokens(model, plan, batch, draw.sampling, draw.uniforms)
+
+
+def plans(model: Model) -> list[Plan]:
+    """Every plan made for this model so far: what compiling took, and why one fell back."""
+    return list(_PLANS.get(model.module, {}).values())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmperf import compiled
 from llmperf.sampling import Sampling, next_tokens, uniforms
 from llmperf.workload import Request, Stop
 
@@ -54,7 +55,19 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
-def recompute(model: Model, batch: Batch, choose: Callable) -> Iterator[torch.Tensor]:
+@dataclass(frozen=True)
+class Draw:
+    """Chooses the next tokens of a batch, each row from its own random stream."""
+
+    sampling: Sampling
+    uniforms: torch.Tensor  # (rows, steps)
+
+    def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """Logits (rows, vocabulary) of one step → ids (rows,)."""
+        return next_tokens(logits, self.sampling, self.uniforms[:, step])
+
+
+def recompute(model: Model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
     """The published loop: the whole forward pass over the last 200 tokens, for every token.
 
     It computes the logits of every position and uses the last, as published.
@@ -70,14 +83,14 @@ def recompute(model: Model, batch: Batch, choose: Callable) -> Iterator[torch.Te
             position_ids=positions(mask),
             use_cache=False,
         ).logits
-        tokens = choose(logits[:, -1], step)
+        tokens = draw(logits[:, -1], step)
         del logits  # (rows, columns, vocabulary): not to be held through the next pass
         yield tokens
         ids = torch.cat((ids, tokens[:, None]), dim=1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
 
 
-def cached(model: Model, batch: Batch, choose: Callable) -> Iterator[torch.Tensor]:
+def cached(model: Model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
     """Prefill once, then one column a step: keys and values of earlier tokens are kept."""
     import torch
     from transformers import DynamicCache
@@ -97,12 +110,12 @@ def cached(model: Model, batch: Batch, choose: Callable) -> Iterator[torch.Tenso
             use_cache=True,
             logits_to_keep=1,  # of the prompt, only the last position is needed
         )
-        tokens = choose(out.logits[:, -1], step)
+        tokens = draw(out.logits[:, -1], step)
         yield tokens
         ids, position = tokens[:, None], position[:, -1:] + 1
 
 
-LOOPS = {"recompute": recompute, "cached": cached}
+LOOPS = {"recompute": recompute, "cached": cached, "compiled": compiled.loop}
 
 
 def check_loop(loop: str) -> None:
@@ -131,17 +144,13 @@ def decode(
     sampling, stop = sampling or Sampling(), stop or Stop()
     device = model.torch_device
     batch = pad(requests, device)
-    draws = uniforms([r.seed for r in requests], batch.steps).to(device)
-
-    def choose(logits, step):
-        return next_tokens(logits, sampling, draws[:, step])
-
+    draw = Draw(sampling, uniforms([r.seed for r in requests], batch.steps).to(device))
+    # Compiled code guards on the mode it was made in, and was made without inference mode.
+    without_gradients = torch.no_grad if loop == "compiled" else torch.inference_mode
     left = [r.max_new_tokens for r in requests]
-    tokens_of_steps = LOOPS[loop](model, batch, choose)
+    tokens_of_steps = LOOPS[loop](model, batch, draw)
     for step in range(1, batch.steps + 1):
-        with (
-            torch.inference_mode()
-        ):  # per step: a suspended generator must not leave it switched on
+        with without_gradients():  # per step: a suspended generator must not leave it on
             tokens = next(tokens_of_steps).tolist()  # waits for the device
         row = [t if n else None for t, n in zip(tokens, left, strict=True)]
         yield row

@@ -131,7 +131,7 @@ def test_a_suspended_loop_leaves_inference_mode_off(tiny):
 
 
 def test_unknown_loop_and_too_long_text_are_refused(tiny):
-    with pytest.raises(ValueError, match="unknown loop 'fast': choose recompute, cached"):
+    with pytest.raises(ValueError, match="unknown loop 'fast': choose recompute, cached, compiled"):
         next(decoding.decode(tiny, [Request(0, (1,), 1)], loop="fast"))
     work = workload.build(tiny.tokenizer, 1, 500, 13)
     with pytest.raises(ValueError, match="= 513, but the model has 512 positions"):

@@ -180,7 +180,8 @@ class _Session:
         while len(times) < WARMUP_RUNS and not _settled(times):
             trace = condition.run(short)
             times.append(trace.duration_s)
-        self.store.append(self.apart(self.described[i], trace, "warmup", {"warmup_s": times}))
+        apart = {"warmup_s": times, "compile_s": beside.compile_s(condition)}
+        self.store.append(self.apart(self.described[i], trace, "warmup", apart))
         self.warm.add(i)
 
     def reference_for(self, i: int) -> None:
@@ -223,7 +224,8 @@ class _Session:
             memory=window.summary(),
             prediction=beside.predict_beside(self.conditions[i], trace),
             agreement=asdict(agreement(trace, self.reference[self.signature(i)])),
-            warnings=[f"unstable: {self.noticed}"] if self.noticed else [],
+            warnings=beside.fallbacks(self.conditions[i])
+            + ([f"unstable: {self.noticed}"] if self.noticed else []),
         )
 
     def wide(self, width: float, quantity: str) -> list[str]:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
-from llmperf import ceilings, machine, predict
+from llmperf import ceilings, compiled, machine, predict
 from llmperf.experiment import fits
 from llmperf.experiment.condition import Condition
 from llmperf.trace import Trace
@@ -16,6 +16,21 @@ from llmperf.trace import Trace
 def environment() -> dict:
     """This machine, asked once a process."""
     return machine.describe()
+
+
+def compile_s(condition: Condition) -> float | None:
+    """Seconds that compiling took for this condition's model so far; None when nothing was."""
+    if condition.loop != "compiled":
+        return None
+    return sum(plan.compile_s for plan in compiled.plans(condition.model))
+
+
+def fallbacks(condition: Condition) -> list[str]:
+    """Why the compiled loop ran as `cached`: a figure must not claim what did not happen."""
+    if condition.loop != "compiled":
+        return []
+    reasons = {p.reason for p in compiled.plans(condition.model) if p.reason}
+    return [f"compiled ran as cached: {reason}" for reason in sorted(reasons)]
 
 
 def predict_beside(condition: Condition, trace: Trace) -> dict:
