@@ -185,7 +185,7 @@ def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
     ax.set(xlabel="time since the start (s)", ylabel="request", yticks=range(len(trace.requests)))
     ax.invert_yaxis()
     for name, color in (("waiting", "#e6e8eb"), ("prefill", COLORS[5]), ("decoding", COLORS[0])):
-        ax.bar(0, 0, color=color, label=name)
+        ax.barh(0, 0, color=color, label=name)
     if named:
         legend(ax)
 
