@@ -269,7 +269,9 @@ def _why(o: Option, rate: float, load: float, slo: Mapping, within: bool) -> str
 
 
 def _ms(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3g} ms"
+    return (
+        "not measured" if value is None else f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+    )
 
 
 def _rests_on(o: Option, among: int) -> str:

@@ -230,6 +230,15 @@ def test_device_levels_must_differ():
     assert verdict("vram-same-inside", *alike).verdict == FAILS
 
 
+def test_of_several_variants_the_one_nearest_to_the_defaults_is_judged():
+    lean = [run("threads", 10, 90, options={"intra_op": 1}), run("sequential", 1, 2)]
+    full = run("threads", 10, 10, options={"intra_op": 8})
+    assert verdict("threads-windows", *lean, full).verdict == HOLDS
+    own = run("threads", 10, 90, options={"stream": "own"})
+    default = run("threads", 10, 10, options={"stream": "default"})
+    assert verdict("threads-windows", lean[1], own, default).verdict == HOLDS
+
+
 def test_models_are_never_mixed():
     groups = run("batch", 1, 2, model="gpt2"), run("batch", 10, 2.5, model="yi-6b-chat")
     assert verdict("batch-time", *groups).verdict == NOT_TESTABLE

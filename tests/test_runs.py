@@ -95,6 +95,21 @@ def test_files_folders_packs_and_folders_of_runs(tmp_path):
     assert len(only(notebooks).records) == 2
 
 
+def test_the_latest_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmperf.runs.loading.RUNS", tmp_path)
+    monkeypatch.setattr("llmperf.runs.loading.REFERENCE", tmp_path / "kit")
+    with pytest.raises(ValueError, match="nothing was measured"):
+        runs.latest(tmp_path / "records.jsonl")
+    write(tmp_path / "kit" / "runs" / "slug", levels=(1,))
+    assert len(runs.latest().records) == 5
+    for name, level in (("03-a-1", 1), ("03-a-2", 2), ("05-b-1", 3)):
+        Store(tmp_path / "interactive" / f"{name}.jsonl").append(record(level, 1, 0))
+    Store(tmp_path / "interactive" / "09-c-1.jsonl")  # a notebook that is only starting
+    assert [r["condition"]["level"] for r in runs.latest().records] == [2, 3]
+    study = write(tmp_path / "study") / "records.jsonl"
+    assert len(runs.latest(study).records) == 15
+
+
 def test_what_cannot_be_read_is_said(tmp_path):
     file = write(tmp_path / "a", levels=(1,)) / "records.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines()

@@ -127,10 +127,12 @@ def _contention(s: Setting, n: int) -> Part | None:
 def _scaling(s: Setting, other: Setting | None, n: int) -> Part | None:
     if other is None or n not in other.levels("threads"):
         return None
-    eager, fast = (
-        ratio(x.metric("output_tokens_per_s", "threads", n), x.metric(
-            "output_tokens_per_s", "threads", 1)) for x in (s, other)
-    )  # fmt: skip
+    variant = other.alike("threads", n)[0]["condition"].get("options") or {}
+    rates = [
+        [x.metric("output_tokens_per_s", "threads", level, **variant) for level in (n, 1)]
+        for x in (s, other)
+    ]
+    eager, fast = (ratio(*sides) for sides in rates)
     if eager is None or fast is None:
         return None
     value = fast.value / eager.value

@@ -1,7 +1,7 @@
 """Runs from any machines: load, put side by side, compare, and pack into one file to share."""
 
 from llmperf.runs.comparing import Comparison, Pair, compare
-from llmperf.runs.loading import Run, load, published, shipped
+from llmperf.runs.loading import Run, latest, load, published, shipped
 from llmperf.runs.sharing import share
 from llmperf.runs.tables import differences, side_by_side
 
@@ -11,6 +11,7 @@ __all__ = [
     "Run",
     "compare",
     "differences",
+    "latest",
     "load",
     "published",
     "share",

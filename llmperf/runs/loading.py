@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from llmperf import REFERENCE, findings, machine, records
+from llmperf import REFERENCE, RUNS, findings, machine, records
 from llmperf.runs import lines
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -61,16 +61,19 @@ def counts(record: Mapping) -> bool:
     return measured and possible and bool(record.get("metrics"))
 
 
-def load(paths: Iterable[Path | str]) -> list[Run]:
-    """The runs in these files and folders; a folder of runs gives all of them.
+def load(paths: Iterable[Path | str | Run]) -> list[Run]:
+    """The runs in these files and folders; a folder of runs gives all of them. A Run stays itself.
 
     Raises ValueError when a path does not exist, or when nothing in it can be read.
     """
+    found: list[Run] = []
     runs: list[Run] = []
     seen: Counter = Counter()
     with _uncollected():
-        for files in [files for path in paths for files in _files(Path(path))]:
-            run = _load_one(files)
+        for source in paths:
+            own = [source] if isinstance(source, Run) else map(_load_one, _files(Path(source)))
+            found += own
+        for run in found:
             seen[run.name] += 1
             number = f"#{seen[run.name]}" if seen[run.name] > 1 else ""
             runs.append(replace(run, name=run.name + number))
@@ -81,6 +84,26 @@ def shipped() -> list[Path]:
     """The runs that come with the kit, one folder a machine."""
     folder = REFERENCE / "runs"
     return sorted(p.parent for p in folder.glob("*/records.jsonl*")) if folder.is_dir() else []
+
+
+def latest(path: Path | str = "") -> Run:
+    """The run to judge: `path` if it has records, else what was last measured by hand (the newest
+    file of each notebook), else the first run that came with the kit.
+
+    Raises ValueError when there is none of them.
+    """
+    by_hand = {f.name[:2]: f for f in sorted((RUNS / "interactive").glob("*.jsonl")) if _full(f)}
+    choices = [[Path(path)] if path and _full(Path(path)) else [], list(by_hand.values())]
+    choices += _files(shipped()[0]) if shipped() else []
+    for files in choices:
+        if files:
+            with _uncollected():
+                return _load_one(files)
+    raise ValueError("nothing was measured yet: run notebook 03 first")
+
+
+def _full(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def published() -> list[Run]:
