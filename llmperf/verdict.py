@@ -17,7 +17,6 @@ from llmperf.runs.tables import variant
 
 SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}  # MLPerf's for an 8B model
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ARRIVING = ("dynamic", "continuous", "endpoint")
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Option:
     new_tokens: float
     n: int  # records that it rests on; 0: predicted
     notes: tuple[str, ...] = ()
+    arriving: bool = False  # measured under requests that arrive over time
 
     @property
     def name(self) -> str:
@@ -75,7 +75,8 @@ class Recommendation:
 def options(records: Iterable) -> list[Option]:
     """Every strategy, level and variant of these records as an option; impossible runs left out."""
     found = []
-    for setting in gather(records, across=True).settings:
+    evidence = gather(records, across=True)
+    for setting in (*evidence.settings, *evidence.arriving):
         groups: dict[tuple, list[Mapping]] = {}
         for row in setting.rows:
             if row["metrics"].get("output_tokens_per_s"):
@@ -222,7 +223,7 @@ def _option(strategy: str, level: int, setting: str, rows: Sequence[Mapping]) ->
     dtype = c.get("quantization") or c.get("dtype") or "unknown dtype"
     return Option(
         strategy, level, setting, rate, speed, *latencies, seconds, _memory(rows), dtype,
-        tokens / ok, len(rows), tuple(warned),
+        tokens / ok, len(rows), tuple(warned), bool(c.get("arrivals")),
     )  # fmt: skip
 
 
@@ -284,7 +285,9 @@ def _rests_on(o: Option, among: int) -> str:
 def _extrapolated(o: Option, new_tokens: float) -> Iterable[str]:
     if not o.n:
         yield "all of it: a bound from bandwidth and arithmetic, which no run reaches"
-    if o.strategy.split()[0] not in ARRIVING:
+    if o.arriving:
+        yield "the rate: it answered what arrived, and may carry more"
+    else:
         yield "requests came all at once; waiting under an arriving load comes on top"
     if abs(new_tokens - o.new_tokens) > 0.01 * o.new_tokens:
         yield f"the rate, by tokens, from answers of {o.new_tokens:g} to {new_tokens:g} tokens"

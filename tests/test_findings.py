@@ -29,6 +29,7 @@ def run(strategy, level, seconds, *, noise=NOISE, os="Linux", gpu="RTX A2000 Lap
         "device": "cuda" if gpu else "cpu",
         "prompt_tokens": 32,
         "new_tokens": 256,
+        **more.pop("asked", {}),
     }
     memory = {
         k: v if isinstance(v, dict) else {"max": v} for k, v in more.pop("memory", {}).items()
@@ -89,7 +90,8 @@ def contention(level, seconds, share, **more):
 
 
 def arriving(strategy, goodput, **more):
-    return run(strategy, 8, 10, metrics={"goodput_per_s": goodput}, **more)
+    asked = {"arrivals": {"kind": "poisson", "rate_per_s": 3.0}}
+    return run(strategy, 8, 10, metrics={"goodput_per_s": goodput}, asked=asked, **more)
 
 
 def oom(level):
@@ -237,6 +239,14 @@ def test_of_several_variants_the_one_nearest_to_the_defaults_is_judged():
     own = run("threads", 10, 90, options={"stream": "own"})
     default = run("threads", 10, 10, options={"stream": "default"})
     assert verdict("threads-windows", lean[1], own, default).verdict == HOLDS
+
+
+def test_an_arriving_load_says_nothing_of_durations():
+    asked = {"arrivals": {"kind": "poisson", "rate_per_s": 3.0}}
+    rows = [run(s, n, 2, asked=asked) for s, n in (("sequential", 1), ("threads", 10))]
+    assert verdict("threads-windows", *rows).verdict == NOT_TESTABLE
+    few = [arriving("dynamic", 3), arriving("threads", 1, options={"workers": 2})]
+    assert verdict("batching-preferred", *few).verdict == HOLDS
 
 
 def test_models_are_never_mixed():

@@ -75,8 +75,11 @@ def test_what_is_extrapolated_is_said():
     assert "from answers of 8 to 80" in said and "all at once" in said and "no interval" in said
     assert not found.keeps and found.machines == 5  # 32 tokens/s are 0.4 answers of 80
     many = [rec("dynamic", 4, 1, 100, 10, i) for i in range(5)]
+    for row in many:
+        row["condition"]["arrivals"] = {"kind": "poisson", "rate_per_s": 4.0}
     found = verdict.recommend(many, 2)
-    assert found.keeps and not found.extrapolated and "5 runs" in found.rests_on
+    assert found.keeps and "5 runs" in found.rests_on and "4 arriving/s" in found.rests_on
+    assert len(found.extrapolated) == 1 and "may carry more" in found.extrapolated[0]
 
 
 def test_what_is_not_measured_is_not_within_the_limits():

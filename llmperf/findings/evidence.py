@@ -135,14 +135,17 @@ class Setting:
 
 
 def _one_worker_each(condition: Mapping) -> bool:
-    """Ten requests through two threads say nothing of ten threads."""
+    """Ten requests at once through two threads say nothing of ten threads. Under an arriving load
+    the level counts requests, not workers."""
+    if condition.get("arrivals"):
+        return True
     options = condition.get("options") or {}
     return options.get("workers", condition["level"]) == condition["level"]
 
 
 def _distance(options: Mapping) -> tuple:
     """How far options are from the defaults: torch gives an operator all cores, for instance."""
-    default = {"stream": "default", "variant": "blocking", "weights": "own"}
+    default = {"stream": "default", "variant": "blocking", "weights": "own", "max_batch": 8}
     changed = sum(v != default.get(k) for k, v in options.items() if k != "intra_op")
     return changed, -options.get("intra_op", 0), json.dumps(options, sort_keys=True)
 
@@ -151,7 +154,8 @@ def _distance(options: Mapping) -> tuple:
 class Evidence:
     """All that the checks look at."""
 
-    settings: tuple[Setting, ...]
+    settings: tuple[Setting, ...]  # requests all at once
+    arriving: tuple[Setting, ...]  # requests that arrive over time: their durations say little
     failed: tuple[Mapping, ...]  # runs with status oom, error or skipped
     impossible: Mapping[str, int]  # setting key → runs left out, being faster than they can be
 
@@ -180,7 +184,10 @@ def gather(records: Iterable, across: bool = False, impossible_too: bool = False
                 continue
         groups.setdefault(key, []).append(row)
     settings = tuple(_setting(key, rows) for key, rows in groups.items())
-    return Evidence(settings, tuple(r for r in rows if r.get("status", "ok") != "ok"), impossible)
+    at_once = tuple(s for s in settings if not s.condition.get("arrivals"))
+    arriving = tuple(s for s in settings if s.condition.get("arrivals"))
+    failed = tuple(r for r in rows if r.get("status", "ok") != "ok")
+    return Evidence(at_once, arriving, failed, impossible)
 
 
 def setting_key(row: Mapping, across: bool = False) -> str:
@@ -211,7 +218,9 @@ def label(condition: Mapping) -> str:
     random = " random" if c.get("weights") == "random" else ""
     prompt = f"{c['prompt_tokens']}+" if c.get("prompt_tokens") else ""
     what = f"{c.get('model')} {c.get('quantization') or c.get('dtype')}{random}{loop}"
-    return f"{what}, {prompt}{c.get('new_tokens')} tokens"
+    rate = (c.get("arrivals") or {}).get("rate_per_s")
+    load = f", {rate:g} arriving/s" if isinstance(rate, int | float) else ""
+    return f"{what}, {prompt}{c.get('new_tokens')} tokens{load}"
 
 
 def _setting(key: str, rows: list[Mapping]) -> Setting:

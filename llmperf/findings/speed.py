@@ -187,7 +187,7 @@ RIVALS = ("sequential", "threads", "processes")
 
 @check("batching-preferred", "run notebook 09: the same arriving load for every strategy")
 def batching_preferred(evidence: Evidence) -> Iterator[Part]:
-    for s in evidence.with_all(("dynamic", None)):
+    for s in evidence.arriving:
         for n in sorted(s.levels("dynamic"))[-1:]:
             dynamic = _goodput(s, "dynamic", n)
             rivals = {r: g for r in RIVALS if (g := _goodput(s, r, n))}
