@@ -134,8 +134,9 @@ class Arriving(Condition):
         return metrics.summarize(trace, slo=dict(self.slo) if self.slo else None, clock=clock)
 
     def shortened(self, new_tokens: int) -> Workload:
-        """A warm-up does not wait for arrivals."""
-        short = super().shortened(new_tokens)
+        """A warm-up takes a few requests and does not wait for their arrival."""
+        few = min(self.level, max(2, self.options.get("workers", 0)))
+        short = super().shortened(new_tokens).take(few)
         return scheduled(short, [0.0] * len(short.requests))
 
     def alone(self, level: int) -> Condition:
