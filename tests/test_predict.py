@@ -89,7 +89,11 @@ def test_quantized_weights_by_hand():
     assert predict.weights_bytes(shape, "fp16", "nf4") == nf4
     # bitsandbytes, 8 bit: a fp32 scale an output; 6 matrices have 256 (o, q, k, v, down), 2 128.
     int8 = plain + weights + 4 * (5 * 256 + 2 * 128)
-    assert predict.weights_bytes(shape, "bf16", "int8") == int8
+    assert predict.weights_bytes(shape, "bf16", "bnb-8") == int8
+    # torch's own, 8 bit: a scale an output in the model's dtype.
+    assert predict.weights_bytes(shape, "bf16", "int8") == plain + weights + 2 * (5 * 256 + 2 * 128)
+    # torch's own, 4 bit: a scale and a zero in bf16 for 64 inputs.
+    assert predict.weights_bytes(shape, "bf16", "int4") == plain + weights // 2 + 4 * weights // 64
     with pytest.raises(ValueError, match="unknown quantization 'exl2'"):
         predict.weights_bytes(shape, "fp16", "exl2")
     with pytest.raises(ValueError, match="unknown dtype 'fp8'"):

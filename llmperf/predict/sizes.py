@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from llmperf.quantize import GROUP, canonical
 from llmperf.tensors import ModelShape, Tensor
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_WORDS = {"nf4": "bnb-4", "bnb-nf4": "bnb-4", "fp4": "bnb-4", "int8": "bnb-8", "bnb-int8": "bnb-8"}
 _QUANTIZED_KINDS = ("linear", "expert")  # embeddings, head, norms, biases and routers stay as is
 
 
@@ -17,7 +17,7 @@ _QUANTIZED_KINDS = ("linear", "expert")  # embeddings, head, norms, biases and r
 class Scheme:
     """A quantisation of the linear layers. `group` counts the inputs that share a scale."""
 
-    method: str  # awq, gptq, bnb
+    method: str  # awq, gptq, bnb, int
     bits: int
     group: int
 
@@ -32,19 +32,21 @@ def dtype_bytes(dtype: str) -> int:
 def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
     """The quantisation asked for, or else the one that the checkpoint declares.
 
-    Words: `none`, `awq`, `gptq`, `bnb-4` (also `nf4`), `bnb-8` (also `int8`); for the first two
-    with bits and group size where they differ from 4 and 128, as in `gptq-8-g64`.
+    Words: those of `quantize.WORDS`; `awq` and `gptq` with bits and group size where they differ
+    from 4 and 128, as in `gptq-8-g64`.
     """
-    word = _WORDS.get(quantization or "", quantization) or shape.quantization
+    word = canonical(quantization) or shape.quantization
     if word in (None, "none"):
         return None
     if word in ("bnb-4", "bnb-8"):
-        return Scheme("bnb", int(word[-1]), 64)
+        return Scheme("bnb", int(word[-1]), GROUP)
+    if word in ("int8", "int4"):
+        return Scheme("int", int(word[-1]), GROUP)
     match = re.fullmatch(r"(awq|gptq)(?:-([248]))?(?:-g(-?\d+))?", word)
     if not match:
         raise ValueError(
-            f"unknown quantization {word!r}: choose none, awq, gptq, bnb-4 or bnb-8 "
-            "(awq and gptq also as gptq-8-g64)"
+            f"unknown quantization {word!r}: choose none, int8, int4, bnb-8, bnb-4, awq or gptq "
+            "(the last two also as gptq-8-g64)"
         )
     return Scheme(match[1], int(match[2] or 4), int(match[3] or 128))
 
@@ -67,15 +69,20 @@ def _stored(shape: ModelShape, item: int, how: Scheme | None) -> tuple[tuple[Ten
         (tensor, size)
         for tensor in shape.tensors()
         for size in (
-            _quantized(tensor, how)
+            _quantized(tensor, how, item)
             if how and tensor.kind in _QUANTIZED_KINDS
             else (tensor.numel * item,)
         )
     )
 
 
-def _quantized(t: Tensor, how: Scheme) -> Iterator[int]:
+def _quantized(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
     """Bytes of the tensors that replace one matrix of `rows` outputs and `columns` inputs."""
+    if how.method == "int":  # int8: a scale a row; int4: scale and zero a group, padded to whole
+        groups = ceil(t.columns / how.group)
+        yield t.numel if how.bits == 8 else t.count * t.rows * groups * how.group // 2
+        yield item * t.count * t.rows * (1 if how.bits == 8 else 2 * groups)
+        return
     if how.method == "bnb" and how.bits == 8:  # int8 weights, one fp32 scale a row
         yield t.numel
         yield 4 * t.count * t.rows
