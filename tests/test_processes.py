@@ -160,6 +160,7 @@ def test_a_killed_worker_ends_the_run_with_its_exit_code(small):
 
 
 @posix
+@pytest.mark.slow
 def test_a_hanging_worker_ends_the_run(small):
     words, delay = killed_while_running(
         small, {}, lambda p: os.kill(p.pid, signal.SIGSTOP), new_tokens=4000
@@ -173,6 +174,7 @@ def test_an_error_in_a_worker_comes_back_in_its_words(small):
         run(small, make(small, 1), {"loop": "fast"})
 
 
+@pytest.mark.slow
 def test_the_sweep_goes_on_after_a_death_and_idle_workers_are_not_counted(
     small, tmp_path, monkeypatch
 ):
@@ -261,6 +263,7 @@ def test_a_script_without_a_main_guard_leaves_nothing_however_it_ends(folder, tm
     assert not list(tmp_path.glob("llmperf-weights-*"))
 
 
+@pytest.mark.slow
 def test_workers_start_from_a_real_kernel(folder):
     """What a notebook defines cannot be imported by a worker, and need not be."""
     import nbformat
@@ -279,9 +282,13 @@ def test_workers_start_from_a_real_kernel(folder):
     assert notebook.cells[0].outputs[0].text == "True\n"
 
 
+KILLINGS = int(os.environ.get("LLMPERF_KILLINGS", 2))  # 20 were tried; each loads two workers
+
+
+@posix
 @pytest.mark.slow
-def test_twenty_killings_give_twenty_error_records(small, tmp_path):
-    for repeat in range(20):
+def test_every_killing_of_a_random_worker_gives_an_error_record(small, tmp_path):
+    for repeat in range(KILLINGS):
         killer = threading.Thread(target=kill_one_when_at_work, daemon=True)
         condition = Condition(small, "processes", 2, prompt_tokens=8, new_tokens=4000)
         store = Store(tmp_path / f"{repeat}.jsonl")
@@ -290,7 +297,8 @@ def test_twenty_killings_give_twenty_error_records(small, tmp_path):
         killer.join()
         assert record.status == "error" and "SIGKILL" in record.reason
         assert not workers_left()
-        assert time.perf_counter() - killed_at[-1] < 5 + 1  # the sampler's end is in this
+        print(f"{repeat}: {time.perf_counter() - killed_at[-1]:.2f} s, {record.reason}")
+        assert time.perf_counter() - killed_at[-1] < 5
 
 
 killed_at = []
