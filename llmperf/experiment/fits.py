@@ -71,6 +71,8 @@ def _side_by_side(c: Condition) -> tuple[str, int, int]:
         return "batch", min(c.options.get("batch_size", c.level), c.level), 1
     if c.strategy == "threads":
         return "threads", 1, workers
+    if c.strategy == "peer":
+        return "batch", c.level if c.options.get("engine") != "llamacpp" else 1, 1
     return c.strategy, 1, 1
 
 

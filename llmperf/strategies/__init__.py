@@ -15,6 +15,7 @@ from llmperf.strategies import (
     coroutine,
     dynamic,
     endpoint,
+    peer,
     processes,
     sequential,
     threads,
@@ -31,6 +32,7 @@ _MODULES = {
     "dynamic": dynamic,
     "continuous": continuous,
     "endpoint": endpoint,
+    "peer": peer,
 }
 STRATEGIES: dict[str, Callable[[Model, Workload, Mapping], Trace]] = {
     name: module.run for name, module in _MODULES.items()

@@ -1,0 +1,138 @@
+"""Other engines: the same greedy tokens, times of every token, absence and crashes told."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmperf import models, workload
+from llmperf.experiment import Condition
+from llmperf.sampling import GREEDY, PUBLISHED
+from llmperf.strategies import STRATEGIES, llamacpp, peer
+from llmperf.workload import Stop
+
+run = STRATEGIES["peer"]
+
+
+def make(model, n=3, new=(6, 3, 5), sampling=GREEDY, **how):
+    return workload.build(model.tokenizer, n, (7, 4, 9), new, sampling=sampling, **how)
+
+
+@pytest.mark.parametrize("engine", ["generate", "generate-static"])
+def test_generate_gives_the_tokens_of_sequential_and_a_time_for_each(tiny, engine):
+    work = make(tiny)
+    steps = []
+    trace = run(tiny, work, {"engine": engine, "on_step": lambda: steps.append(1)})
+    assert trace.digest() == STRATEGIES["sequential"](tiny, work, {}).digest()
+    assert [len(r.tokens) for r in trace.requests] == [6, 3, 5]
+    for r in trace.requests:
+        assert len(r.token_s) == len(r.tokens)
+        assert 0 <= r.started_s < r.token_s[0] and list(r.token_s) == sorted(set(r.token_s))
+    assert trace.requests[0].token_s[-1] <= trace.duration_s
+    assert trace.notes == {"engine": engine, "tokens_comparable": True}
+    assert len(steps) == 6
+
+
+def test_sampled_tokens_are_said_to_be_its_own(tiny):
+    trace = run(tiny, make(tiny, sampling=PUBLISHED), {})
+    assert trace.output_tokens == 14
+    assert trace.notes["tokens_comparable"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"engine": "vllm"}, "engine is 'vllm': choose generate or generate-static or llamacpp"),
+        ({"threads": 2}, "peer has no option 'threads': its options are engine"),
+        ({"loop": "recompute"}, "peer has its own decoding loop: leave loop at 'cached'"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(tiny, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        run(tiny, make(tiny), options)
+
+
+def test_a_stop_rule_is_refused(tiny):
+    with pytest.raises(ValueError, match="forced lengths only"):
+        run(tiny, make(tiny, stop=Stop(end_ids=frozenset({3}))), {})
+
+
+def test_without_llama_cpp_a_condition_says_how_to_get_it(embedded, monkeypatch):
+    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"llama.cpp is not installed.*llmperf-study\[llamacpp\]"):
+        Condition(embedded, "peer", options={"engine": "llamacpp"})
+    assert peer.unavailable(embedded, "generate") is None
+
+
+def test_llama_cpp_has_the_embedded_weights_alone(tiny, monkeypatch):
+    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: True)
+    assert "trained weights of smollm2-135m alone" in peer.unavailable(tiny, "llamacpp")
+
+
+FAKE = """
+import json, sys, time
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    q = json.loads(line)
+    if q["new"] == 99: import os; os.abort()
+    if q["new"] == 98: print(json.dumps({"error": "ValueError: no"}), flush=True); break
+    now = time.perf_counter()
+    print(json.dumps({"started_s": now, "tokens": [q["prompt"][0]] * q["new"],
+                      "token_s": [now + i for i in range(q["new"])]}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake_llama(monkeypatch, tmp_path):
+    """A process that answers as the real one does, for a model that the real one would refuse."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE, encoding="utf-8")
+    monkeypatch.setattr(llamacpp, "unavailable", lambda model: None)
+    monkeypatch.setattr(llamacpp, "gguf", lambda dtype: tmp_path / "none.gguf")
+    real, started = subprocess.Popen, []
+
+    def popen(command, **how):
+        started.append(real([sys.executable, str(script)], **how))
+        return started[-1]
+
+    monkeypatch.setattr(llamacpp.subprocess, "Popen", popen)
+    return started
+
+
+def test_rows_of_the_other_process_become_a_trace(tiny, fake_llama):
+    work = make(tiny)
+    trace = run(tiny, work, {"engine": "llamacpp"})
+    assert [r.tokens for r in trace.requests] == [
+        (r.prompt_ids[0],) * r.max_new_tokens for r in work.requests
+    ]
+    assert all(0 < r.started_s <= trace.duration_s for r in trace.requests)
+    assert fake_llama[0].poll() == 0
+
+
+@pytest.mark.parametrize(
+    ("new", "sentence"),
+    [(99, "process of llama.cpp ended with"), (98, "llama.cpp failed: ValueError: no")],
+)
+def test_a_crash_of_llama_cpp_is_one_sentence_and_leaves_no_process(
+    tiny, fake_llama, new, sentence
+):
+    with pytest.raises(RuntimeError, match=sentence):
+        run(tiny, make(tiny, 1, new), {"engine": "llamacpp"})
+    assert fake_llama[0].poll() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="llama-cpp-python is not installed (extra llamacpp)",
+)
+def test_llama_cpp_in_fp32_gives_the_greedy_tokens_of_cached(embedded):
+    work = workload.build(embedded.tokenizer, 2, 12, 8, sampling=GREEDY)
+    trace = run(embedded, work, {"engine": "llamacpp"})
+    assert trace.digest() == STRATEGIES["sequential"](embedded, work, {}).digest()
+    json.dumps(trace.to_dict())
+    assert models.EMBEDDED in str(llamacpp.gguf("fp32"))
+    assert torch.get_num_threads() >= 1
