@@ -141,9 +141,14 @@ def _quantized(linear, word: str):
     """The layer in place of `linear`, on its device."""
     import torch
 
-    weight, bias = linear.weight.data, linear.bias
+    weight = linear.weight.data
     if not isinstance(linear, torch.nn.Linear):  # Conv1D (GPT-2) holds it as (in, out)
         weight = weight.t().contiguous()
+    return layer(weight, word, linear.bias)
+
+
+def layer(weight, word: str, bias=None):
+    """A linear layer of these weights (out, in), quantised: x (..., in) → (..., out)."""
     if word in BNB:
         return _bitsandbytes(weight, bias, word)
     Int8, Int4 = _layers()

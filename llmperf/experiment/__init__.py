@@ -40,6 +40,7 @@ def measure(
     max_repeats: int | None = None,
     budget_s: float | None = None,
     memory_budget: int | None = None,
+    expect: bool = False,
     progress: bool = True,
 ) -> Results:
     """Run every condition `repeats` times, interleaved, and store a record of each run.
@@ -48,7 +49,8 @@ def measure(
     `width`, rounds are added up to `max_repeats` until every condition's interval of `quantity` (a
     number in the metrics) is narrower than that share of its median. `budget_s` ends the sweep
     after the round at work. A condition that fails is a record with a status, and the rest go on;
-    one that surely does not fit is not tried, see `fits.refusal`, which takes `memory_budget`.
+    one that surely does not fit is not tried, see `fits.refusal`, which takes `memory_budget`. With
+    `expect` each record says how long a decode step should take, see `expected.beside`.
     """
     rounds = _rounds(repeats, width, max_repeats)
     if not conditions:
@@ -56,6 +58,7 @@ def measure(
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"budget_s is {budget_s}: it must be above 0 seconds")
     session = _Session(experiment, conditions, store, seed, memory_budget)
+    session.expect = expect
     stopped, wide = f"{rounds} repeats", []
     began = time.perf_counter()
     bar = _bar(len(conditions) * rounds, experiment, progress)
@@ -104,6 +107,7 @@ class _Session:
         asked = {i: fits.refusal(c, memory_budget) for i, c in enumerate(self.conditions)}
         self.refused = {i: why for i, why in asked.items() if why}
         fits.cap(self.conditions[0], memory_budget)
+        self.expect = False
         self.noticed: str | None = None  # what else this machine was doing as the round began
         self.run_id = store.path.parent.name
 
@@ -176,6 +180,8 @@ class _Session:
             return
         condition = self.conditions[i]
         self.reference_for(i)
+        if self.expect:  # timed now, so that no run is disturbed
+            beside.rates(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
         while len(times) < WARMUP_RUNS and not _settled(times):
             trace = condition.run(short)
@@ -222,7 +228,7 @@ class _Session:
             token_digest=trace.digest(),
             metrics=self.conditions[i].summarize(trace),
             memory=window.summary(),
-            prediction=beside.predict_beside(self.conditions[i], trace),
+            prediction=beside.predict_beside(self.conditions[i], trace, self.expect),
             agreement=asdict(agreement(trace, self.reference[self.signature(i)])),
             warnings=beside.fallbacks(self.conditions[i])
             + ([f"unstable: {self.noticed}"] if self.noticed else []),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from llmperf import ceilings, compiled, machine, predict
-from llmperf.experiment import fits
+from llmperf.experiment import expected, fits
 from llmperf.experiment.condition import Condition
 from llmperf.trace import Trace
 
@@ -33,17 +33,18 @@ def fallbacks(condition: Condition) -> list[str]:
     return [f"compiled ran as cached: {reason}" for reason in sorted(reasons)]
 
 
-def predict_beside(condition: Condition, trace: Trace) -> dict:
+def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> dict:
     """What must move and run at least for this run, against this machine's measured ceilings.
 
     `bound_s` is the least time for all of it, `limit` what sets it; MBU or MFU above 1 makes the
-    record implausible, and `why` has the arithmetic.
+    record implausible, and `why` has the arithmetic. With `expect` the measured rates of the
+    model's own matrix products say what a decode step should take, and `limit` may be Python.
     """
     m, rows = condition.model, _rows_per_step(condition)
     limits = ceilings.cached(m.device)
     bandwidth = limits["read_bytes_per_s"]["median"]
     flops = (limits["flops_per_s"][m.dtype] or {}).get("median")
-    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
+    prompt, new = expected.mean(condition.prompt_tokens), expected.mean(condition.new_tokens)
     once = predict.run_cost(
         m.shape, m.dtype, rows, prompt, new, condition.loop, quantization=m.quantization
     )
@@ -53,6 +54,7 @@ def predict_beside(condition: Condition, trace: Trace) -> dict:
     step = predict.decode_bound(
         m.shape, m.dtype, rows, prompt + new // 2, bandwidth, flops, m.quantization
     )
+    further = expected.beside(condition, rows, trace, limits) if expect else {}
     return {
         "bound_s": least.seconds,
         "limit": least.limit,
@@ -63,8 +65,15 @@ def predict_beside(condition: Condition, trace: Trace) -> dict:
         "why": verdict.sentence,
         "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
         "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
+        **further,
         **_memory_beside(condition),
+        **further,
     }
+
+
+def rates(condition: Condition) -> list[dict] | None:
+    """The measured rates of the condition's matrix products, see `expected.rates`."""
+    return expected.rates(condition, _rows_per_step(condition))
 
 
 def _memory_beside(condition: Condition) -> dict:
@@ -81,12 +90,10 @@ def _rows_per_step(condition: Condition) -> int:
     """Requests that share one pass over the weights, at the most."""
     sizes = {"batch": ("batch_size", condition.level), "dynamic": ("max_batch", 8)}
     sizes |= dict.fromkeys(("continuous", "endpoint"), ("", condition.level))
+    if condition.strategy == "peer":
+        return 1 if condition.options.get("engine") == "llamacpp" else condition.level
     name, default = sizes.get(condition.strategy, ("", 1))
     return min(condition.options.get(name, default), condition.level)
-
-
-def _mean(lengths: int | Sequence[int]) -> int:
-    return round(sum(lengths) / len(lengths)) if isinstance(lengths, Sequence) else lengths
 
 
 def paired(

@@ -15,7 +15,7 @@ from llmperf.predict.against_published import audited as audit_published
 from llmperf.predict.against_published import yi_deployment
 from llmperf.predict.cards import GIB, Card, card
 from llmperf.predict.cards import names as card_names
-from llmperf.predict.costs import Cost, weights_read
+from llmperf.predict.costs import WINDOW, Cost, weights_read
 from llmperf.predict.costs import run as run_cost
 from llmperf.predict.fits import (
     DoesNotFit,
@@ -39,6 +39,7 @@ from llmperf.predict.sizes import buffers_bytes, kv_bytes, weights_bytes
 __all__ = [
     "GIB",
     "LEVELS",
+    "WINDOW",
     "Audit",
     "Bound",
     "Card",

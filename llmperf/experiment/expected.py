@@ -1,0 +1,122 @@
+"""What a decode step should take here, from this machine's own rates of the model's products.
+
+The bound asks what the memory could do at best; this asks what it does for matrices of these
+shapes, with the kernels that the loop uses. What is left over is neither reading nor computing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from llmperf import ceilings, compiled, predict, quantize
+from llmperf.experiment.condition import Condition
+from llmperf.models import Model
+from llmperf.trace import Trace
+
+FOREIGN = ("endpoint", "continuous")  # their products are not those of our loops
+
+
+def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> dict:
+    """`expected_tpot_ms`, what of the measured TPOT it explains, and the limit in one word.
+
+    The limit is Python when more than half of a step is neither memory nor arithmetic nor launches.
+    `expected_tpot_ms` is None where the products of the engine cannot be timed.
+    """
+    m = condition.model
+    prompt, new = mean(condition.prompt_tokens), mean(condition.new_tokens)
+    loop, context = loop_of(condition), prompt + new // 2
+    at = {"batch": rows, "prompt_tokens": prompt, "context": context, "loop": loop}
+    times = rates(condition, rows)
+    if times is None:
+        return {"expected_tpot_ms": None}
+    how = (m.shape, m.dtype, m.quantization)
+    found = predict.latency(*how, **at, ceilings=limits, rates=times)
+    measured = tpot_s(trace)
+    if found.expected_decode_s is None or measured is None:
+        return {"expected_tpot_ms": None}
+    expected_s = found.expected_decode_s + _dispatch_s(m, limits)
+    rest = measured - expected_s
+    return {
+        "expected_tpot_ms": expected_s * 1e3,
+        "explained": expected_s / measured,
+        "limit": predict.latency(*how, **at, ceilings=limits, rates=times, python_s=rest).limit,
+    }
+
+
+def _dispatch_s(model: Model, limits: Mapping) -> float:
+    """On a processor each call of an operation is part of the work; a GPU is called ahead."""
+    if model.device != "cpu":
+        return 0.0
+    return predict.launches(model.shape) * limits["launch_s"]["drained"]["median"]
+
+
+def tpot_s(trace: Trace) -> float | None:
+    """The median over requests of the time between two tokens."""
+    found = [
+        (r.token_s[-1] - r.token_s[0]) / (len(r.token_s) - 1)
+        for r in trace.requests
+        if len(r.token_s) > 1
+    ]
+    return statistics.median(found) if found else None
+
+
+def mean(lengths) -> int:
+    """Of one number for all, or of several that are cycled through."""
+    return round(sum(lengths) / len(lengths)) if isinstance(lengths, list | tuple) else lengths
+
+
+def loop_of(condition: Condition) -> str:
+    """The loop that runs: `compiled` is `cached` where it fell back."""
+    plans = compiled.plans(condition.model) if condition.loop == "compiled" else []
+    fell_back = plans and all(plan.reason for plan in plans)
+    return "cached" if fell_back else condition.loop
+
+
+def rates(condition: Condition, rows: int) -> list[dict] | None:
+    """`ceilings.matmul_rates` of the model's products at the rows of a step, kept on disk."""
+    m, loop = condition.model, loop_of(condition)
+    foreign = condition.strategy in FOREIGN or condition.options.get("engine") == "llamacpp"
+    if foreign or m.shape.quantization or m.quantization in quantize.CHECKPOINT or m.shape.moe:
+        return None
+    if loop == "recompute":
+        context = mean(condition.prompt_tokens) + mean(condition.new_tokens) // 2
+        rows *= min(predict.WINDOW, context + 1)
+    return _timed(m.shape, m.dtype, m.quantization, m.device, rows, loop == "compiled")
+
+
+@cache
+def _timed(shape, dtype, word, device, rows: int, fused: bool) -> list[dict]:
+    products = predict.matmul_shapes(shape)
+    head = (shape.vocab, shape.hidden)
+    name = json.dumps([sorted(products), dtype, word, rows, fused])
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+
+    def measure() -> dict:
+        kernel = _kernel(device, rows, fused)
+        small = _quantised(word) if word else kernel
+        how = {"dtype": dtype, "device": device, "batches": [rows]}
+        found = ceilings.matmul_rates([head], **how, product=kernel)
+        found += ceilings.matmul_rates([p for p in products if p != head], **how, product=small)
+        return {"rates": found}
+
+    return ceilings.kept(f"rates-{digest}", device, measure)["rates"]
+
+
+def _kernel(device: str, rows: int, fused: bool) -> Callable:
+    """The product that the loop uses: torch's own, or on a CPU the compiled loop's kernel."""
+    import torch
+
+    from llmperf import fused as twin
+
+    if fused and device == "cpu" and rows <= twin.KERNEL_ROWS:
+        twin.build_kernels()
+        return lambda weight: lambda x: torch.ops.llmperf.linear(x, weight, None)
+    return lambda weight: lambda x: torch.nn.functional.linear(x, weight)
+
+
+def _quantised(word: str) -> Callable:
+    return lambda weight: quantize.layer(weight, word)

@@ -1,0 +1,118 @@
+"""The expectation beside a measurement: what it adds up, what limits, when there is none."""
+
+from dataclasses import replace
+
+import pytest
+
+from llmperf import ceilings, decoding, predict
+from llmperf.experiment import Condition, beside, expected, measure
+from llmperf.records import Store
+from llmperf.trace import RequestTrace, Trace
+
+LIMITS = {
+    "read_bytes_per_s": {"median": 1e12},
+    "flops_per_s": {"fp32": {"median": 1e15}},
+    "launch_s": {"drained": {"median": 1e-6}},
+}
+STEP_S = 1e-3  # every product takes this long in the made-up rates
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Rates where each product takes a millisecond; what was asked for is kept."""
+    asked = []
+
+    def rates(shapes, dtype, device, batches, product):
+        asked.append((sorted(shapes), dtype, tuple(batches)))
+        return [
+            {"n": n, "k": k, "batch": b, "dtype": dtype, "seconds": {"median": STEP_S}}
+            for n, k in shapes
+            for b in batches
+        ]
+
+    monkeypatch.setattr(ceilings, "matmul_rates", rates)
+    monkeypatch.setattr(ceilings, "kept", lambda name, device, make: make())
+    monkeypatch.setattr(ceilings, "cached", lambda device: LIMITS)
+    expected._timed.cache_clear()
+    yield asked
+    expected._timed.cache_clear()
+
+
+def trace(gap_s, tokens=5):
+    times = tuple(1.0 + gap_s * i for i in range(tokens))
+    return Trace((RequestTrace(0, 4, 0.0, 0.0, 0.5, times, (1,) * tokens),), times[-1])
+
+
+def test_a_step_is_its_products_its_rest_and_its_calls(tiny, made_up):
+    condition = Condition(tiny, "batch", 3, prompt_tokens=8, new_tokens=4)
+    found = beside.predict_beside(condition, trace(0.02), expect=True)
+    products = sum(predict.matmul_shapes(tiny.shape).values())
+    calls = predict.launches(tiny.shape) * 1e-6
+    assert found["expected_tpot_ms"] == pytest.approx((products * STEP_S + calls) * 1e3, rel=1e-3)
+    assert found["explained"] == pytest.approx(found["expected_tpot_ms"] / 20)
+    assert {batches for _, _, batches in made_up} == {(3,)}
+    assert found["mbu"] > 0 and found["mfu"] > 0
+
+
+def test_the_limit_is_python_when_most_of_a_step_is_nothing_else(tiny, made_up):
+    condition = Condition(tiny, "sequential", 1, prompt_tokens=8, new_tokens=4)
+    at_once = beside.predict_beside(condition, trace(0.02), expect=True)
+    slow = beside.predict_beside(condition, trace(0.2), expect=True)
+    assert at_once["limit"] in ("bandwidth", "launches")
+    assert slow["limit"] == "Python"
+
+
+def test_recompute_multiplies_as_many_rows_as_it_sees(tiny, made_up):
+    condition = Condition(tiny, "batch", 2, "recompute", prompt_tokens=8, new_tokens=4)
+    found = beside.predict_beside(condition, trace(0.02), expect=True)
+    assert {batches for _, _, batches in made_up} == {(2 * (8 + 2 + 1),)}
+    assert found["expected_tpot_ms"] > 0
+
+
+def test_what_cannot_be_timed_has_no_expectation(tiny, made_up):
+    condition = Condition(tiny, "continuous", 2, prompt_tokens=8, new_tokens=4)
+    assert beside.predict_beside(condition, trace(0.02), expect=True)["expected_tpot_ms"] is None
+    one = Condition(tiny, prompt_tokens=8, new_tokens=1)
+    assert beside.predict_beside(one, trace(0.02, 1), expect=True)["expected_tpot_ms"] is None
+    declared = replace(tiny, shape=replace(tiny.shape, quantization="awq"))
+    assert expected.rates(Condition(declared, prompt_tokens=8, new_tokens=4), 1) is None
+
+
+def test_only_those_who_ask_wait_for_it(tiny, made_up, tmp_path):
+    conditions = [Condition(tiny, prompt_tokens=4, new_tokens=3)]
+    plain = measure("x", conditions, Store(tmp_path / "a.jsonl"), repeats=1, progress=False)
+    assert not made_up and "expected_tpot_ms" not in plain.frame
+    asked = measure(
+        "x", conditions, Store(tmp_path / "b.jsonl"), repeats=1, expect=True, progress=False
+    )
+    assert asked.frame.expected_tpot_ms.notna().all()
+
+
+def test_a_peer_is_predicted_with_the_rows_that_it_runs_together(tiny, made_up):
+    whole = Condition(tiny, "peer", 4, prompt_tokens=8, new_tokens=4)
+    batch = Condition(tiny, "batch", 4, prompt_tokens=8, new_tokens=4)
+    ours, theirs = (beside.predict_beside(c, trace(0.02)) for c in (batch, whole))
+    assert ours["bound_s"] == theirs["bound_s"]
+
+
+def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(ceilings.machine, "cache_dir", lambda: tmp_path)
+    made = []
+    for _ in range(2):
+        found = ceilings.kept("rates-x", "cpu", lambda: made.append(1) or {"rates": [1]})
+    assert (len(made), found["rates"]) == (1, [1])
+
+
+@pytest.mark.parametrize("word", [None, "int8"])
+def test_the_real_rates_name_every_product_of_the_model(tiny, word, monkeypatch, tmp_path):
+    monkeypatch.setattr(ceilings.machine, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("llmperf.timed.past_caches_bytes", lambda device: 1 << 16)
+    model = replace(tiny, quantization=word)
+    rates = expected.rates(Condition(model, prompt_tokens=8, new_tokens=4), 2)
+    assert {(r["n"], r["k"]) for r in rates} == set(predict.matmul_shapes(tiny.shape))
+    assert all(r["seconds"]["median"] > 0 and r["batch"] == 2 for r in rates)
+
+
+def test_every_loop_has_a_name_that_the_prediction_knows(tiny):
+    for loop in decoding.LOOPS:
+        assert expected.loop_of(Condition(tiny, loop=loop, prompt_tokens=8, new_tokens=4)) == loop
