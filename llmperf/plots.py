@@ -105,7 +105,8 @@ def _machines(frame: pd.DataFrame | None) -> str:
 
 def _label(row) -> str:
     random = " (random weights)" if row.weights == "random" else ""
-    return f"{row.model} {row.get('quantization') or row['dtype']}{random}"
+    word = row.get("quantization")  # missing beside quantised rows: NaN, which counts as true
+    return f"{row.model} {word if isinstance(word, str) else row['dtype']}{random}"
 
 
 def curve(
