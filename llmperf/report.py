@@ -110,7 +110,7 @@ def _scorecard(verdicts) -> str:
 
 
 def _body(path: Path) -> str:
-    """One notebook as HTML without scripts: prose and outputs open, code folded away."""
+    """One notebook as HTML without scripts: prose and outputs; the code stays in the notebook."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -118,7 +118,7 @@ def _body(path: Path) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if _is_static(o)]
-    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input_prompt=True)
+    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input=True)
     exporter.exclude_output_prompt = True
     return exporter.from_notebook_node(notebook)[0]
 
