@@ -136,7 +136,7 @@ def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused(shelf, tmp_pa
     [
         (["run", "--profile", "fast"], "unknown profile 'fast': choose "),
         (["run", "--only", "42"], "there is no notebook '42'"),
-        (["run", "--set", "batch=4"], "unknown parameter 'batch' for any notebook: choose"),
+        (["run", "--set", "no_such=4"], "unknown parameter 'no_such' for any notebook: choose"),
         (["run", "--set", "repeats"], "write NAME=VALUE"),
         (["run", "--set", "repeats=many"], "'many', a str: it must be a int"),
         (["run", "--resume", "nowhere"], "holds no run"),
