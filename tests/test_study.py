@@ -20,7 +20,9 @@ for repeat in range(repeats):
 """
 
 
-def notebook(stem, *, parameters="level: int = 1\nrepeats: int = 2\nrecords: str = ''", body=MEASURE):
+def notebook(
+    stem, *, parameters="level: int = 1\nrepeats: int = 2\nrecords: str = ''", body=MEASURE
+):
     cells = [
         v4.new_markdown_cell(f"# {stem}"),
         v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
@@ -94,10 +96,15 @@ def test_a_run_executes_notebooks_and_writes_one_self_contained_report(shelf, tm
 
 
 def test_a_notebook_that_fails_is_named_and_the_others_go_on(shelf, tmp_path):
-    nbformat.write(notebook("00-first", body="raise RuntimeError('broke')"), shelf / "00-first.ipynb")
+    nbformat.write(
+        notebook("00-first", body="raise RuntimeError('broke')"), shelf / "00-first.ipynb"
+    )
     folder = study.start(Profile("p"), out=tmp_path / "run")
     state = study.run(folder)
-    assert state.done == {"00-first": "PapermillExecutionError: RuntimeError: broke", "03-third": "ok"}
+    assert state.done == {
+        "00-first": "PapermillExecutionError: RuntimeError: broke",
+        "03-third": "ok",
+    }
     assert "RuntimeError: broke" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -158,5 +165,7 @@ def test_the_command_line_lists_models(capsys):
 
 
 def test_the_machine_command_prints_json():
-    done = subprocess.run([sys.executable, "-m", "llmperf", "machine"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmperf", "machine"], capture_output=True, text=True
+    )
     assert json.loads(done.stdout)["os"]

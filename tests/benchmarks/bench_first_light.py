@@ -1,6 +1,6 @@
 """What a newcomer waits for, and what sampling costs: one command, every figure with its spread.
 
-    python tests/benchmarks/bench_first_light.py
+python tests/benchmarks/bench_first_light.py
 """
 
 import statistics
