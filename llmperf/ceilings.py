@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from llmperf import machine
@@ -29,7 +28,7 @@ from llmperf.timed import (
     waiter,
 )
 
-__all__ = ["cached", "data_sheet", "kept", "matmul_rates", "measure", "overhead", "spread"]
+__all__ = ["cached", "data_sheet", "matmul_rates", "measure", "overhead", "spread"]
 
 SCHEMA = 1
 TINY_OPS = 10_000  # enough that a queue of about a thousand launches is long full
@@ -174,22 +173,13 @@ def cached(device: str = "cpu", refresh: bool = False) -> dict:
     Measured again with `refresh`, when the file cannot be read, and when it was measured on a busy
     machine that is idle now.
     """
-    return kept("ceilings", device, lambda: measure(device), refresh)
-
-
-def kept(name: str, device: str, make: Callable[[], dict], refresh: bool = False) -> dict:
-    """What `make` measures on this machine with this torch, kept as JSON in the user's cache.
-
-    Made again as `cached` says.
-    """
     key = _key(device)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    file = machine.cache_dir() / name / f"{device.replace(':', '-')}-{digest}.json"
-    found = None if refresh else _load(file)
-    if found and not (found.get("warning") and machine.busy() is None):
-        return found
-    warning = machine.busy()
-    result = {"schema": SCHEMA, "warning": warning} | make()
+    file = machine.cache_dir() / "ceilings" / f"{device.replace(':', '-')}-{digest}.json"
+    kept = None if refresh else _load(file)
+    if kept and not (kept["warning"] and machine.busy() is None):
+        return kept
+    result = measure(device)
     with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
         _save(file, result)
     return result

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmperf import decoding
@@ -37,7 +41,7 @@ def profile_steps(
         next(running)
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] * (model.device != "cpu")
-    with profile(activities=activities) as profiler:
+    with _quiet(), profile(activities=activities) as profiler:
         for step in range(steps):
             with record_function(f"{STEP} {step}"):
                 next(running)
@@ -45,29 +49,52 @@ def profile_steps(
     return _rows(profiler.events())
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's native code announces its start and stop on the error stream."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _rows(events) -> pd.DataFrame:
     import pandas as pd
 
-    spans = [e for e in events if e.name.startswith(STEP) and "CPU" in str(e.device_type)]
+    spans = [e for e in events if e.name.startswith(STEP) and not _on_gpu(e)]
     origin = min(e.time_range.start for e in spans)
-    rows = []
-    for event in events:
-        on_gpu = "CPU" not in str(event.device_type)
-        if on_gpu and event.name.startswith(STEP):
-            continue  # the profiler draws the span again above the kernels
-        if on_gpu or event in spans or event.cpu_parent in spans:
-            step = None if on_gpu else int((event if event in spans else event.cpu_parent).name[-1])
-            rows.append(
-                {
-                    "where": "GPU" if on_gpu else "processor",
-                    "step": step,
-                    "name": event.name,
-                    "kind": STEP if event in spans else kind_of(event.name),
-                    "start_ms": (event.time_range.start - origin) / 1e3,
-                    "ms": event.time_range.elapsed_us() / 1e3,
-                }
-            )
-    return pd.DataFrame(rows)
+    found = [(e, i) for i, span in enumerate(spans) for e in (span, *_parts(span))]
+    # a span is drawn again above its kernels: those are no work
+    found += [(e, None) for e in events if _on_gpu(e) and not e.name.startswith(STEP)]
+    return pd.DataFrame(
+        {
+            "where": "GPU" if _on_gpu(event) else "processor",
+            "step": step,
+            "name": event.name,
+            "kind": STEP if event.name.startswith(STEP) else kind_of(event.name),
+            "start_ms": (event.time_range.start - origin) / 1e3,
+            "ms": event.time_range.elapsed_us() / 1e3,
+        }
+        for event, step in found
+    )
+
+
+def _on_gpu(event) -> bool:
+    return "CPU" not in str(event.device_type)
+
+
+def _parts(event) -> list:
+    """The outermost operations inside `event`; a compiled graph is no operation but its wrapper."""
+    found = []
+    for child in event.cpu_children:
+        wraps = "CompiledFxGraph" in child.name or child.name.startswith("Torch-Compiled Region")
+        found += _parts(child) if wraps else [child]
+    return found
 
 
 def kind_of(name: str) -> str:

@@ -31,7 +31,7 @@ def made_up(monkeypatch):
         ]
 
     monkeypatch.setattr(ceilings, "matmul_rates", rates)
-    monkeypatch.setattr(ceilings, "kept", lambda name, device, make: make())
+    monkeypatch.setattr(expected.between, "layer_s", lambda *a: 3e-4)
     monkeypatch.setattr(ceilings, "cached", lambda device: LIMITS)
     expected._timed.cache_clear()
     yield asked
@@ -43,12 +43,12 @@ def trace(gap_s, tokens=5):
     return Trace((RequestTrace(0, 4, 0.0, 0.0, 0.5, times, (1,) * tokens),), times[-1])
 
 
-def test_a_step_is_its_products_its_rest_and_its_calls(tiny, made_up):
+def test_a_step_is_its_products_and_what_its_layers_do_between(tiny, made_up):
     condition = Condition(tiny, "batch", 3, prompt_tokens=8, new_tokens=4)
     found = beside.predict_beside(condition, trace(0.02), expect=True)
     products = sum(predict.matmul_shapes(tiny.shape).values())
-    calls = predict.launches(tiny.shape) * 1e-6
-    assert found["expected_tpot_ms"] == pytest.approx((products * STEP_S + calls) * 1e3, rel=1e-3)
+    whole = products * STEP_S + tiny.shape.layers * 3e-4
+    assert found["expected_tpot_ms"] == pytest.approx(whole * 1e3, rel=1e-3)
     assert found["explained"] == pytest.approx(found["expected_tpot_ms"] / 20)
     assert {batches for _, _, batches in made_up} == {(3,)}
     assert found["mbu"] > 0 and found["mfu"] > 0
@@ -95,17 +95,9 @@ def test_a_peer_is_predicted_with_the_rows_that_it_runs_together(tiny, made_up):
     assert ours["bound_s"] == theirs["bound_s"]
 
 
-def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(ceilings.machine, "cache_dir", lambda: tmp_path)
-    made = []
-    for _ in range(2):
-        found = ceilings.kept("rates-x", "cpu", lambda: made.append(1) or {"rates": [1]})
-    assert (len(made), found["rates"]) == (1, [1])
-
-
 @pytest.mark.parametrize("word", [None, "int8"])
-def test_the_real_rates_name_every_product_of_the_model(tiny, word, monkeypatch, tmp_path):
-    monkeypatch.setattr(ceilings.machine, "cache_dir", lambda: tmp_path)
+def test_the_real_rates_name_every_product_of_the_model(tiny, word, monkeypatch):
+    expected._timed.cache_clear()
     monkeypatch.setattr("llmperf.timed.past_caches_bytes", lambda device: 1 << 16)
     model = replace(tiny, quantization=word)
     rates = expected.rates(Condition(model, prompt_tokens=8, new_tokens=4), 2)
@@ -116,3 +108,10 @@ def test_the_real_rates_name_every_product_of_the_model(tiny, word, monkeypatch,
 def test_every_loop_has_a_name_that_the_prediction_knows(tiny):
     for loop in decoding.LOOPS:
         assert expected.loop_of(Condition(tiny, loop=loop, prompt_tokens=8, new_tokens=4)) == loop
+
+
+def test_what_stands_between_products_grows_with_the_rows_and_with_the_text(tiny):
+    layer = expected.between.layer_s
+    one = layer(tiny.shape, "fp32", 1, 1, 8, False)
+    assert 0 < one < layer(tiny.shape, "fp32", 64, 1, 512, False)
+    assert layer(tiny.shape, "fp32", 1, 8, 8, False) > 0

@@ -25,22 +25,26 @@ def test_profiled_steps_hold_their_operations(tiny):
 
 
 def test_events_of_a_gpu_get_a_lane_of_their_own():
-    def event(name, start, end, device="DeviceType.CPU", parent=None):
+    def event(name, start, end, device="DeviceType.CPU", children=()):
         span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(name=name, time_range=span, device_type=device, cpu_parent=parent)
+        return SimpleNamespace(
+            name=name, time_range=span, device_type=device, cpu_children=list(children)
+        )
 
-    step = event("decode step 0", 1000, 5000)
-    linear = event("aten::linear", 1500, 1600, parent=step)
-    inner = event("aten::addmm", 1510, 1590, parent=linear)
+    linear = event("aten::linear", 1500, 1600, children=[event("aten::addmm", 1510, 1590)])
+    inner = event("llmperf::attend", 2100, 2300)
+    wrapper = event("## Call CompiledFxGraph x ##", 2000, 3000, children=[inner])
+    step = event("decode step 0", 1000, 5000, children=[linear, wrapper])
     kernel = event("ampere_bf16_gemm", 2000, 4000, device="DeviceType.CUDA")
     span = event("decode step 0", 2000, 4000, device="DeviceType.CUDA")
-    rows = profiling._rows([step, linear, inner, kernel, span])
+    rows = profiling._rows([step, linear, wrapper, inner, kernel, span])
     assert rows[["where", "kind", "start_ms", "ms"]].values.tolist() == [
         ["processor", profiling.STEP, 0.0, 4.0],
         ["processor", "matrix products", 0.5, 0.1],
+        ["processor", "attention", 1.1, 0.2],
         ["GPU", "matrix products", 1.0, 2.0],
     ]
-    assert profiling.shares(rows)["between operations"] == pytest.approx(1 - 0.1 / 4)
+    assert profiling.shares(rows)["between operations"] == pytest.approx(1 - 0.3 / 4)
 
 
 @pytest.mark.parametrize(

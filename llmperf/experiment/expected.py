@@ -6,15 +6,13 @@ shapes, with the kernels that the loop uses. What is left over is neither readin
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from functools import cache
 
 from llmperf import ceilings, compiled, predict, quantize
+from llmperf.experiment import between
 from llmperf.experiment.condition import Condition
-from llmperf.models import Model
 from llmperf.trace import Trace
 
 FOREIGN = ("endpoint", "continuous")  # their products are not those of our loops
@@ -38,7 +36,7 @@ def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> di
     measured = tpot_s(trace)
     if found.expected_decode_s is None or measured is None:
         return {"expected_tpot_ms": None}
-    expected_s = found.expected_decode_s + _dispatch_s(m, limits)
+    expected_s = found.expected_decode_s + _between_s(condition, rows, context)
     rest = measured - expected_s
     return {
         "expected_tpot_ms": expected_s * 1e3,
@@ -47,11 +45,14 @@ def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> di
     }
 
 
-def _dispatch_s(model: Model, limits: Mapping) -> float:
-    """On a processor each call of an operation is part of the work; a GPU is called ahead."""
-    if model.device != "cpu":
+def _between_s(condition: Condition, rows: int, context: int) -> float:
+    """On a processor: seconds of a step between its products, each operation timed alone."""
+    m, loop = condition.model, loop_of(condition)
+    if m.device != "cpu":  # there they run beside the launches, which the expectation has
         return 0.0
-    return predict.launches(model.shape) * limits["launch_s"]["drained"]["median"]
+    new = min(predict.WINDOW, context + 1) if loop == "recompute" else 1
+    seen = new if loop == "recompute" else context + 1
+    return m.shape.layers * between.layer_s(m.shape, m.dtype, rows, new, seen, loop == "compiled")
 
 
 def tpot_s(trace: Trace) -> float | None:
@@ -77,10 +78,16 @@ def loop_of(condition: Condition) -> str:
 
 
 def rates(condition: Condition, rows: int) -> list[dict] | None:
-    """`ceilings.matmul_rates` of the model's products at the rows of a step, kept on disk."""
+    """`ceilings.matmul_rates` of the model's products at the rows of a step."""
     m, loop = condition.model, loop_of(condition)
     foreign = condition.strategy in FOREIGN or condition.options.get("engine") == "llamacpp"
-    if foreign or m.shape.quantization or m.quantization in quantize.CHECKPOINT or m.shape.moe:
+    if (
+        foreign
+        or m.shape.quantization
+        or m.quantization in quantize.CHECKPOINT
+        or m.shape.moe
+        or m.shape.mla
+    ):
         return None
     if loop == "recompute":
         context = mean(condition.prompt_tokens) + mean(condition.new_tokens) // 2
@@ -90,32 +97,13 @@ def rates(condition: Condition, rows: int) -> list[dict] | None:
 
 @cache
 def _timed(shape, dtype, word, device, rows: int, fused: bool) -> list[dict]:
-    products = predict.matmul_shapes(shape)
-    head = (shape.vocab, shape.hidden)
-    name = json.dumps([sorted(products), dtype, word, rows, fused])
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-
-    def measure() -> dict:
-        kernel = _kernel(device, rows, fused)
-        small = _quantised(word) if word else kernel
-        how = {"dtype": dtype, "device": device, "batches": [rows]}
-        found = ceilings.matmul_rates([head], **how, product=kernel)
-        found += ceilings.matmul_rates([p for p in products if p != head], **how, product=small)
-        return {"rates": found}
-
-    return ceilings.kept(f"rates-{digest}", device, measure)["rates"]
-
-
-def _kernel(device: str, rows: int, fused: bool) -> Callable:
-    """The product that the loop uses: torch's own, or on a CPU the compiled loop's kernel."""
-    import torch
-
-    from llmperf import fused as twin
-
-    if fused and device == "cpu" and rows <= twin.KERNEL_ROWS:
-        twin.build_kernels()
-        return lambda weight: lambda x: torch.ops.llmperf.linear(x, weight, None)
-    return lambda weight: lambda x: torch.nn.functional.linear(x, weight)
+    """Timed once a process and not kept longer: a shared machine is another one an hour later."""
+    products, head = predict.matmul_shapes(shape), (shape.vocab, shape.hidden)
+    kernel = between.kernel(device, rows, fused)
+    small = _quantised(word) if word else kernel
+    how = {"dtype": dtype, "device": device, "batches": [rows]}
+    found = ceilings.matmul_rates([head], **how, product=kernel)
+    return found + ceilings.matmul_rates([p for p in products if p != head], **how, product=small)
 
 
 def _quantised(word: str) -> Callable:
