@@ -66,7 +66,10 @@ def test_recompute_multiplies_as_many_rows_as_it_sees(tiny, made_up):
     condition = Condition(tiny, "batch", 2, "recompute", prompt_tokens=8, new_tokens=4)
     found = beside.predict_beside(condition, trace(0.02), expect=True)
     assert {batches for _, _, batches in made_up} == {(2 * (8 + 2 + 1),)}
-    assert found["expected_tpot_ms"] > 0
+    cached = beside.predict_beside(replace(condition, loop="cached"), trace(0.02))
+    least = predict.latency(tiny.shape, "fp32", None, 2, 8, 10, LIMITS | {"launch_s": None})
+    assert cached["bound_tpot_ms"] == least.decode.seconds * 1e3
+    assert found["bound_tpot_ms"] != cached["bound_tpot_ms"]
 
 
 def test_what_cannot_be_timed_has_no_expectation(tiny, made_up):

@@ -51,9 +51,9 @@ def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> 
     cost = once * (condition.level / rows)
     least = predict.bound(cost, bandwidth, flops)
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
-    step = predict.decode_bound(
-        m.shape, m.dtype, rows, prompt + new // 2, bandwidth, flops, m.quantization
-    )
+    how = (m.shape, m.dtype, m.quantization, rows, prompt, prompt + new // 2)
+    no_launches = {**limits, "launch_s": None}
+    step = predict.latency(*how, no_launches, condition.loop).decode
     further = expected.beside(condition, rows, trace, limits) if expect else {}
     return {
         "bound_s": least.seconds,
