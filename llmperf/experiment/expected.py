@@ -99,11 +99,16 @@ def rates(condition: Condition, rows: int) -> list[dict] | None:
 def _timed(shape, dtype, word, device, rows: int, fused: bool) -> list[dict]:
     """Timed once a process and not kept longer: a shared machine is another one an hour later."""
     products, head = predict.matmul_shapes(shape), (shape.vocab, shape.hidden)
+    others = [p for p in products if p != head]
     kernel = between.kernel(device, rows, fused)
     small = _quantised(word) if word else kernel
-    how = {"dtype": dtype, "device": device, "batches": [rows]}
-    found = ceilings.matmul_rates([head], **how, product=kernel)
-    return found + ceilings.matmul_rates([p for p in products if p != head], **how, product=small)
+    how = {"dtype": dtype, "device": device, "batches": [rows], "repeats": 3}
+    passes = [
+        ceilings.matmul_rates([head], **how, product=kernel)
+        + ceilings.matmul_rates(others, **how, product=small)
+        for _ in range(2)  # a neighbour's burst falls into one of them
+    ]
+    return [min(pair, key=lambda r: r["seconds"]["median"]) for pair in zip(*passes, strict=True)]
 
 
 def _quantised(word: str) -> Callable:
