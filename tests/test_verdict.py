@@ -95,6 +95,12 @@ def test_impossible_runs_are_not_recommended_and_unstable_ones_say_so():
     assert found.option.strategy == "threads" and "Not quiet: unstable: busy" in found.rests_on
 
 
+def test_another_engine_is_never_recommended():
+    ours = [rec("batch", 4, 2.0, 200, 50, repeat=i) for i in range(5)]
+    faster = [rec("peer", 4, 0.1, 2, 1, repeat=i) for i in range(5)]
+    assert {o.strategy for o in verdict.options(ours + faster)} == {"batch"}
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="no record of yi"):
         verdict.recommend([rec("batch", 1, 1, 1, 1)], 1, model="yi")

@@ -173,6 +173,8 @@ def gather(records: Iterable, across: bool = False, impossible_too: bool = False
     """
     rows = [r if isinstance(r, Mapping) else vars(r) for r in records]
     rows = [r for r in rows if r.get("kind", "measure") == "measure" and r.get("condition")]
+    # Another engine is what strategies stand beside, never one of them to judge or recommend.
+    rows = [r for r in rows if r["condition"].get("strategy") != "peer"]
     ok = [r for r in rows if r.get("status", "ok") == "ok" and r.get("metrics")]
     groups: dict[str, list] = {}
     impossible: Counter = Counter()
