@@ -18,10 +18,7 @@ WORDS = ("none", *OURS, *BNB, *CHECKPOINT)
 ALIASES = {"nf4": "bnb-4", "bnb-nf4": "bnb-4", "bnb-int8": "bnb-8"}
 GROUP = 64  # inputs that share a scale, in int4 and bnb-4
 FAST_ROWS = {"fp32": 1, "bf16": 8, "fp16": 8}  # beyond, torch's int8 kernel for CPUs is slow
-NEEDS = {
-    "bnb": (("bitsandbytes", "accelerate"), "bnb"),
-    "awq": (("gptqmodel", "accelerate"), "awq"),
-}
+NEEDS = {"bnb": "bitsandbytes", "awq": "gptqmodel"}  # {our optional extra: its module}
 
 
 class Missing(ValueError):
@@ -53,11 +50,10 @@ def check(word: str | None, dtype: str, device: str) -> str | None:
 
 def require(word: str) -> None:
     """Raise Missing unless what runs bnb-… or a checkpoint in awq or gptq is installed."""
-    modules, extra = NEEDS["bnb" if word in BNB else "awq"]
-    absent = [m for m in modules if importlib.util.find_spec(m) is None]
-    if absent:
+    extra = "bnb" if word in BNB else "awq"
+    if importlib.util.find_spec(NEEDS[extra]) is None:
         raise Missing(
-            f"{word} needs {' and '.join(absent)}, which is not installed here: install the"
+            f"{word} needs {NEEDS[extra]}, which is not installed here: install the"
             f" optional extra with pip install 'llmperf-study[{extra}]', or choose another"
             " quantization"
         )
