@@ -122,8 +122,11 @@ def _models(_) -> None:
 
 
 def _compare(arguments) -> None:
+    import gc
+
     from llmperf import runs
 
+    gc.disable()  # it would walk through all records again and again, and this process ends soon
     found = runs.load(arguments.runs)
     print(
         runs.compare(
