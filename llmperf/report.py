@@ -22,7 +22,8 @@ th:first-child, td:first-child { text-align: left }
 .failed { color: #a40e26; font-weight: 600 }
 .anchor-link, .jp-InputPrompt, .prompt { display: none }
 .lead { font-size: 1.25rem; margin: .3rem 0 }
-.card td { text-align: left; vertical-align: top } .card td:nth-child(2) { font-weight: 600 }
+.card :is(th, td) { text-align: left; vertical-align: top }
+.card td:nth-child(2) { font-weight: 600 }
 .holds { color: #0b6b3a } .fails { color: #a40e26 } .open { color: #57606a }
 details > summary { cursor: pointer; color: #57606a; font-size: 13px }
 """

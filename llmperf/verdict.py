@@ -38,6 +38,7 @@ class Option:
     n: int  # records that it rests on; 0: predicted
     notes: tuple[str, ...] = ()
     arriving: bool = False  # measured under requests that arrive over time
+    loop: str = "cached"
 
     @property
     def name(self) -> str:
@@ -52,7 +53,8 @@ class Option:
         }
         name = words.get(kind, f"{kind} batching")
         rest = self.strategy.removeprefix(kind).strip()
-        return f"{name} ({rest}), {self.dtype}" if rest else f"{name}, {self.dtype}"
+        loop = f", {self.loop}" if self.loop != "cached" else ""
+        return f"{name}{f' ({rest})' if rest else ''}, {self.dtype}{loop}"
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,8 @@ def headline(records: Iterable) -> str:
     best = max(found, key=lambda o: o.tokens_per_s)
     name = best.name[0].upper() + best.name[1:]
     text = f"{name}: the most tokens here, {best.tokens_per_s:.3g} tokens/s"
-    alone = [o for o in found if o.strategy == "sequential"] or [o for o in found if o.level == 1]
-    alone = [o for o in alone if o.dtype == best.dtype] or alone
+    alike = [o for o in found if (o.dtype, o.loop) == (best.dtype, best.loop)]
+    alone = [o for o in alike if o.strategy == "sequential"] or [o for o in alike if o.level == 1]
     if not alone or best in alone:
         return f"{text}."
     one = max(alone, key=lambda o: o.tokens_per_s)
@@ -223,7 +225,7 @@ def _option(strategy: str, level: int, setting: str, rows: Sequence[Mapping]) ->
     dtype = c.get("quantization") or c.get("dtype") or "unknown dtype"
     return Option(
         strategy, level, setting, rate, speed, *latencies, seconds, _memory(rows), dtype,
-        tokens / ok, len(rows), tuple(warned), bool(c.get("arrivals")),
+        tokens / ok, len(rows), tuple(warned), bool(c.get("arrivals")), c.get("loop") or "cached",
     )  # fmt: skip
 
 

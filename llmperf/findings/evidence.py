@@ -29,10 +29,12 @@ class Figure:
     n: int = 1
     basis: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def span(self) -> str:
+        """The value with its low and high, where there are any."""
         if self.low is None:
-            return f"{self.value:.3g} ({self.basis})" if self.basis else f"{self.value:.3g}"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] ({self.basis})"
+            return f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 def ratio(a: Sequence[float], b: Sequence[float], scale: float = 1.0) -> Figure | None:
@@ -122,10 +124,10 @@ class Setting:
     def in_a_row(self, n: int) -> tuple[list[float], str]:
         """Seconds of n requests one after another: measured so, or n times one; and which."""
         if measured := self.seconds("sequential", n):
-            return measured, f"{n} in a row"
+            return measured, f"{n} requests in a row"
         for strategy in ("sequential", "threads", "coroutine", "batch"):
             if one := self.seconds(strategy, 1):
-                return [s * n for s in one], f"{n} times one"
+                return [s * n for s in one], f"{n} times one request"
         return [], ""
 
     def peaks(self, channel: str, strategy: str, level: int, of: str = "max") -> list[float]:

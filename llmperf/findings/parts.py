@@ -36,15 +36,20 @@ def check(id: str, needed: str):
 
 
 def part(s: Setting, figure: Figure | None, text: str, least=None, most=None) -> Iterator[Part]:
-    """A part from one figure and its limits; nothing when there is no figure."""
+    """A part from one figure and the limits of the claim; nothing when there is no figure.
+
+    `text` is a sentence with `{}` where the figure goes.
+    """
     if figure is None:
         return
     verdict, points_to = judge(
         figure, float("-inf") if least is None else least, float("inf") if most is None else most
     )
-    wanted = " to ".join(f"{x:g}" for x in (least, most) if x is not None)
+    claimed = " to ".join(f"{x:g}" for x in (least, most) if x is not None)
     word = "" if None not in (least, most) else "at least " if most is None else "at most "
-    yield Part(s, verdict, points_to, f"{text} {figure}, wanted {word}{wanted}", figure)
+    basis = f"; {figure.basis}" if figure.basis else ""
+    text = f"{text.format(figure.span)} (claimed: {word}{claimed}{basis})"
+    yield Part(s, verdict, points_to, text, figure)
 
 
 def both(first: Part | None, second: Part | None, of: Setting) -> Iterator[Part]:

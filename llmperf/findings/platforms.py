@@ -34,9 +34,11 @@ def threads_wsl2(evidence: Evidence) -> Iterator[Part]:
         threads = wsl.seconds("threads", n)
         against = ratio(threads, windows.seconds("threads", n))
         row, how = wsl.in_a_row(n)
+        beside = f"{n} threads take {{}} times as long on WSL2 as on Windows"
+        alone = f"on WSL2 they take {{}} times as long as {how}"
         yield from both(
-            only(part(wsl, against, f"{n} threads, WSL2 over Windows,", least=2)),
-            only(part(wsl, ratio(threads, row), f"on WSL2, over {how},", least=1)),
+            only(part(wsl, against, beside, least=2)),
+            only(part(wsl, ratio(threads, row), alone, least=1)),
             wsl,
         )
 
@@ -46,8 +48,9 @@ def wsl2_single(evidence: Evidence) -> Iterator[Part]:
     for wsl, windows in pairs(evidence):
         sides = [s.seconds("sequential", 1) or s.seconds("batch", 1) for s in (wsl, windows)]
         ten = [s.seconds("batch", 10) for s in (wsl, windows)]
-        one = only(part(wsl, ratio(*sides), "one request, WSL2 over Windows,", most=1))
-        alike = part(wsl, ratio(*ten), "batch 10, WSL2 over Windows,", 1 - ALIKE, 1 + ALIKE)
+        text = "one request takes {} times as long on WSL2 as on Windows"
+        one = only(part(wsl, ratio(*sides), text, most=1))
+        alike = part(wsl, ratio(*ten), "batch 10 takes {} times", 1 - ALIKE, 1 + ALIKE)
         yield from both(one, only(alike), wsl) if one else ()
 
 

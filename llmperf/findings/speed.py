@@ -14,14 +14,15 @@ from llmperf.findings.parts import ALIKE, Part, at_the_top, both, check, only, p
 def batch_time(evidence: Evidence) -> Iterator[Part]:
     for s in evidence.with_all(("batch", 1), ("batch", 10)):
         figure = ratio(s.seconds("batch", 10), s.seconds("batch", 1))
-        yield from part(s, figure, "batch 10 takes, times batch 1,", most=1.5)
+        yield from part(s, figure, "batch 10 takes {} times as long as batch 1", most=1.5)
 
 
 @check("batch-throughput", "run notebook 03 with batch_sizes that hold 1 and 10")
 def batch_throughput(evidence: Evidence) -> Iterator[Part]:
     for s in evidence.with_all(("batch", 1), ("batch", 10)):
         sides = (s.metric("output_tokens_per_s", "batch", n) for n in (10, 1))
-        yield from part(s, ratio(*sides), "tokens/s of batch 10 over batch 1", least=5)
+        text = "batch 10 gives {} times the tokens/s of batch 1"
+        yield from part(s, ratio(*sides), text, least=5)
 
 
 # Coroutines and threads
@@ -39,7 +40,8 @@ def coroutine_serial(evidence: Evidence) -> Iterator[Part]:
         one = one or s.seconds("sequential", 1)
         row, how = ([x * n for x in one], f"{n} times one") if one else s.in_a_row(n)
         figure = ratio(many, row)
-        time = only(part(s, figure, f"{n} tasks take, over {how},", 1 - ALIKE, 1 + ALIKE))
+        text = f"{n} tasks take {{}} times as long as {how}"
+        time = only(part(s, figure, text, 1 - ALIKE, 1 + ALIKE))
         yield from both(time, _blocked(s, runs, n), s) if time else ()
 
 
@@ -62,7 +64,8 @@ def _blocked(s: Setting, runs: Sequence[Mapping], n: int) -> Part | None:
     ]
     shares = [block / one for block, one in found]
     figure = ratio(shares, [1.0] * len(shares))
-    return only(part(s, figure, "the event loop stood still for, in times of one request,", 0.5))
+    text = "the event loop stood still for {} times the time of one request"
+    return only(part(s, figure, text, least=0.5))
 
 
 def _note(row: Mapping, group: str, name: str) -> float | None:
@@ -80,7 +83,7 @@ def threads_in_a_row(evidence: Evidence) -> Iterator[Part]:
         row, how = s.in_a_row(n)
         where = "" if windows else f" (on {s.os}; the claim is of Windows)"
         figure = ratio(s.seconds("threads", n), row)
-        yield from part(s, figure, f"{n} threads take, over {how}{where},", most=1.0)
+        yield from part(s, figure, f"{n} threads take {{}} times as long as {how}{where}", most=1.0)
 
 
 @check("threads-streams", "run notebook 05 on an NVIDIA GPU: a CPU has no streams")
@@ -93,7 +96,7 @@ def threads_streams(evidence: Evidence) -> Iterator[Part]:
         n = top_level({n for kind, n in by if kind == "own" and ("default", n) in by})
         if n is None:
             continue
-        text = f"{n} threads with streams of their own, over the default stream,"
+        text = f"{n} threads take {{}} times as long with streams of their own as with one for all"
         figure = ratio(by["own", n], by["default", n])
         yield from part(s, figure, text, 1 - ALIKE, 1 + ALIKE)
 
@@ -121,7 +124,8 @@ def _contention(s: Setting, n: int) -> Part | None:
         return None
     floor = 1e-4  # one thread waits for nobody: a ratio to 0 says nothing
     figure = ratio(*([max(x, floor) for x in side] for side in sides))
-    return only(part(s, figure, f"GIL contention of {n} threads over {few}", least=1.1))
+    text = f"the GIL contention of {n} threads is {{}} times that of {few}"
+    return only(part(s, figure, text, least=1.1))
 
 
 def _scaling(s: Setting, other: Setting | None, n: int) -> Part | None:
@@ -139,7 +143,7 @@ def _scaling(s: Setting, other: Setting | None, n: int) -> Part | None:
     known = None not in (eager.low, fast.low)
     low, high = (fast.low / eager.high, fast.high / eager.low) if known else (None, None)
     figure = Figure(value, low, high, min(eager.n, fast.n), fast.basis)
-    text = f"scaling to {n} threads of the compiled loop over the eager one"
+    text = f"{n} threads speed the compiled loop up {{}} times as much as the eager one"
     return only(part(s, figure, text, least=1.0))
 
 
@@ -150,7 +154,8 @@ def threads_utilisation(evidence: Evidence) -> Iterator[Part]:
         if n is None:
             continue
         sides = (s.peaks("utilization", name, n, "mean") for name in ("batch", "threads"))
-        yield from part(s, ratio(*sides), f"GPU utilisation of batch {n} over {n} threads", 2)
+        text = f"batch {n} has {{}} times the GPU utilisation of {n} threads"
+        yield from part(s, ratio(*sides), text, least=2)
 
 
 # Processes
@@ -165,7 +170,8 @@ def processes_threads(evidence: Evidence) -> Iterator[Part]:
     for s in evidence.with_all(("processes", None), ("threads", None)):
         if n := _workers(s, "threads"):
             figure = ratio(s.seconds("processes", n), s.seconds("threads", n))
-            yield from part(s, figure, f"{n} processes take, over {n} threads,", most=1.0)
+            text = f"{n} processes take {{}} times as long as {n} threads"
+            yield from part(s, figure, text, most=1.0)
 
 
 @check("processes-below-batch", "run notebook 06: processes, and a batch of as many requests")
@@ -173,7 +179,8 @@ def processes_batch(evidence: Evidence) -> Iterator[Part]:
     for s in evidence.with_all(("processes", None), ("batch", None)):
         if n := _workers(s, "batch"):
             figure = ratio(s.seconds("batch", n), s.seconds("processes", n))
-            yield from part(s, figure, f"batch {n} takes, over {n} processes,", most=0.7)
+            text = f"batch {n} takes {{}} times as long as {n} processes"
+            yield from part(s, figure, text, most=0.7)
 
 
 # Two platforms on one card
@@ -196,7 +203,7 @@ def batching_preferred(evidence: Evidence) -> Iterator[Part]:
             best = max(rivals, key=lambda r: sorted(rivals[r])[len(rivals[r]) // 2])
             lacking = [r for r in RIVALS if r not in rivals]
             note = f" (not measured: {', '.join(lacking)})" if lacking else ""
-            text = f"goodput of dynamic over {best}, the best of the others{note},"
+            text = f"dynamic batching has {{}} times the goodput of {best}, the next best{note}"
             yield from part(s, _goodput_ratio(dynamic, rivals[best]), text, least=1.0)
 
 
