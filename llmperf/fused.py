@@ -30,8 +30,8 @@ def build_kernels() -> None:
     CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
 
     @torch.library.register_fake("llmperf::linear")
-    def linear(x, weight, bias):
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    def linear(x, weights, biases):
+        return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights))
 
     @torch.library.register_fake("llmperf::attend")
     def attend(query, key, value, mask, scale):
@@ -96,7 +96,8 @@ def _use_kernel(module) -> None:
             self.weight, self.bias = weight, bias
 
         def forward(self, x):
-            return torch.ops.llmperf.linear(x.contiguous(), self.weight, self.bias)
+            biases = [] if self.bias is None else [self.bias]
+            return torch.ops.llmperf.linear(x.contiguous(), [self.weight], biases)
 
     for name, child in list(module.named_modules()):
         if type(child) is torch.nn.Linear:
@@ -172,4 +173,28 @@ def _compile(layer, hidden, cache, rest, spec, weights):
     tensors = [rest[i] for i in moving]
     example = [hidden, cache.keys[0], cache.values[0], cache.slot, *tensors, *weights]
     graph = make_fx(function, tracing_mode="fake")(*example)
+    _join(graph)
     return torch._inductor.compile(graph, example)
+
+
+def _join(module) -> None:
+    """Make one product of those that have one input, such as query, key and value."""
+    import torch
+
+    linear, graph = torch.ops.llmperf.linear.default, module.graph
+    of_input: dict[tuple, list] = {}
+    for node in graph.find_nodes(op="call_function", target=linear):
+        x, _, biases = node.args
+        of_input.setdefault((x, len(biases)), []).append(node)
+    for (x, _), nodes in of_input.items():
+        with graph.inserting_before(nodes[0]):
+            weights, biases = (sum((list(n.args[i]) for n in nodes), []) for i in (1, 2))
+            whole = graph.call_function(linear, (x, weights, biases))
+            end = 0
+            for node in nodes:
+                start, end = end, end + node.meta["val"].shape[-1]
+                part = graph.call_function(torch.ops.aten.slice.Tensor, (whole, -1, start, end))
+                node.replace_all_uses_with(part)
+        for node in nodes:
+            graph.erase_node(node)
+    module.recompile()

@@ -10,6 +10,8 @@ import tiny_models
 
 torch = pytest.importorskip("torch")
 
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
 from llmperf import compiled, decoding, fused, models, sampling, shapes, workload  # noqa: E402
 
 GREEDY = sampling.GREEDY
@@ -120,15 +122,35 @@ def test_bf16_stays_close(loaded):
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 33, 200])
-def test_linear_kernel(rows, dtype, columns):
+@pytest.mark.parametrize("widths", [(45,), (45, 3, 70)])
+def test_linear_kernel(rows, dtype, columns, widths):
     fused.build_kernels()
     torch.manual_seed(0)
-    x, w = torch.randn(rows, columns).to(dtype), torch.randn(45, columns).to(dtype)
-    bias = torch.randn(45).to(dtype)
-    exact = x.double() @ w.double().T + bias.double()
-    ours = torch.ops.llmperf.linear(x, w, bias)
+    x = torch.randn(rows, columns).to(dtype)
+    weights = [torch.randn(n, columns).to(dtype) for n in widths]
+    biases = [torch.randn(n).to(dtype) for n in widths]
+    exact = x.double() @ torch.cat(weights).double().T
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=10 * tolerance)
+    close = {"rtol": tolerance, "atol": 10 * tolerance}
+    plain = torch.ops.llmperf.linear(x, weights, [])
+    torch.testing.assert_close(plain.double(), exact, **close)
+    with_bias = torch.ops.llmperf.linear(x, weights, biases)
+    torch.testing.assert_close(with_bias.double(), exact + torch.cat(biases).double(), **close)
+
+
+def test_products_of_one_input_become_one():
+    def layer(x, a, b, c):
+        linear = torch.ops.llmperf.linear
+        y = linear(x, [a], []) * linear(x, [b], [])
+        return linear(y, [c], []) + linear(x, [a], [c[0]])
+
+    fused.build_kernels()
+    example = [torch.randn(s) for s in ((2, 8), (8, 8), (8, 8), (8, 8))]
+    graph = make_fx(layer, tracing_mode="fake")(*example)
+    fused._join(graph)
+    products = graph.graph.find_nodes(op="call_function", target=torch.ops.llmperf.linear.default)
+    assert [len(node.args[1]) for node in products] == [2, 1, 1]
+    torch.testing.assert_close(graph(*example), layer(*example))
 
 
 def test_attention_kernel_with_holes_in_the_mask():

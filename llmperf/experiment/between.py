@@ -22,7 +22,7 @@ def kernel(device: str, rows: int, fused: bool) -> Callable:
 
     if fused and device == "cpu" and rows <= twin.KERNEL_ROWS:
         twin.build_kernels()
-        return lambda weight: lambda x: torch.ops.llmperf.linear(x, weight, None)
+        return lambda weight: lambda x: torch.ops.llmperf.linear(x, [weight], [])
     return lambda weight: lambda x: torch.nn.functional.linear(x, weight)
 
 

@@ -23,8 +23,7 @@ def generate(model, asked, cache=None):
     options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
     if cache:
         options["cache_implementation"] = cache
-    with torch.inference_mode():
-        out = model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    out = model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[:, PROMPT:].T.tolist()
 
 
