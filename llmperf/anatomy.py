@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llmperf.decoding import pad, positions
+from llmperf.decoding import last_column, pad, positions
 from llmperf.sampling import Sampling, next_tokens, uniforms
 from llmperf.workload import Request
 
@@ -65,7 +65,7 @@ def split(model: Model, text: str, new_tokens: int, sampling: Sampling, seed: in
                     position_ids=position,
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1,
+                    logits_to_keep=1 if step else last_column(column),
                 ).logits[:, -1]
             with watch.phase("sampling"):
                 token = next_tokens(logits, sampling, draws[:, step])

@@ -176,7 +176,7 @@ def _prefill(model: Model, plan: Plan, batch):
     """The prompt, eagerly, as in `cached`: its last logits, and buffers that hold its keys."""
     from transformers import DynamicCache
 
-    from llmperf.decoding import positions
+    from llmperf.decoding import last_column, positions
 
     cache = DynamicCache(config=model.module.config)
     out = model.module(
@@ -185,7 +185,7 @@ def _prefill(model: Model, plan: Plan, batch):
         position_ids=positions(batch.mask),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_column(batch.ids),
     )
     kv = [(x.keys, x.values) for x in cache.layers]
     buffers = plan.buffers.pop() if plan.buffers else _allocate(kv, plan.bucket)

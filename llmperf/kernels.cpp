@@ -20,20 +20,23 @@ typedef float f4 __attribute__((vector_size(16)));
 typedef float f8 __attribute__((vector_size(32)));
 typedef float f16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint16_t h16 __attribute__((vector_size(32)));
 
 struct Float {
   typedef float T;
   typedef f16 V;
-  static constexpr int width = 16;
+  static constexpr int width = 16, many = 4;  // numbers in a vector; rows of x in one tile
   static V load(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
   static void multiply_add(f16& sum, V a, V b) { sum += a * b; }
+  static f16 load16(const T* p) { return load(p); }
   static float widen(T x) { return x; }
   static T narrow(float x) { return x; }
 };
 
 struct BFloat16 {
   typedef uint16_t T;
-  static constexpr int width = 32;
+  static constexpr int width = 32, many = 8;
 #if defined(__AVX512BF16__)
   typedef __m512bh V;
   static V load(const T* p) { return (V)_mm512_loadu_si512(p); }
@@ -47,6 +50,14 @@ struct BFloat16 {
     sum += as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
   }
 #endif
+  static f16 load16(const T* p) {
+    h16 half;
+    std::memcpy(&half, p, sizeof half);
+    u16 bits = __builtin_convertvector(half, u16) << 16;
+    f16 v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
   static float widen(T x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;
@@ -73,29 +84,24 @@ static inline float total(f16 v) {
   return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
-// R rows of w (., K) times M rows of x (M, K). U partial sums hide the latency of the multiply-add.
-template <class D, int R, int M, int U, class Put>
+// One row of w (K) times M rows of x (M, K). U partial sums hide the latency of the multiply-add.
+template <class D, int M, int U, class Put>
 static inline void tile(const typename D::T* x, const typename D::T* w, int64_t K, Put put) {
-  f16 sum[R][M][U] = {};
+  f16 sum[M][U] = {};
   int64_t k = 0;
   auto column = [&](int64_t at, int u) {
-    typename D::V row[R];
-    for (int r = 0; r < R; ++r) row[r] = D::load(w + r * K + at);
-    for (int m = 0; m < M; ++m) {
-      auto v = D::load(x + m * K + at);
-      for (int r = 0; r < R; ++r) D::multiply_add(sum[r][m][u], row[r], v);
-    }
+    const auto v = D::load(w + at);
+    for (int m = 0; m < M; ++m) D::multiply_add(sum[m][u], v, D::load(x + m * K + at));
   };
   for (; k + U * D::width <= K; k += U * D::width)
     for (int u = 0; u < U; ++u) column(k + u * D::width, u);
   for (; k + D::width <= K; k += D::width) column(k, 0);
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
-      for (int u = 1; u < U; ++u) sum[r][m][0] += sum[r][m][u];
-      float s = total(sum[r][m][0]);
-      for (int64_t j = k; j < K; ++j) s += D::widen(w[r * K + j]) * D::widen(x[m * K + j]);
-      put(r, m, s);
-    }
+  for (int m = 0; m < M; ++m) {
+    for (int u = 1; u < U; ++u) sum[m][0] += sum[m][u];
+    float s = total(sum[m][0]);
+    for (int64_t j = k; j < K; ++j) s += D::widen(w[j]) * D::widen(x[m * K + j]);
+    put(m, s);
+  }
 }
 
 // x (M, K), w (N, K) -> put(n, m, value); 32 rows of w at a time stay in the cache for all of x.
@@ -104,18 +110,13 @@ static void rows(const T* x, const T* w, int64_t M, int64_t K, int64_t from, int
   for (int64_t n = from; n < to; n += 32) {
     const int64_t end = n + 32 < to ? n + 32 : to;
     int64_t m = 0;
-    auto at = [&](int64_t i) {
-      return [&put, i, m](int r, int c, float s) { put(i + r, m + c, s); };
-    };
-    for (; m + 8 <= M; m += 8) {
-      int64_t i = n;
-      for (; i + 2 <= end; i += 2) tile<D, 2, 8, 1>(x + m * K, w + i * K, K, at(i));
-      for (; i < end; ++i) tile<D, 1, 8, 1>(x + m * K, w + i * K, K, at(i));
-    }
+    auto at = [&](int64_t i) { return [&put, i, m](int c, float s) { put(i, m + c, s); }; };
+    for (; m + D::many <= M; m += D::many)
+      for (int64_t i = n; i < end; ++i) tile<D, D::many, 8 / D::many>(x + m * K, w + i * K, K, at(i));
     for (; m + 2 <= M; m += 2)
-      for (int64_t i = n; i < end; ++i) tile<D, 1, 2, 4>(x + m * K, w + i * K, K, at(i));
+      for (int64_t i = n; i < end; ++i) tile<D, 2, 4>(x + m * K, w + i * K, K, at(i));
     for (; m < M; ++m)
-      for (int64_t i = n; i < end; ++i) tile<D, 1, 1, 4>(x + m * K, w + i * K, K, at(i));
+      for (int64_t i = n; i < end; ++i) tile<D, 1, 4>(x + m * K, w + i * K, K, at(i));
   }
 }
 
@@ -156,6 +157,48 @@ Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
   return y;
 }
 
+// e^x for x <= 0, a polynomial with the coefficients of Cephes' expf; 0 where e^x is no normal float.
+static inline f16 exponential(f16 x) {
+  i16 n = __builtin_convertvector(x * 1.44269504f - 0.5f, i16);  // nearest power of two
+  f16 m = __builtin_convertvector(n, f16), r = x - m * 0.693359375f + m * 2.12194440e-4f, p, scale;
+  p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  i16 bits = (n + 127) << 23;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return x < -87.0f ? f16{} : p * scale;
+}
+
+// p (W) becomes exp(p - its maximum), which is -infinity in places; returns the sum.
+static float exponentials(float* p, int64_t W) {
+  float top = -INFINITY;
+  for (int64_t l = 0; l < W; ++l) top = p[l] > top ? p[l] : top;
+  f16 sum = {};
+  for (int64_t l = 0; l < W; l += 16) {
+    f16 x;
+    std::memcpy(&x, p + l, sizeof x);
+    x = exponential(x - top);
+    std::memcpy(p + l, &x, sizeof x);
+    sum += x;
+  }
+  return total(sum);
+}
+
+// 16 columns of N sums of the rows of value (., K), row l times p[n * W + l].
+template <class D, int N>
+static inline void weigh(const float* p, int64_t W, const typename D::T* value, int64_t K,
+                         int64_t rows, f16* out) {
+  f16 sum[N] = {};
+  for (int64_t l = 0; l < rows; ++l) {
+    const f16 v = D::load16(value + l * K);
+    for (int n = 0; n < N; ++n) sum[n] += p[n * W + l] * v;
+  }
+  for (int n = 0; n < N; ++n) out[n] = sum[n];
+}
+
 template <class D>
 static void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask,
                       Tensor& y, float scale) {
@@ -164,31 +207,40 @@ static void attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t G = H / kv;  // queries that share one key head
 #pragma omp parallel if (B * H * L > 4096)
   {
-    std::vector<float> scores(G * L), sums(G * K);
+    std::vector<float> scores(G * (L + 16)), weight(G);
 #pragma omp for
     for (int64_t i = 0; i < B * kv; ++i) {
       const bool* keep = (const bool*)mask.data_ptr() + (i / kv) * L;
-      const T* value = (const T*)v.data_ptr() + i * L * K;
       int64_t from = 0, to = L;  // padding on the left and unused room on the right are not read
       while (from < L && !keep[from]) ++from;
       while (to > from && !keep[to - 1]) --to;
-      rows<D>((const T*)q.data_ptr() + i * G * K, (const T*)k.data_ptr() + i * L * K, G, K, from,
-              to, [&](int64_t l, int64_t g, float s) { scores[g * L + l] = s * scale; });
-      for (int64_t g = 0; g < G; ++g) {
-        float *p = &scores[g * L], *sum = &sums[g * K], top = -INFINITY, weight = 0;
-        for (int64_t l = from; l < to; ++l) {
-          if (!keep[l]) p[l] = -INFINITY;
-          top = p[l] > top ? p[l] : top;
+      const int64_t W = (to - from + 15) / 16 * 16;  // room for a query's scores, whole vectors
+      const T* key = (const T*)k.data_ptr() + (i * L + from) * K;
+      const T* value = (const T*)v.data_ptr() + (i * L + from) * K;
+      std::fill(scores.begin(), scores.begin() + G * W, -INFINITY);
+      rows<D>((const T*)q.data_ptr() + i * G * K, key, G, K, 0, to - from,
+              [&](int64_t l, int64_t g, float s) {
+                if (keep[from + l]) scores[g * W + l] = s * scale;
+              });
+      for (int64_t g = 0; g < G; ++g) weight[g] = exponentials(&scores[g * W], W);
+      T* out = (T*)y.data_ptr() + i * G * K;
+      for (int64_t g = 0; g < G; ++g)
+        for (int64_t d = K / 16 * 16; d < K; ++d) {
+          float sum = 0;
+          for (int64_t l = 0; l < to - from; ++l)
+            sum += scores[g * W + l] * D::widen(value[l * K + d]);
+          out[g * K + d] = D::narrow(sum / weight[g]);
         }
-#pragma omp simd reduction(+ : weight)
-        for (int64_t l = from; l < to; ++l) weight += p[l] = std::exp(p[l] - top);
-        std::fill(sum, sum + K, 0.0f);
-        for (int64_t l = from; l < to; ++l)
-#pragma omp simd
-          for (int64_t d = 0; d < K; ++d) sum[d] += p[l] * D::widen(value[l * K + d]);
-        for (int64_t d = 0; d < K; ++d)
-          ((T*)y.data_ptr())[(i * G + g) * K + d] = D::narrow(sum[d] / weight);
-      }
+      for (int64_t d = 0; d + 16 <= K; d += 16)
+        for (int64_t g = 0, n; g < G; g += n) {
+          f16 sum[4];
+          n = G - g < 4 ? G - g : 4;
+          auto kernel = n == 4 ? weigh<D, 4> : n == 3 ? weigh<D, 3> : n == 2 ? weigh<D, 2> : weigh<D, 1>;
+          kernel(&scores[g * W], W, value + d, K, to - from, sum);
+          for (int64_t j = 0; j < n; ++j)
+            for (int c = 0; c < 16; ++c)
+              out[(g + j) * K + d + c] = D::narrow(sum[j][c] / weight[g + j]);
+        }
     }
   }
 }

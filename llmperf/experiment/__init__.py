@@ -21,7 +21,7 @@ from llmperf.trace import Trace, agreement
 
 __all__ = ["Condition", "Results", "environment", "measure"]
 
-WARMUP_TOKENS = 4  # a warm-up run generates this many tokens: enough to touch every kernel
+WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 WARMUP_RUNS = 3  # at most; fewer when two in a row take the same time
 SETTLED = 0.10  # two warm-up runs within 10 % of each other count as settled
 REFERENCE_REQUESTS = 4  # requests of a condition that are compared with `sequential`
