@@ -102,10 +102,11 @@ def _scorecard(verdicts) -> str:
         for v in sorted(verdicts, key=lambda v: words.index(v.verdict))
     )
     return (
-        f"<h2>Does the published study hold here?</h2><p>Of its {len(verdicts)} findings"
-        f" {count['holds']} hold on this machine, {count['does not hold']} do not,"
-        f" {count['cannot tell']} cannot be told from these runs, and {count['not testable here']}"
-        " need another machine or notebook.</p><table class='card'><thead><tr><th>Finding</th>"
+        f"<h2>Does the published study hold here?</h2><p>Of its {len(verdicts)} findings,"
+        f" on this machine: {count['holds']} × holds, {count['does not hold']} × does not hold,"
+        f" {count['cannot tell']} × cannot tell (more repeats may), {count['not testable here']} ×"
+        " not testable here (needs another machine or notebook).</p>"
+        "<table class='card'><thead><tr><th>Finding</th>"
         f"<th>Here</th><th>Figures, or what is lacking</th></tr></thead>{rows}</table>"
     )
 

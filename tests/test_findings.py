@@ -219,7 +219,7 @@ def test_a_counterexample_on_one_machine_refutes_and_the_others_are_named():
     groups += [run("batch", 10, 2.5, os="Windows"), run("batch", 10, 4, os="WSL2")]
     found = verdict("batch-time", *groups)
     assert found.verdict == FAILS and found.value == pytest.approx(2)
-    assert "elsewhere holds" in found.figures and "Windows" in found.figures
+    assert "Elsewhere holds" in found.figures and "Windows" in found.figures
 
 
 def test_one_request_with_few_threads_is_no_test_of_many():

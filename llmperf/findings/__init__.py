@@ -170,9 +170,9 @@ def _text(parts: list[Part]) -> str:
     first, *others = parts
     text = f"{first.text} ({first.setting.name})"
     for p in others[:2]:
-        word = p.verdict if p.verdict != CANNOT_TELL else f"{p.verdict}, by its value {p.points_to}"
-        text += f"; elsewhere {word}: {p.text} ({p.setting.name})"
-    return text + (f"; and {len(others) - 2} more settings" if len(others) > 2 else "")
+        word = p.verdict if p.verdict != CANNOT_TELL else f"{p.verdict} (the value: {p.points_to})"
+        text += f". Elsewhere {word}: {p.text} ({p.setting.name})"
+    return text + (f". And {len(others) - 2} more settings" if len(others) > 2 else "")
 
 
 def _left_out(impossible: int) -> tuple[str, ...]:

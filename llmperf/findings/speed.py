@@ -38,7 +38,7 @@ def coroutine_serial(evidence: Evidence) -> Iterator[Part]:
         many = [r["metrics"]["duration_s"] for r in runs if r["condition"]["level"] == n]
         one = [r["metrics"]["duration_s"] for r in runs if r["condition"]["level"] == 1]
         one = one or s.seconds("sequential", 1)
-        row, how = ([x * n for x in one], f"{n} times one") if one else s.in_a_row(n)
+        row, how = ([x * n for x in one], f"{n} times one request") if one else s.in_a_row(n)
         figure = ratio(many, row)
         text = f"{n} tasks take {{}} times as long as {how}"
         time = only(part(s, figure, text, 1 - ALIKE, 1 + ALIKE))

@@ -1,6 +1,6 @@
 """The loops beside their peers, interleaved in one process: tokens/s, MBU, ratio to `generate`.
 
-    python tests/benchmarks/bench_decoding.py [--repeats 7] [--dtypes fp32 bf16] [--rows 1 8]
+    python tests/benchmarks/bench_decoding.py [--repeats 7] [--dtypes bf16] [--rows 1 8] [--new 128]
 
 llama.cpp takes part at batch 1 when `llama-cpp-python` is installed and `--gguf-fp32` or
 `--gguf-bf16` names the same weights as GGUF. Keep the machine idle; the reached bandwidth is
@@ -15,12 +15,13 @@ import torch
 
 from llmperf import ceilings, compiled, decoding, models, sampling, stats, workload
 
-PROMPT, NEW = 32, 128
+PROMPT = 32  # tokens
 
 
 def generate(model, asked, cache=None):
+    new = asked[0].max_new_tokens
     ids = torch.tensor([r.prompt_ids for r in asked], device=model.torch_device)
-    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     if cache:
         options["cache_implementation"] = cache
     out = model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -37,24 +38,23 @@ def runs(model, asked, gguf):
     found = {
         "generate": lambda: generate(model, asked),
         "generate, static cache": lambda: generate(model, asked, "static"),
-        "recompute": loop("recompute"),
         "cached": loop("cached"),
         "compiled": loop("compiled"),
     }
     if gguf and len(asked) == 1 and importlib.util.find_spec("llama_cpp"):
-        found["llama.cpp"] = llama_cpp(gguf, asked[0].prompt_ids)
+        found["llama.cpp"] = llama_cpp(gguf, asked[0])
     return found
 
 
-def llama_cpp(gguf, prompt):
+def llama_cpp(gguf, request):
     from llama_cpp import Llama
 
     peer = Llama(gguf, n_ctx=256, n_threads=torch.get_num_threads(), verbose=False)
 
     def run():
         peer.reset()
-        steps = peer.generate(list(prompt), temp=0.0, repeat_penalty=1.0)
-        return [[next(steps)] for _ in range(NEW)]
+        steps = peer.generate(list(request.prompt_ids), temp=0.0, repeat_penalty=1.0)
+        return [[next(steps)] for _ in range(request.max_new_tokens)]
 
     return run
 
@@ -70,15 +70,15 @@ def measure(found, repeats):
     return seconds
 
 
-def table(model, rows, repeats, gguf):
-    asked = workload.build(model.tokenizer, rows, PROMPT, NEW).requests
-    plan = compiled.prepare(model, rows, PROMPT + NEW, sampling.GREEDY)
+def table(model, rows, new, repeats, gguf):
+    asked = workload.build(model.tokenizer, rows, PROMPT, new).requests
+    plan = compiled.prepare(model, rows, PROMPT + new, sampling.GREEDY)
     found = runs(model, asked, gguf)
     tokens = {name: run() for name, run in found.items()}  # warm-up
     seconds = measure(found, repeats)
     bandwidth = ceilings.read_bandwidth(model.device)["median"]
     weights = sum(p.nbytes for p in model.module.parameters())
-    print(f"\n{model.label()}, batch {rows}, {PROMPT} + {NEW} tokens, {model.device},", end=" ")
+    print(f"\n{model.label()}, batch {rows}, {PROMPT} + {new} tokens, {model.device},", end=" ")
     print(f"{torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s read,", end=" ")
     print(f"compiled in {plan.compile_s:.1f} s{'; ' + plan.reason if plan.reason else ''}")
     print(f"{'':24} {'tokens/s':>9} {'MBU':>6} {'x generate':>11} {'interval':>15} {'same':>6}")
@@ -88,8 +88,8 @@ def table(model, rows, repeats, gguf):
         pairs = list(zip(sum(tokens[name], []), sum(tokens["cached"], []), strict=True))
         same = sum(a == b for a, b in pairs) / len(pairs)
         span = "too few" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
-        mbu = weights * NEW / median / bandwidth
-        print(f"{name:24} {rows * NEW / median:9.1f} {mbu:6.2f} {ratio.value:11.2f}", end=" ")
+        mbu = weights * new / median / bandwidth
+        print(f"{name:24} {rows * new / median:9.1f} {mbu:6.2f} {ratio.value:11.2f}", end=" ")
         print(f"{span:>15} {same:6.0%}")
 
 
@@ -98,6 +98,7 @@ def main():
     parser.add_argument("--model", default=models.EMBEDDED)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--new", type=int, default=128, help="tokens a request")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--gguf-fp32")
     parser.add_argument("--gguf-bf16")
@@ -105,7 +106,9 @@ def main():
     for dtype in options.dtypes:
         model = models.load(options.model, dtype=dtype)
         for rows in options.rows:
-            table(model, rows, options.repeats, getattr(options, f"gguf_{dtype}", None))
+            table(
+                model, rows, options.new, options.repeats, getattr(options, f"gguf_{dtype}", None)
+            )
 
 
 if __name__ == "__main__":
