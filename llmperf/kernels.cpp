@@ -235,8 +235,8 @@ static void attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
         for (int64_t g = 0, n; g < G; g += n) {
           f16 sum[4];
           n = G - g < 4 ? G - g : 4;
-          auto kernel = n == 4 ? weigh<D, 4> : n == 3 ? weigh<D, 3> : n == 2 ? weigh<D, 2> : weigh<D, 1>;
-          kernel(&scores[g * W], W, value + d, K, to - from, sum);
+          constexpr decltype(&weigh<D, 1>) by[] = {weigh<D, 1>, weigh<D, 2>, weigh<D, 3>, weigh<D, 4>};
+          by[n - 1](&scores[g * W], W, value + d, K, to - from, sum);
           for (int64_t j = 0; j < n; ++j)
             for (int c = 0; c < 16; ++c)
               out[(g + j) * K + d + c] = D::narrow(sum[j][c] / weight[g + j]);
