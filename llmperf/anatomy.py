@@ -65,7 +65,7 @@ def split(model: Model, text: str, new_tokens: int, sampling: Sampling, seed: in
                     position_ids=position,
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1 if step else last_column(column),
+                    logits_to_keep=last_column(column),
                 ).logits[:, -1]
             with watch.phase("sampling"):
                 token = next_tokens(logits, sampling, draws[:, step])

@@ -50,15 +50,16 @@ def pad(requests: Sequence[Request], device) -> Batch:
     return Batch(ids.to(device), mask.to(device), max(r.max_new_tokens for r in requests))
 
 
-def last_column(ids: torch.Tensor) -> torch.Tensor:
-    """`logits_to_keep` for the last column of ids (rows, columns), as an index and not as 1.
+def last_column(ids: torch.Tensor) -> int | torch.Tensor:
+    """`logits_to_keep` for the last of several columns of ids (rows, columns): its index, not 1.
 
     For 1 transformers takes a view, and torch copies the output layer's weights to multiply a view
     of several columns: prefill in bf16 on a processor then takes three times as long.
     """
     import torch
 
-    return torch.tensor([ids.shape[1] - 1], device=ids.device)
+    columns = ids.shape[1]
+    return 1 if columns == 1 else torch.tensor([columns - 1], device=ids.device)
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ def cached(model: Model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
     padded = batch.padded
     position = positions(batch.mask)
     cache = DynamicCache(config=model.module.config)
-    ids, keep = batch.ids, last_column(batch.ids)
+    ids = batch.ids
     for step in range(batch.steps):
         out = model.module(
             input_ids=ids,
@@ -119,11 +120,11 @@ def cached(model: Model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=last_column(ids),
         )
         tokens = draw(out.logits[:, -1], step)
         yield tokens
-        ids, position, keep = tokens[:, None], position[:, -1:] + 1, 1
+        ids, position = tokens[:, None], position[:, -1:] + 1
 
 
 LOOPS = {"recompute": recompute, "cached": cached, "compiled": compiled.loop}

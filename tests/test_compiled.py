@@ -153,20 +153,25 @@ def test_products_of_one_input_become_one():
     torch.testing.assert_close(graph(*example), layer(*example))
 
 
-def test_attention_kernel_with_holes_in_the_mask():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharing", [1, 2, 3, 4, 7])  # queries of one key head
+@pytest.mark.parametrize(("positions", "dim"), [(1, 16), (50, 20), (96, 64)])
+def test_attention_kernel_with_holes_in_the_mask(dtype, sharing, positions, dim):
     fused.build_kernels()
     torch.manual_seed(0)
-    query, key, value = (
-        torch.randn(2, 6, 1, 20),
-        torch.randn(2, 3, 50, 20),
-        torch.randn(2, 3, 50, 20),
-    )
-    mask = torch.rand(2, 1, 1, 50) > 0.5
+    query = 3 * torch.randn(2, 3 * sharing, 1, dim).to(dtype)
+    key, value = (torch.randn(2, 3, positions, dim).to(dtype) for _ in range(2))
+    mask = torch.rand(2, 1, 1, positions) > 0.5
+    mask[..., positions // 2] = True  # a row sees at least one
+    unseen = ~mask.transpose(2, 3).expand_as(value)
+    value[unseen] = 1e4  # to show at once if it had any weight
     ours = torch.ops.llmperf.attend(query, key, value, mask, 0.3)
     theirs = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+        query.double(), key.double(), value.double(), attn_mask=mask, scale=0.3, enable_gqa=True
     )
-    torch.testing.assert_close(ours.transpose(1, 2), theirs)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    ours = ours.transpose(1, 2).double()
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

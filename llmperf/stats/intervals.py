@@ -118,7 +118,7 @@ def bootstrap_medians(
 
 
 def _middle(x: np.ndarray) -> float:
-    """The median of the sorted x; np.median takes forty times as long for a handful."""
+    """The median of the sorted x, without what np.median does before it."""
     return float(x[(len(x) - 1) // 2] + x[len(x) // 2]) / 2
 
 

@@ -1,6 +1,6 @@
 """The loops beside their peers, interleaved in one process: tokens/s, MBU, ratio to `generate`.
 
-    python tests/benchmarks/bench_decoding.py [--repeats 7] [--dtypes bf16] [--rows 1 8] [--new 128]
+    python tests/benchmarks/bench_decoding.py [--dtypes fp32 bf16] [--rows 1 8] [--new 128]
 
 llama.cpp takes part at batch 1 when `llama-cpp-python` is installed and `--gguf-fp32` or
 `--gguf-bf16` names the same weights as GGUF. Keep the machine idle; the reached bandwidth is
