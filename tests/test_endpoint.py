@@ -182,12 +182,12 @@ def real(embedded):
     python = serving_python()
     if python is None:
         pytest.skip("needs the extra `serving` (fastapi, uvicorn, openai), or LLMPERF_SERVE_PYTHON")
-    from llmperf.models import embedded_folder
+    from llmperf import embedded
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = str(embedded_folder())
+    folder = str(embedded.folder())
     main = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     command = [python, "-c", main, "serve", folder, "--device", "cpu", "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port)]

