@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +14,15 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.call(arguments) or 0
+        status = arguments.call(arguments) or 0
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         print(f"llmperf: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except KeyboardInterrupt:
         print("\nllmperf: interrupted; everything measured so far is on disk", file=sys.stderr)
         return 130

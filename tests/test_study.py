@@ -169,3 +169,13 @@ def test_the_machine_command_prints_json():
         [sys.executable, "-m", "llmperf", "machine"], capture_output=True, text=True
     )
     assert json.loads(done.stdout)["os"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe differently")
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-m", "llmperf", "models"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1 and said == ""
