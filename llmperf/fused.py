@@ -1,19 +1,26 @@
-"""A twin of a model for decoding on a CPU: same weights, its layers one compiled function.
+"""One decoding step on a CPU: same weights, compiled in three parts that no Python stands between.
 
 Eager torch spends most of a step outside of the arithmetic: it reads the weights of a matrix-vector
 product at a third of the memory's speed and calls some thirty operations a layer. Here the
 products are two C++ kernels (kernels.cpp), and what stands between them is fused by inductor. One
-layer is compiled and serves all, because weights, keys and values are inputs.
+layer is compiled and serves all, because weights, keys and values are inputs; what comes before
+the layers and after them is compiled once each.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 KERNEL_ROWS = 16  # above this a product is bound by arithmetic, which torch's own does better
+OPTIONS = {
+    "size_asserts": False,  # all inputs are ours, and asking costs 3 % of a step
+    "alignment_asserts": False,
+    "cpp.min_chunk_size": 8192,  # elements that are worth waking another thread for
+}
 
 
 class Unsupported(ValueError):
@@ -52,21 +59,123 @@ def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, **ext
     return torch.ops.llmperf.attend(query.contiguous(), key, value, mask, scale), None
 
 
-def twin(module, rows: int):
-    """A copy of `module` that shares its weights and decodes `rows` rows, one column a call.
+class Decoder:
+    """`forward(module, ids, slot, start, keys, values)` for a decoding step on a CPU, compiled.
 
-    The call takes a 4-D mask and a `compiled.StaticKV`. Raises Unsupported. A Conv1D (GPT-2) holds
-    its weight transposed; the twin of one keeps a second copy the right way round.
+    `forward` calls the module with a `compiled.StaticKV` of keys and values, and returns a list of
+    tensors. What is compiled shares the module's weights; a Conv1D (GPT-2) holds its weight
+    transposed, so it gets a second copy the right way round. Raises Unsupported.
     """
-    build_kernels()
-    shared = [*module.parameters(), *module.buffers()]
-    other = copy.deepcopy(module, {id(t): t for t in shared})
-    other.config._attn_implementation = "llmperf"
-    if rows <= KERNEL_ROWS:
-        _use_kernel(other)
-    name, layers = _layers(other)
-    other.set_submodule(name, _stack(layers))
-    return other
+
+    def __init__(self, module, rows: int, forward: Callable):
+        build_kernels()
+        shared = [*module.parameters(), *module.buffers()]
+        twin = copy.deepcopy(module, {id(t): t for t in shared})
+        twin.config._attn_implementation = "llmperf"
+        if rows <= KERNEL_ROWS:
+            _use_kernel(twin)
+        name, layers = _layers(twin)
+        self._weights = _weights(layers)
+        self._build = functools.partial(_build, twin, name, layers, forward)
+        self._parts = None
+
+    def __call__(self, ids, slot, start, keys, values) -> list:
+        """ids (rows, 1), slot (1,), start (rows,), and keys and values of each layer."""
+        if self._parts is None:
+            self._parts = self._build(self._weights[0], ids, slot, start, keys, values)
+        before, layer, after, outer = self._parts
+        hidden, *rest = before(ids, slot, start, *outer)
+        for weights, k, v in zip(self._weights, keys, values, strict=True):
+            hidden = layer(hidden, k, v, slot, *rest, *weights)[0]
+        return after(hidden, ids, slot, start, *outer)
+
+
+def _build(twin, name: str, layers, forward: Callable, weights, ids, slot, start, keys, values):
+    """The step's parts: before the layers, one layer, after them; and the weights of the outer two.
+
+    In place of the layers stands a middle that notes what goes into them, and then gives back what
+    it is told.
+    """
+    import torch
+
+    middle = _middle()
+    twin.set_submodule(name, torch.nn.ModuleList([middle]))
+    own = dict(twin.named_parameters()) | dict(twin.named_buffers())
+
+    def whole(outer, ids, slot, start):
+        tensors = dict(zip(own, outer, strict=True))
+        return forward(
+            lambda **inputs: torch.func.functional_call(twin, tensors, kwargs=inputs),
+            *(ids, slot, start, keys, values),
+        )
+
+    def before(ids, slot, start, *outer):
+        whole(outer, ids, slot, start)
+        return [middle.hidden, *(x for x in middle.rest if isinstance(x, torch.Tensor))]
+
+    def after(hidden, ids, slot, start, *outer):
+        middle.answer = hidden
+        return whole(outer, ids, slot, start)
+
+    inputs, outer = (ids, slot, start), list(own.values())
+    first = _compile(before, [*inputs, *outer])
+    hidden, *rest = first(*inputs, *outer)
+    layer = _layer(layers[0], middle.rest, middle.spec)
+    example = [hidden, keys[0], values[0], slot, *rest, *weights]
+    inner = _compile(layer, example, cpp_wrapper=True)  # it runs most often: 4 % of a step
+    last = _compile(after, [hidden, *inputs, *outer])
+    return first, inner, last, outer
+
+
+def _middle():
+    import torch
+    from torch.utils._pytree import tree_flatten
+
+    class Middle(torch.nn.Module):
+        answer = None
+
+        def forward(self, hidden, *args, **kwargs):
+            self.hidden = hidden
+            self.rest, self.spec = tree_flatten((args, kwargs))
+            return hidden if self.answer is None else self.answer
+
+    return Middle()
+
+
+def _layer(layer, rest: list, spec) -> Callable:
+    """A layer as a function of its input, keys, values, slot, the tensors in `rest`, and its own.
+
+    `rest` are the layer's other arguments, as leaves of the tree `spec`.
+    """
+    import torch
+    from torch.utils._pytree import tree_unflatten
+
+    from llmperf.compiled import StaticKV
+
+    names = [*dict(layer.named_parameters()), *dict(layer.named_buffers())]
+    moving = [i for i, x in enumerate(rest) if isinstance(x, torch.Tensor)]
+
+    def function(hidden, keys, values, slot, *tensors):
+        leaves = [StaticKV([keys], [values], slot) if isinstance(x, StaticKV) else x for x in rest]
+        for i, tensor in zip(moving, tensors, strict=False):
+            leaves[i] = tensor
+        args, kwargs = tree_unflatten(leaves, spec)
+        own = dict(zip(names, tensors[len(moving) :], strict=True))
+        out = torch.func.functional_call(layer, own, (hidden, *args), kwargs)
+        return [out[0] if isinstance(out, tuple) else out]
+
+    return function
+
+
+def _compile(function: Callable, example: list, **options) -> Callable:
+    """Traced with fake tensors of these sizes, compiled by inductor with its `options`."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, tracing_mode="fake")(*example)
+    graph.graph.eliminate_dead_code()
+    _join(graph)
+    return torch._inductor.compile(graph, example, options=OPTIONS | options)
 
 
 def _layers(module):
@@ -107,40 +216,6 @@ def _use_kernel(module) -> None:
             module.set_submodule(name, Product(upright, child.bias))
 
 
-def _stack(layers):
-    """A list of one module which runs all `layers`, compiled at its first call."""
-    import torch
-
-    class Stack(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = layers
-            self.function = None
-
-        def forward(self, hidden, *args, **kwargs):
-            cache, rest, spec = _taken_apart(args, kwargs)
-            if self.function is None:
-                self.weights = _weights(layers)
-                self.function = _compile(layers[0], hidden, cache, rest, spec, self.weights[0])
-            rest = [x for x in rest if isinstance(x, torch.Tensor)]
-            for weights, keys, values in zip(self.weights, cache.keys, cache.values, strict=True):
-                hidden = self.function(hidden, keys, values, cache.slot, *rest, *weights)[0]
-            return hidden
-
-    return torch.nn.ModuleList([Stack()])
-
-
-def _taken_apart(args, kwargs):
-    """The arguments of a layer as a flat list, with the cache taken out."""
-    from torch.utils._pytree import tree_flatten
-
-    from llmperf.compiled import StaticKV
-
-    leaves, spec = tree_flatten((args, kwargs))
-    cache = next(x for x in leaves if isinstance(x, StaticKV))
-    return cache, leaves, spec
-
-
 def _weights(layers) -> list[list]:
     """Each layer's tensors in one order. Raises Unsupported when two layers differ."""
     named = [dict(x.named_parameters()) | dict(x.named_buffers()) for x in layers]
@@ -148,33 +223,6 @@ def _weights(layers) -> list[list]:
     if any(s != shapes[0] for s in shapes):
         raise Unsupported("its layers are not all alike")
     return [list(tensors.values()) for tensors in named]
-
-
-def _compile(layer, hidden, cache, rest, spec, weights):
-    """One layer as a function of flat tensors: traced with fake tensors, compiled by inductor."""
-    import torch
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils._pytree import tree_unflatten
-
-    from llmperf.compiled import StaticKV
-
-    names = [*dict(layer.named_parameters()), *dict(layer.named_buffers())]
-    moving = [i for i, x in enumerate(rest) if isinstance(x, torch.Tensor)]
-
-    def function(hidden, keys, values, slot, *tensors):
-        leaves = [StaticKV([keys], [values], slot) if x is cache else x for x in rest]
-        for i, tensor in zip(moving, tensors, strict=False):
-            leaves[i] = tensor
-        args, kwargs = tree_unflatten(leaves, spec)
-        own = dict(zip(names, tensors[len(moving) :], strict=True))
-        out = torch.func.functional_call(layer, own, (hidden, *args), kwargs)
-        return [out[0] if isinstance(out, tuple) else out]
-
-    tensors = [rest[i] for i in moving]
-    example = [hidden, cache.keys[0], cache.values[0], cache.slot, *tensors, *weights]
-    graph = make_fx(function, tracing_mode="fake")(*example)
-    _join(graph)
-    return torch._inductor.compile(graph, example)
 
 
 def _join(module) -> None:

@@ -1,6 +1,7 @@
 // The two products of one decoding step on a CPU. A step reads every weight once, so both kernels
 // walk memory in order, one stream a thread, and convert bf16 in registers.
 // Stable ABI only: compiles in seconds and does not depend on the torch version.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -144,12 +145,24 @@ static void product(const Tensor& x, const std::vector<Tensor>& weights,
   }
 }
 
+// A new contiguous tensor, as the stable new_empty but without the dispatcher's microsecond.
+static Tensor empty_like(const Tensor& x, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
+  int32_t dtype;
+  AtenTensorHandle made;
+  aoti_torch_get_dtype(x.get(), &dtype);
+  aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype,
+                           aoti_torch_device_type_cpu(), 0, &made);
+  return Tensor(made);
+}
+
 // x (..., K) contiguous, weights (N_i, K), a bias (N_i) for each or for none -> (..., sum of N_i)
 Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = 0;
   for (const Tensor& w : weights) shape.back() += w.size(0);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_like(x, shape);
   if (x.scalar_type() == torch::headeronly::ScalarType::Float)
     product<Float>(x, weights, biases, y);
   else
@@ -205,7 +218,7 @@ static void attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   typedef typename D::T T;
   const int64_t B = q.size(0), H = q.size(1), K = q.size(3), kv = k.size(1), L = k.size(2);
   const int64_t G = H / kv;  // queries that share one key head
-#pragma omp parallel if (B * H * L > 4096)
+#pragma omp parallel if (B * H * L > 1024)
   {
     std::vector<float> scores(G * (L + 16)), weight(G);
 #pragma omp for
@@ -248,7 +261,7 @@ static void attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 // One query a row, all contiguous: query (B, H, 1, D), key and value (B, kv, L, D), mask (B, 1, 1, L)
 // bool, True where the query may look -> (B, 1, H, D). A row must see at least one position.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
-  Tensor y = torch::stable::new_empty(q, std::vector<int64_t>{q.size(0), 1, q.size(1), q.size(3)});
+  Tensor y = empty_like(q, {q.size(0), 1, q.size(1), q.size(3)});
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
     attention<Float>(q, k, v, mask, y, scale);
   else
