@@ -6,13 +6,15 @@ hub repository brings along is never run.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmperf import embedded, quantize, shapes
+from llmperf import embedded, pages, quantize, shapes
 from llmperf.embedded import ModelUnavailable
+from llmperf.machine import cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +98,8 @@ def load(
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
     _quiet()
+    # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
     try:
         word = quantize.check(quantization, dtype, device)
@@ -103,9 +107,8 @@ def load(
     except quantize.Missing as error:
         raise ModelUnavailable(f"{name!r} cannot be had so: {error}") from error
     module.eval().requires_grad_(False)
+    pages.own(module) if device == "cpu" else _forget_loading()
     load_s = time.perf_counter() - start
-    if device != "cpu":
-        _forget_loading()
     shape = shapes.from_config(module.config.to_dict(), name=name)
     source = LoadSpec(name, dtype, device, weights, quantization)
     return Model(

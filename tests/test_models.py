@@ -1,6 +1,7 @@
 """Loading: presets, folders, random weights, the embedded model's download, and bad input."""
 
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,21 @@ def test_a_local_folder_loads_in_the_asked_dtype(tiny_folder):
     again = models.load_spec(model.source)
     theirs = again.module.state_dict()
     assert all(torch.equal(t, theirs[name]) for name, t in model.module.state_dict().items())
+
+
+def test_what_torch_compiles_is_kept_in_the_users_cache(tiny_folder, tmp_path):
+    code = (
+        "import os; from llmperf import models\n"
+        f"models.load({str(tiny_folder)!r}, device='cpu')\n"
+        "from torch._inductor.runtime.cache_dir_utils import cache_dir\n"
+        "print(cache_dir())"
+    )
+    unset = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    environment = {**unset, "LLMPERF_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "compiled")
 
 
 def test_random_weights_have_the_true_shapes_and_say_so(monkeypatch):

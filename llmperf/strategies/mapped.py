@@ -60,15 +60,6 @@ def load(folder: Path, source: LoadSpec) -> Model:
     )
 
 
-def unmap(module) -> None:
-    """Give a module memory of its own, as far as its weights are still a mapped file.
-
-    A model in its file's dtype is mapped by its loader: processes would share it unasked.
-    """
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
-
-
 def _tensors(module) -> dict:
     """Every parameter once (tied ones share a name), and every buffer, persistent or not."""
     named = [*module.named_parameters(), *module.named_buffers()]

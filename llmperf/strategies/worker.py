@@ -70,12 +70,8 @@ class _Worker:
         from llmperf import models
         from llmperf.strategies import mapped
 
-        if folder is not None:
-            self.model = mapped.load(folder, source)
-        else:
-            self.model = models.load_spec(source)
-            if source.device == "cpu":
-                mapped.unmap(self.model.module)
+        shared = folder is not None
+        self.model = mapped.load(folder, source) if shared else models.load_spec(source)
         return self.model.load_s
 
     def begin(self, intra_op, **how):
