@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from llmperf import machine
+from llmperf import machine, pages
 from llmperf.machine.card_specs import data_sheet
 from llmperf.machine.probes import PROBES
 from llmperf.machine.run_tool import ask
@@ -30,7 +30,7 @@ from llmperf.timed import (
 
 __all__ = ["cached", "data_sheet", "matmul_rates", "measure", "overhead", "spread"]
 
-SCHEMA = 1
+SCHEMA = 2  # 2: read from huge pages, as the weights are
 TINY_OPS = 10_000  # enough that a queue of about a thousand launches is long full
 LONG_RUN_S = 0.06  # a product that takes this long is as efficient as it gets
 KEY_PROBES = (
@@ -46,8 +46,9 @@ def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
     """
     import torch
 
-    buffer = torch.empty(past_caches_bytes(device) // 4, device=device).fill_(0.01)
-    size = buffer.nelement() * 4
+    (buffer,) = pages.rooms([torch.empty(past_caches_bytes(device) // 4, device="meta")], device)
+    buffer.fill_(0.01)
+    size = buffer.nbytes
     tries = {
         "sum": buffer.sum,
         "dot": lambda: torch.dot(buffer, buffer),

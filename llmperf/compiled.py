@@ -21,6 +21,7 @@ from llmperf.workload import Request
 if TYPE_CHECKING:
     import torch
 
+    from llmperf.fused import Decoder
     from llmperf.models import Model
 
 SMALLEST_BUCKET = 256  # positions; doubled until the text fits
@@ -61,7 +62,8 @@ class Plan:
     bucket: int  # longest text in tokens, prompt and new ones
     compile_s: float = 0.0
     reason: str | None = None  # set: the loop falls back to `cached`
-    step: Callable | None = None  # as _build returns it
+    step: Callable | None = None  # as _on_cpu and _on_gpu return it
+    decoder: Decoder | None = None  # on a CPU: what `step` runs
     buffers: list = field(default_factory=list, repr=False)  # (keys, values) that nobody uses now
 
 
@@ -103,7 +105,11 @@ def _plan(model: Model, rows: int, length: int, sampling: Sampling | None, progr
     if plan.reason is None:
         try:
             with torch.no_grad():
-                plan.step = _build(model, rows)
+                if model.device == "cpu":
+                    plan.decoder = _decoder(model.module, rows)
+                    plan.step = _on_cpu(plan.decoder)
+                else:
+                    plan.step = _on_gpu(model.module)
                 _check(model, plan, sampling or Sampling(greedy=True))
         except Exception as error:  # compilers fail in many ways, and the answer is always eager
             first = (str(error).strip().splitlines() or ["no message"])[0]
@@ -149,19 +155,18 @@ def _logits(module, ids, slot, start, keys, values):
     return out.logits[:, -1]
 
 
-def _build(model: Model, rows: int) -> Callable:
-    """One step: ids, slot, start, uniform, keys, values, sampling → the next tokens and logits."""
-    return _on_cpu(model.module, rows) if model.device == "cpu" else _on_gpu(model.module)
-
-
-def _on_cpu(module, rows: int) -> Callable:
+def _decoder(module, rows: int) -> Decoder:
     from llmperf.fused import Decoder
 
     def forward(*inputs):
         logits = _logits(*inputs)
         return [logits, logits.argmax(-1)]  # compiled: torch's own takes 0.2 ms in bf16
 
-    decoder = Decoder(module, rows, forward)
+    return Decoder(module, rows, forward)
+
+
+def _on_cpu(decoder: Decoder) -> Callable:
+    """One step: ids, slot, start, uniform, keys, values, sampling → the next tokens and logits."""
 
     def step(ids, slot, start, uniform, keys, values, sampling):
         logits, likeliest = decoder(ids, slot, start, keys, values)
@@ -172,6 +177,7 @@ def _on_cpu(module, rows: int) -> Callable:
 
 
 def _on_gpu(module) -> Callable:
+    """As `_on_cpu`, replayed."""
     import torch
 
     def step(ids, slot, start, uniform, keys, values, sampling):

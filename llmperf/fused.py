@@ -89,6 +89,15 @@ class Decoder:
             hidden = layer(hidden, k, v, slot, *rest, *weights)[0]
         return after(hidden, ids, slot, start, *outer)
 
+    def in_cache(self) -> Decoder:
+        """The same step on the first layer's weights alone, which a cache holds: to time the rest.
+
+        It shares what is compiled, so call this one first.
+        """
+        other = copy.copy(self)
+        other._weights = self._weights[:1] * len(self._weights)
+        return other
+
 
 def _build(twin, name: str, layers, forward: Callable, weights, ids, slot, start, keys, values):
     """The step's parts: before the layers, one layer, after them; and the weights of the outer two.

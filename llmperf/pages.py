@@ -29,17 +29,17 @@ def own(module: torch.nn.Module) -> None:
     plain = (torch.Tensor, torch.nn.Parameter)
     every = [*module.parameters(), *module.buffers()]
     weights = [t for t in every if type(t) in plain and t.is_contiguous() and t.numel()]
-    for tensor, room in zip(weights, _rooms(weights), strict=True):
+    for tensor, room in zip(weights, rooms(weights), strict=True):
         room.copy_(tensor.data)
         tensor.data = room  # the old memory is free before the next tensor is copied
 
 
-def _rooms(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Uninitialised memory of each tensor's shape and dtype; on Linux all in one block."""
+def rooms(tensors: Sequence[torch.Tensor], device: str = "cpu") -> Iterator[torch.Tensor]:
+    """Uninitialised memory of each tensor's shape and dtype; on Linux's CPU all in one block."""
     import torch
 
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        yield from map(torch.empty_like, tensors)
+    if device != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        yield from (torch.empty_like(t, device=device) for t in tensors)
         return
     sizes = [-(-t.nbytes // LINE) * LINE for t in tensors]
     block = mmap.mmap(-1, sum(sizes) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from llmperf import pages
 from llmperf.machine.probes import PROBES
 from llmperf.machine.run_tool import ask
 
@@ -90,7 +91,8 @@ def matmul_rates(
 
     `shapes` are weights (n, k) = (out_features, in_features), `batches` rows of the input, and
     `product(weight)` gives the callable that is timed (a packed or compiled one, say). Each weight
-    is repeated until no cache holds all copies, as in a model where other layers come between.
+    is repeated until no cache holds all copies, as in a model where other layers come between, and
+    lies where a model's weights do (`pages`).
     On a GPU the copies run as one CUDA graph, so launches are left out where that works.
 
     Returns one dict per (shape, batch): `n, k, batch, dtype, seconds, flops_per_s, bytes_per_s`
@@ -107,7 +109,9 @@ def matmul_rates(
         for n, k in dict.fromkeys(shapes):
             weight = torch.randn(n, k, device=device).to(getattr(torch, DTYPES[dtype]))
             copies = max(1, -(-target // weight.nbytes))
-            layers = [product(weight.clone()) for _ in range(copies)]
+            layers = [
+                product(room.copy_(weight)) for room in pages.rooms([weight] * copies, device)
+            ]
             for batch in batches:
                 x = torch.randn(batch, k, device=device).to(weight.dtype)
                 seconds, graph = _sweep(layers, x, device, repeats)

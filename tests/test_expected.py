@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from llmperf import ceilings, decoding, predict
+from llmperf import ceilings, compiled, decoding, predict
 from llmperf.experiment import Condition, beside, expected, measure
 from llmperf.records import Store
 from llmperf.trace import RequestTrace, Trace
@@ -32,7 +33,8 @@ def made_up(monkeypatch):
         ]
 
     monkeypatch.setattr(ceilings, "matmul_rates", rates)
-    monkeypatch.setattr(expected.between, "layer_s", lambda *a: 3e-4)
+    monkeypatch.setattr(expected.between, "eager_s", lambda *a: 2e-4)
+    monkeypatch.setattr(expected.between, "drawing_s", lambda *a: 1e-4)
     monkeypatch.setattr(ceilings, "cached", lambda device: LIMITS)
     expected._timed.cache_clear()
     yield asked
@@ -48,7 +50,7 @@ def test_a_step_is_its_products_and_what_its_layers_do_between(tiny, made_up):
     condition = Condition(tiny, "batch", 3, prompt_tokens=8, new_tokens=4)
     found = beside.predict_beside(condition, trace(0.02), expect=True)
     products = sum(predict.matmul_shapes(tiny.shape).values())
-    whole = products * STEP_S + tiny.shape.layers * 3e-4
+    whole = products * STEP_S + 3e-4
     assert found["expected_tpot_ms"] == pytest.approx(whole * 1e3, rel=1e-3)
     assert found["explained"] == pytest.approx(found["expected_tpot_ms"] / 20)
     assert {batches for _, _, batches in made_up} == {(3,)}
@@ -115,7 +117,36 @@ def test_every_loop_has_a_name_that_the_prediction_knows(tiny):
 
 
 def test_what_stands_between_products_grows_with_the_rows_and_with_the_text(tiny):
-    layer = expected.between.layer_s
-    one = layer(tiny.shape, "fp32", 1, 1, 8, False)
-    assert 0 < one < layer(tiny.shape, "fp32", 64, 1, 512, False)
-    assert layer(tiny.shape, "fp32", 1, 8, 8, False) > 0
+    eager = expected.between.eager_s
+    one = eager(tiny.shape, "fp32", 1, 1, 8)
+    assert 0 < one < eager(tiny.shape, "fp32", 64, 1, 512)
+    assert eager(tiny.shape, "fp32", 1, 8, 8) > 0
+
+
+def test_a_compiled_step_is_expected_from_its_joined_products_and_its_own_rest(tiny, made_up):
+    condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
+    condition.run()
+    found = beside.predict_beside(condition, trace(0.02), expect=True)
+    joined = predict.matmul_shapes(tiny.shape, joined=True)
+    assert {size for sizes, *_ in made_up for size in sizes} == set(joined)
+    rest_ms = found["expected_tpot_ms"] - sum(joined.values()) * STEP_S * 1e3
+    assert 0 <= rest_ms < 20
+
+
+def test_a_step_in_cache_runs_on_the_first_layers_weights(tiny):
+    condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
+    condition.run()
+    (plan,) = [p for p in compiled.plans(tiny) if p.rows == 2]
+    inputs = (torch.ones(2, 1).long(), torch.tensor([8]), torch.zeros(2).long(), *plan.buffers[-1])
+    with torch.no_grad():
+        real, _ = plan.decoder(*inputs)
+        other, _ = plan.decoder.in_cache()(*inputs)
+        again, _ = plan.decoder(*inputs)
+    assert torch.equal(real, again) and not torch.equal(real, other)
+
+
+def test_joined_shapes_hold_as_many_weights(tiny):
+    apart, joined = (predict.matmul_shapes(tiny.shape, way) for way in (False, True))
+    sizes = [sum(n * k * times for (n, k), times in way.items()) for way in (apart, joined)]
+    assert sizes[0] == sizes[1]
+    assert sum(apart.values()) - sum(joined.values()) == 3 * tiny.shape.layers

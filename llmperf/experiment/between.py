@@ -1,7 +1,8 @@
-"""What a decoder layer does beside its matrix products, timed alone on a processor.
+"""What a decoding step does beside its matrix products, timed on a processor.
 
-Norms, residual sums, rotations, the gate and attention, on tensors of the model's sizes. Inductor
-fuses some of them in the compiled loop, whose calls cost about as much in return.
+Of an eager loop: norms, residual sums, rotations, the gate and attention, each alone, on tensors of
+the model's sizes. Of the compiled loop: the step itself on weights that a cache holds, less its
+products on such weights. Of both: drawing the next token.
 """
 
 from __future__ import annotations
@@ -10,25 +11,42 @@ from collections.abc import Callable
 from functools import cache
 from statistics import median
 
+from llmperf.compiled import Plan
+from llmperf.fused import KERNEL_ROWS, build_kernels
+from llmperf.sampling import Sampling, next_tokens
 from llmperf.tensors import ModelShape
 from llmperf.timed import DTYPES, seconds_of
 
 
-def kernel(device: str, rows: int, fused: bool) -> Callable:
-    """The product that the loop uses: torch's own, or on a CPU the compiled loop's kernel."""
+def kernel(rows: int, fused: bool) -> Callable:
+    """The product that a loop uses: torch's own, or the compiled loop's kernel on a CPU."""
     import torch
 
-    from llmperf import fused as twin
-
-    if fused and device == "cpu" and rows <= twin.KERNEL_ROWS:
-        twin.build_kernels()
+    if fused and rows <= KERNEL_ROWS:
+        build_kernels()
         return lambda weight: lambda x: torch.ops.llmperf.linear(x, [weight], [])
     return lambda weight: lambda x: torch.nn.functional.linear(x, weight)
 
 
+def compiled_s(plan: Plan, context: int, products: Callable[[], None]) -> float:
+    """Median seconds of a compiled step after `context` tokens, less those of its `products`.
+
+    Both run on one layer's weights again and again, in turn; the step on keys that are its own.
+    """
+    import torch
+
+    step, (keys, values) = plan.decoder.in_cache(), plan.buffers[-1]
+    ids, start = torch.zeros(plan.rows, 1, dtype=torch.long), torch.zeros(plan.rows).long()
+    inputs = (ids, torch.tensor([context]), start, keys, values)
+    with torch.no_grad():
+        works = (lambda: step(*inputs), products)
+        whole, less = (median(seconds_of(work, lambda: None, 9)) for work in works)
+    return max(0.0, whole - less)
+
+
 @cache
-def layer_s(shape: ModelShape, dtype: str, rows: int, new: int, seen: int, fused: bool) -> float:
-    """Median seconds of one layer's operations for `rows` texts of `new` tokens, `seen` in all."""
+def eager_s(shape: ModelShape, dtype: str, rows: int, new: int, seen: int) -> float:
+    """Median seconds of all layers' operations for `rows` texts of `new` tokens, `seen` in all."""
     import torch
 
     kind = getattr(torch, DTYPES[dtype])
@@ -37,34 +55,25 @@ def layer_s(shape: ModelShape, dtype: str, rows: int, new: int, seen: int, fused
     query = torch.randn(rows, shape.heads, new, shape.head_dim).to(kind)
     layers = range(shape.layers)  # each has its own keys, which no cache may hold all of
     kv = [torch.randn(2, rows, shape.kv_heads, seen, shape.head_dim).to(kind) for _ in layers]
-    attend = _attention(query, fused)
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def run() -> None:
         for keys, values in kv:
             _small(x, wide, query, keys[:, :, -new:], not shape.learned_positions)
-            attend(keys, values)
+            attend(query, keys, values, enable_gqa=True)
 
     with torch.inference_mode():
-        return median(seconds_of(run, lambda: None, 7)) / shape.layers
+        return median(seconds_of(run, lambda: None, 7))
 
 
-def _attention(query, fused: bool) -> Callable:
-    """The kernel of the loop, as a function of keys and values."""
+@cache
+def drawing_s(vocabulary: int, dtype: str, rows: int, sampling: Sampling) -> float:
+    """Median seconds from logits (rows, vocabulary) to tokens that the processor can read."""
     import torch
 
-    if not fused:
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        return lambda keys, values: sdpa(query, keys, values, enable_gqa=True)
-    from llmperf import fused as twin
-
-    twin.build_kernels()
-    rows, _, _, dim = query.shape
-
-    def attend(keys, values):
-        mask = torch.ones(rows, 1, 1, keys.shape[2], dtype=torch.bool)
-        return torch.ops.llmperf.attend(query, keys, values, mask, dim**-0.5)
-
-    return attend
+    logits = torch.randn(rows, vocabulary).to(getattr(torch, DTYPES[dtype]))
+    uniform = torch.rand(rows, dtype=torch.float64)
+    return median(seconds_of(lambda: next_tokens(logits, sampling, uniform), lambda: None, 9))
 
 
 def _small(x, wide, query, keys, rotated: bool) -> None:

@@ -13,6 +13,9 @@ from functools import cache
 from llmperf import ceilings, compiled, predict, quantize
 from llmperf.experiment import between
 from llmperf.experiment.condition import Condition
+from llmperf.fused import KERNEL_ROWS
+from llmperf.sampling import GREEDY
+from llmperf.timed import DTYPES
 from llmperf.trace import Trace
 
 FOREIGN = ("endpoint", "continuous")  # their products are not those of our loops
@@ -31,28 +34,34 @@ def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> di
     times = rates(condition, rows)
     if times is None:
         return {"expected_tpot_ms": None}
+    at |= {"ceilings": limits, "rates": times, "between_s": _between_s(condition, rows, context)}
     how = (m.shape, m.dtype, m.quantization)
-    found = predict.latency(*how, **at, ceilings=limits, rates=times)
-    measured = tpot_s(trace)
-    if found.expected_decode_s is None or measured is None:
+    expected_s, measured = predict.latency(*how, **at).expected_decode_s, tpot_s(trace)
+    if expected_s is None or measured is None:
         return {"expected_tpot_ms": None}
-    expected_s = found.expected_decode_s + _between_s(condition, rows, context)
-    rest = measured - expected_s
     return {
         "expected_tpot_ms": expected_s * 1e3,
         "explained": expected_s / measured,
-        "limit": predict.latency(*how, **at, ceilings=limits, rates=times, python_s=rest).limit,
+        "limit": predict.latency(*how, **at, python_s=measured - expected_s).limit,
     }
 
 
-def _between_s(condition: Condition, rows: int, context: int) -> float:
-    """On a processor: seconds of a step between its products, each operation timed alone."""
+def _between_s(condition: Condition, rows: int, context: int) -> float | None:
+    """Seconds of a step that are no products; None on a GPU: there they run beside the launches."""
     m, loop = condition.model, loop_of(condition)
-    if m.device != "cpu":  # there they run beside the launches, which the expectation has
-        return 0.0
+    if m.device != "cpu":
+        return None
+    greedy = condition.sampling == GREEDY and loop == "compiled"  # there it is part of the step
+    drawn_s = 0.0 if greedy else between.drawing_s(m.shape.vocab, m.dtype, rows, condition.sampling)
+    if loop == "compiled":
+        asked = condition.workload.requests
+        length = max(len(r.prompt_ids) for r in asked) + max(r.max_new_tokens for r in asked)
+        plan = compiled.prepare(m, rows, length)
+        products = _one_layer(m.shape, m.dtype, m.quantization, rows)
+        return drawn_s + between.compiled_s(plan, context, products)
     new = min(predict.WINDOW, context + 1) if loop == "recompute" else 1
     seen = new if loop == "recompute" else context + 1
-    return m.shape.layers * between.layer_s(m.shape, m.dtype, rows, new, seen, loop == "compiled")
+    return drawn_s + between.eager_s(m.shape, m.dtype, rows, new, seen)
 
 
 def tpot_s(trace: Trace) -> float | None:
@@ -98,17 +107,47 @@ def rates(condition: Condition, rows: int) -> list[dict] | None:
 @cache
 def _timed(shape, dtype, word, device, rows: int, fused: bool) -> list[dict]:
     """Timed once a process and not kept longer: a shared machine is another one an hour later."""
-    products, head = predict.matmul_shapes(shape), (shape.vocab, shape.hidden)
-    others = [p for p in products if p != head]
-    kernel = between.kernel(device, rows, fused)
-    small = _quantised(word) if word else kernel
+    head, others, of_head, of_others = _products(shape, word, rows, fused and device == "cpu")
     how = {"dtype": dtype, "device": device, "batches": [rows], "repeats": 3}
     passes = [
-        ceilings.matmul_rates([head], **how, product=kernel)
-        + ceilings.matmul_rates(others, **how, product=small)
+        ceilings.matmul_rates([head], **how, product=of_head)
+        + ceilings.matmul_rates(list(others), **how, product=of_others)
         for _ in range(2)  # a neighbour's burst falls into one of them
     ]
     return [min(pair, key=lambda r: r["seconds"]["median"]) for pair in zip(*passes, strict=True)]
+
+
+def _products(shape, word, rows: int, fused: bool) -> tuple:
+    """The head's shape, those of the layers with how many of each, and the product of either."""
+    kernel = between.kernel(rows, fused)
+    joined = fused and not word and rows <= KERNEL_ROWS
+    others, head = predict.matmul_shapes(shape, joined), (shape.vocab, shape.hidden)
+    others[head] -= 1
+    return head, +others, kernel, _quantised(word) if word else kernel
+
+
+@cache
+def _one_layer(shape, dtype, word, rows: int) -> Callable[[], None]:
+    """The products of a compiled step with one layer's weights for all layers, and the head."""
+    import torch
+
+    head, others, of_head, of_others = _products(shape, word, rows, True)
+    kind = getattr(torch, DTYPES[dtype])
+
+    def made(size: tuple[int, int], product: Callable) -> Callable[[], object]:
+        layer, x = product(torch.randn(*size).to(kind)), torch.randn(rows, size[1]).to(kind)
+        return lambda: layer(x)
+
+    one = [made(n, of_others) for n, times in others.items() for _ in range(times // shape.layers)]
+    last = made(head, of_head)
+
+    def run() -> None:
+        for _ in range(shape.layers):
+            for product in one:
+                product()
+        last()
+
+    return run
 
 
 def _quantised(word: str) -> Callable:

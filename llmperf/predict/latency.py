@@ -9,6 +9,8 @@ from llmperf.predict.costs import Cost
 from llmperf.predict.roofline import PYTHON, Bound, bound
 from llmperf.tensors import ModelShape
 
+JOINED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate and up", "up": "gate and up"}
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -34,14 +36,16 @@ def latency(
     ceilings: Mapping | None = None,
     loop: str = "cached",
     rates: Iterable[Mapping] | None = None,
+    between_s: float | None = None,
     python_s: float | None = None,
 ) -> Latency:
     """Times of a prefill of `prompt_tokens` and of one decode step after `context` tokens.
 
     `ceilings` is what `ceilings.measure` returns, or a mapping of the same form. `rates`, from
     `ceilings.matmul_rates` over `matmul_shapes(shape)`, gives the expectation as well; its batches
-    are rows, so that of a prefill is batch x prompt_tokens. `python_s` is the measured time that
-    the processor works on one step. Raises ValueError when a ceiling is missing.
+    are rows, so that of a prefill is batch x prompt_tokens. `between_s` is the measured time of a
+    step that is no product; without it, that is expected at its bound. `python_s` is the measured
+    time that the processor works on one step. Raises ValueError when a ceiling is missing.
     """
     if ceilings is None:
         raise ValueError("latency needs ceilings: those of ceilings.measure(), or a card's")
@@ -62,13 +66,13 @@ def latency(
         step, new = costs.forward(shape, dtype, batch, 1, context, quantization), 1
     least = bound(step, bandwidth, flops, launched)
     times = list(rates or ())
-    expected = [
-        expected_s(shape, dtype, rows, cost, times, bandwidth, flops, launched, quantization)
-        for rows, cost in ((batch * prompt_tokens, prefill), (batch * new, step))
-    ]
-    slow = python_s is not None and python_s > max(least.seconds, expected[1] or 0.0)
+    limits = (times, bandwidth, flops, launched, quantization)
+    expected_prefill = expected_s(shape, dtype, batch * prompt_tokens, prefill, *limits)
+    expected = expected_s(shape, dtype, batch * new, step, *limits, between_s)
+    slow = python_s is not None and python_s > max(least.seconds, expected or 0.0)
     limit = PYTHON if slow else least.limit
-    return Latency(bound(prefill, bandwidth, flops, launched), least, *expected, limit)
+    start = bound(prefill, bandwidth, flops, launched)
+    return Latency(start, least, expected_prefill, expected, limit)
 
 
 def expected_s(
@@ -81,35 +85,48 @@ def expected_s(
     flops_s: float | None,
     launched_s: float = 0.0,
     quantization: str | None = None,
+    between_s: float | None = None,
 ) -> float | None:
     """Seconds of a forward pass from measured matrix products: each as often as the model has it.
 
-    What is no product with a weight (the cache, attention) is taken at its bound. None when the
-    rates lack one of the products at that number of rows.
+    What is no product with a weight (the cache, attention) is `between_s`, or its bound. None when
+    the rates lack one of the products at that number of rows, both joined and apart.
     """
     seconds = {
         (r["n"], r["k"]): _median(r["seconds"])
         for r in rates
         if r["batch"] == rows and r["dtype"] == dtype
     }
-    products = matmul_shapes(shape)
-    if not products.keys() <= seconds.keys():
+    ways = (matmul_shapes(shape, joined) for joined in (True, False))
+    products = next((way for way in ways if way.keys() <= seconds.keys()), None)
+    if products is None:
         return None
     total = sum(times * seconds[product] for product, times in products.items())
     weights = costs.weights_read(shape, dtype, quantization)
     weight_flops = rows * (costs.linear_flops(shape) + 2 * shape.vocab * shape.hidden)
     rest = Cost(max(0.0, cost.bytes - weights), max(0.0, cost.flops - weight_flops))
-    return max(total + bound(rest, bandwidth_bytes_s, flops_s).seconds, launched_s)
+    if between_s is None:
+        between_s = bound(rest, bandwidth_bytes_s, flops_s).seconds
+    return max(total + between_s, launched_s)
 
 
-def matmul_shapes(shape: ModelShape) -> Counter:
-    """The weights that a token meets, as (out, in) with how many of each; the head included."""
+def matmul_shapes(shape: ModelShape, joined: bool = False) -> Counter:
+    """The weights that a token meets, as (out, in) with how many of each; the head included.
+
+    `joined`: query, key and value as one, and gate and up, as where they are multiplied together.
+    """
     found: Counter = Counter({(shape.vocab, shape.hidden): 1})
+    together: Counter = Counter()
     for t in shape.tensors():
-        if t.kind in ("linear", "router"):
+        layer, _, name = t.name.rpartition(".")
+        if t.kind == "linear" and joined and name in JOINED:
+            together[layer, JOINED[name], t.columns] += t.rows
+        elif t.kind in ("linear", "router"):
             found[(t.rows, t.columns)] += 1
         elif t.kind == "expert":
             found[(t.rows, t.columns)] += shape.moe.per_token
+    for (_, _, columns), rows in together.items():
+        found[(rows, columns)] += 1
     return found
 
 
