@@ -1,5 +1,7 @@
 """Sequential, batch, coroutine and threads: same tokens, checked options, nothing left behind."""
 
+import _thread
+import asyncio
 import itertools
 import sys
 import threading
@@ -100,8 +102,6 @@ def test_a_blocking_task_holds_the_event_loop_and_a_thread_does_not(tiny):
 
 
 def test_a_coroutine_run_works_where_an_event_loop_already_runs(tiny):
-    import asyncio
-
     async def in_a_notebook():
         return STRATEGIES["coroutine"](tiny, make(tiny, 2), {})
 
@@ -180,21 +180,37 @@ def test_an_error_in_one_worker_is_raised_and_ends_the_others(tiny, name, option
     [c for c in IN_ORDER if c[0] in ("coroutine", "threads")],
     ids=names([c for c in IN_ORDER if c[0] in ("coroutine", "threads")]),
 )
-def test_ctrl_c_ends_every_worker(tiny, name, options, monkeypatch):
-    """The interrupt comes to the thread that waits for the workers, as from a terminal."""
-    join, calls, before = threading.Thread.join, [], threading.active_count()
-
-    def interrupted(self, timeout=None):
-        if threading.current_thread() is threading.main_thread() and not calls:
-            calls.append(1)
-            time.sleep(0.1)
-            raise KeyboardInterrupt
-        join(self, timeout)
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
+def test_ctrl_c_ends_every_worker(tiny, name, options):
+    """It comes while the answers, 8 s of them, are being written: as from a terminal."""
+    before, start = threading.active_count(), time.perf_counter()
+    threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         STRATEGIES[name](tiny, make(tiny, 4, 4, 400), options | slow_step(5))
+    assert time.perf_counter() - start < 5
     assert threading.active_count() == before
+
+
+def test_a_notebooks_event_loop_goes_on_after_a_coroutine_run(tiny):
+    async def cell():
+        task = asyncio.current_task()
+        with pytest.raises(RuntimeError, match="the loop failed"):
+            STRATEGIES["coroutine"](tiny, make(tiny, 2), {"on_step": failing})
+        STRATEGIES["coroutine"](tiny, make(tiny, 2), {"variant": "to_thread"})
+        await asyncio.sleep(0)
+        return asyncio.current_task() is task
+
+    def failing():
+        raise RuntimeError("the loop failed")
+
+    assert asyncio.run(cell())
+
+
+def test_a_coroutine_run_stays_in_the_callers_thread(tiny):
+    seen = set()
+    STRATEGIES["coroutine"](
+        tiny, make(tiny, 2), {"on_step": lambda: seen.add(threading.get_ident())}
+    )
+    assert seen == {threading.get_ident()}
 
 
 @pytest.fixture

@@ -2,18 +2,18 @@
 
     python tests/benchmarks/bench_decoding.py [--dtypes fp32 bf16] [--rows 1 8] [--new 128]
 
-llama.cpp takes part at batch 1 when `llama-cpp-python` is installed and `--gguf-fp32` or
-`--gguf-bf16` names the same weights as GGUF. Keep the machine idle; the reached bandwidth is
-printed beside the figures because a shared one varies.
+llama.cpp takes part at batch 1 when `llama-cpp-python` is installed. Keep the machine idle. The
+bandwidth of a shared one varies: it is measured in every round, and MBU is each round's own.
 """
 
 import argparse
-import importlib.util
+import statistics
 import time
 
 import torch
 
 from llmperf import ceilings, compiled, decoding, models, sampling, stats, workload
+from llmperf.strategies import llamacpp
 
 PROMPT = 32  # tokens
 
@@ -28,7 +28,7 @@ def generate(model, asked, cache=None):
     return out[:, PROMPT:].T.tolist()
 
 
-def runs(model, asked, gguf):
+def runs(model, asked):
     """Name → a call that returns one list of tokens a step."""
     greedy = sampling.GREEDY
 
@@ -41,15 +41,16 @@ def runs(model, asked, gguf):
         "cached": loop("cached"),
         "compiled": loop("compiled"),
     }
-    if gguf and len(asked) == 1 and importlib.util.find_spec("llama_cpp"):
-        found["llama.cpp"] = llama_cpp(gguf, asked[0])
+    if len(asked) == 1 and not llamacpp.unavailable(model):
+        found["llama.cpp"] = llama_cpp(str(llamacpp.gguf(model.dtype)), asked[0])
     return found
 
 
 def llama_cpp(gguf, request):
     from llama_cpp import Llama
 
-    peer = Llama(gguf, n_ctx=256, n_threads=torch.get_num_threads(), verbose=False)
+    threads = torch.get_num_threads()
+    peer = Llama(gguf, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def run():
         peer.reset()
@@ -59,38 +60,46 @@ def llama_cpp(gguf, request):
     return run
 
 
-def measure(found, repeats):
-    """Seconds of each run, one list a name; every round runs all of them once."""
-    seconds = {name: [] for name in found}
+def measure(found, repeats, device):
+    """Seconds of each run, one list a name, and bytes/s read; a round has all of them once."""
+    seconds, bandwidths = {name: [] for name in found}, []
     for _ in range(repeats):
+        bandwidths.append(ceilings.read_bandwidth(device, repeats=3)["median"])
         for name, run in found.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return seconds, bandwidths
 
 
-def table(model, rows, new, repeats, gguf):
+def interval(one, other):
+    """Ratio of two lists of seconds, as speeds, with its 95 % interval over the rounds."""
+    ratio = stats.ratio_interval(other, one, paired=True)
+    span = "too few" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+    return f"{ratio.value:8.2f} {span:>13}"
+
+
+def table(model, rows, new, repeats):
     asked = workload.build(model.tokenizer, rows, PROMPT, new).requests
     plan = compiled.prepare(model, rows, PROMPT + new, sampling.GREEDY)
-    found = runs(model, asked, gguf)
+    found = runs(model, asked)
     tokens = {name: run() for name, run in found.items()}  # warm-up
-    seconds = measure(found, repeats)
-    bandwidth = ceilings.read_bandwidth(model.device)["median"]
+    seconds, bandwidths = measure(found, repeats, model.device)
     weights = sum(p.nbytes for p in model.module.parameters())
+    read = f"{min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s read"
     print(f"\n{model.label()}, batch {rows}, {PROMPT} + {new} tokens, {model.device},", end=" ")
-    print(f"{torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s read,", end=" ")
+    print(f"{torch.get_num_threads()} threads, {read},", end=" ")
     print(f"compiled in {plan.compile_s:.1f} s{'; ' + plan.reason if plan.reason else ''}")
-    print(f"{'':24} {'tokens/s':>9} {'MBU':>6} {'x generate':>11} {'interval':>15} {'same':>6}")
+    peer = "llama.cpp" if "llama.cpp" in seconds else "compiled"
+    print(f"{'':22} {'tokens/s':>8} {'MBU':>5} {'x generate':>22} {f'x {peer}':>22} {'same':>5}")
     for name, times in seconds.items():
-        ratio = stats.ratio_interval(seconds["generate"], times, paired=True)
-        median = torch.tensor(times).median().item()
         pairs = list(zip(sum(tokens[name], []), sum(tokens["cached"], []), strict=True))
         same = sum(a == b for a, b in pairs) / len(pairs)
-        span = "too few" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
-        mbu = weights * new / median / bandwidth
-        print(f"{name:24} {rows * new / median:9.1f} {mbu:6.2f} {ratio.value:11.2f}", end=" ")
-        print(f"{span:>15} {same:6.0%}")
+        rounds = zip(times, bandwidths, strict=True)
+        mbu = statistics.median(weights * new / second / b for second, b in rounds)
+        print(f"{name:22} {rows * new / statistics.median(times):8.1f} {mbu:5.2f}", end=" ")
+        ratios = interval(times, seconds["generate"]), interval(times, seconds[peer])
+        print(f"{ratios[0]} {ratios[1]} {same:5.0%}")
 
 
 def main():
@@ -100,15 +109,11 @@ def main():
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--new", type=int, default=128, help="tokens a request")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--gguf-fp32")
-    parser.add_argument("--gguf-bf16")
     options = parser.parse_args()
     for dtype in options.dtypes:
         model = models.load(options.model, dtype=dtype)
         for rows in options.rows:
-            table(
-                model, rows, options.new, options.repeats, getattr(options, f"gguf_{dtype}", None)
-            )
+            table(model, rows, options.new, options.repeats)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def overhead(model, rounds: int, requests: int = 50, new_tokens: int = 50) -> No
             ("coroutine", {}),
             ("coroutine", {"variant": "yielding"}),
             ("coroutine", {"variant": "to_thread"}),
+            ("coroutine", {"variant": "to_thread", "workers": 1}),
             ("threads", {"workers": 1, "intra_op": 1}),
         ):
             short = _seconds(model, name, options, requests, 1, rounds)
