@@ -180,8 +180,6 @@ class _Session:
             return
         condition = self.conditions[i]
         self.reference_for(i)
-        if self.expect:  # timed now, so that no run is disturbed
-            beside.rates(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
         while len(times) < WARMUP_RUNS and not _settled(times):
             trace = condition.run(short)

@@ -71,11 +71,6 @@ def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> 
     }
 
 
-def rates(condition: Condition) -> list[dict] | None:
-    """The measured rates of the condition's matrix products, see `expected.rates`."""
-    return expected.rates(condition, _rows_per_step(condition))
-
-
 def _memory_beside(condition: Condition) -> dict:
     """The ledger's bounds at the level that is measured: the process on the CPU, else reserved."""
     book = fits.ledger(condition)

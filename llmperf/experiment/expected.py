@@ -18,7 +18,7 @@ from llmperf.sampling import GREEDY
 from llmperf.timed import DTYPES
 from llmperf.trace import Trace
 
-FOREIGN = ("endpoint", "continuous")  # their products are not those of our loops
+FOREIGN = ("endpoint", "continuous", "peer")  # their products are not those of our loops
 
 
 def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> dict:
@@ -89,9 +89,8 @@ def loop_of(condition: Condition) -> str:
 def rates(condition: Condition, rows: int) -> list[dict] | None:
     """`ceilings.matmul_rates` of the model's products at the rows of a step."""
     m, loop = condition.model, loop_of(condition)
-    foreign = condition.strategy in FOREIGN or condition.options.get("engine") == "llamacpp"
     if (
-        foreign
+        condition.strategy in FOREIGN
         or m.shape.quantization
         or m.quantization in quantize.CHECKPOINT
         or m.shape.moe
@@ -101,20 +100,19 @@ def rates(condition: Condition, rows: int) -> list[dict] | None:
     if loop == "recompute":
         context = mean(condition.prompt_tokens) + mean(condition.new_tokens) // 2
         rows *= min(predict.WINDOW, context + 1)
-    return _timed(m.shape, m.dtype, m.quantization, m.device, rows, loop == "compiled")
+    timed = _timed_once if m.quantization else _timed
+    return timed(m.shape, m.dtype, m.quantization, m.device, rows, loop == "compiled")
 
 
-@cache
 def _timed(shape, dtype, word, device, rows: int, fused: bool) -> list[dict]:
-    """Timed once a process and not kept longer: a shared machine is another one an hour later."""
+    """Half a second beside each run: a shared machine's memory is another one a minute later."""
     head, others, of_head, of_others = _products(shape, word, rows, fused and device == "cpu")
     how = {"dtype": dtype, "device": device, "batches": [rows], "repeats": 3}
-    passes = [
-        ceilings.matmul_rates([head], **how, product=of_head)
-        + ceilings.matmul_rates(list(others), **how, product=of_others)
-        for _ in range(2)  # a neighbour's burst falls into one of them
-    ]
-    return [min(pair, key=lambda r: r["seconds"]["median"]) for pair in zip(*passes, strict=True)]
+    first = ceilings.matmul_rates([head], **how, product=of_head)
+    return first + ceilings.matmul_rates(list(others), **how, product=of_others)
+
+
+_timed_once = cache(_timed)  # packing so many weights takes seconds
 
 
 def _products(shape, word, rows: int, fused: bool) -> tuple:
