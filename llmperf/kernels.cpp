@@ -146,7 +146,7 @@ static void product(const Tensor& x, const std::vector<Tensor>& weights,
 }
 
 // A new contiguous tensor, as the stable new_empty but without the dispatcher's microsecond.
-static Tensor empty_like(const Tensor& x, const std::vector<int64_t>& shape) {
+static Tensor fresh(const Tensor& x, const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
   int32_t dtype;
@@ -162,7 +162,7 @@ Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> 
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = 0;
   for (const Tensor& w : weights) shape.back() += w.size(0);
-  Tensor y = empty_like(x, shape);
+  Tensor y = fresh(x, shape);
   if (x.scalar_type() == torch::headeronly::ScalarType::Float)
     product<Float>(x, weights, biases, y);
   else
@@ -261,7 +261,7 @@ static void attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 // One query a row, all contiguous: query (B, H, 1, D), key and value (B, kv, L, D), mask (B, 1, 1, L)
 // bool, True where the query may look -> (B, 1, H, D). A row must see at least one position.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
-  Tensor y = empty_like(q, {q.size(0), 1, q.size(1), q.size(3)});
+  Tensor y = fresh(q, {q.size(0), 1, q.size(1), q.size(3)});
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
     attention<Float>(q, k, v, mask, y, scale);
   else

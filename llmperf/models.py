@@ -107,7 +107,10 @@ def load(
     except quantize.Missing as error:
         raise ModelUnavailable(f"{name!r} cannot be had so: {error}") from error
     module.eval().requires_grad_(False)
-    pages.own(module) if device == "cpu" else _forget_loading()
+    if device == "cpu":
+        pages.own(module)
+    else:
+        _forget_loading()
     load_s = time.perf_counter() - start
     shape = shapes.from_config(module.config.to_dict(), name=name)
     source = LoadSpec(name, dtype, device, weights, quantization)

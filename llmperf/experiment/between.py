@@ -31,7 +31,7 @@ def kernel(rows: int, fused: bool) -> Callable:
 def compiled_s(plan: Plan, context: int, products: Callable[[], None]) -> float:
     """Median seconds of a compiled step after `context` tokens, less those of its `products`.
 
-    Both run on one layer's weights again and again, in turn; the step on keys that are its own.
+    Both read one layer's weights for every layer; the step reads each layer's own keys.
     """
     import torch
 

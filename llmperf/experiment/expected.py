@@ -14,8 +14,8 @@ from llmperf import ceilings, compiled, predict, quantize
 from llmperf.experiment import between
 from llmperf.experiment.condition import Condition
 from llmperf.fused import KERNEL_ROWS
+from llmperf.models import Model
 from llmperf.sampling import GREEDY
-from llmperf.timed import DTYPES
 from llmperf.trace import Trace
 
 FOREIGN = ("endpoint", "continuous", "peer")  # their products are not those of our loops
@@ -57,7 +57,7 @@ def _between_s(condition: Condition, rows: int, context: int) -> float | None:
         asked = condition.workload.requests
         length = max(len(r.prompt_ids) for r in asked) + max(r.max_new_tokens for r in asked)
         plan = compiled.prepare(m, rows, length)
-        products = _one_layer(m.shape, m.dtype, m.quantization, rows)
+        products = _one_layer(m, rows)
         return drawn_s + between.compiled_s(plan, context, products)
     new = min(predict.WINDOW, context + 1) if loop == "recompute" else 1
     seen = new if loop == "recompute" else context + 1
@@ -124,23 +124,23 @@ def _products(shape, word, rows: int, fused: bool) -> tuple:
     return head, +others, kernel, _quantised(word) if word else kernel
 
 
-@cache
-def _one_layer(shape, dtype, word, rows: int) -> Callable[[], None]:
+def _one_layer(model: Model, rows: int) -> Callable[[], None]:
     """The products of a compiled step with one layer's weights for all layers, and the head."""
     import torch
 
-    head, others, of_head, of_others = _products(shape, word, rows, True)
-    kind = getattr(torch, DTYPES[dtype])
+    layers, head = model.shape.layers, model.module.get_output_embeddings()
+    _, others, of_head, of_others = _products(model.shape, model.quantization, rows, True)
 
-    def made(size: tuple[int, int], product: Callable) -> Callable[[], object]:
-        layer, x = product(torch.randn(*size).to(kind)), torch.randn(rows, size[1]).to(kind)
+    def ready(weight, product: Callable) -> Callable[[], object]:
+        layer, x = product(weight), torch.randn(rows, weight.shape[1]).to(weight.dtype)
         return lambda: layer(x)
 
-    one = [made(n, of_others) for n, times in others.items() for _ in range(times // shape.layers)]
-    last = made(head, of_head)
+    sizes = [size for size, times in others.items() for _ in range(times // layers)]
+    one = [ready(torch.randn(*size).to(head.weight.dtype), of_others) for size in sizes]
+    last = ready(head.weight, of_head)
 
     def run() -> None:
-        for _ in range(shape.layers):
+        for _ in range(layers):
             for product in one:
                 product()
         last()
