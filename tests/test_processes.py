@@ -232,8 +232,9 @@ def test_ctrl_c_in_the_parent_ends_all_workers(small, monkeypatch):
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from llmperf import models, strategies, workload
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `&`
 model = models.load(sys.argv[1], dtype="fp32", device="cpu")
 work = workload.build(model.tokenizer, 1, 8, 3)
 with strategies.session():

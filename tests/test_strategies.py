@@ -3,6 +3,7 @@
 import _thread
 import asyncio
 import itertools
+import signal
 import sys
 import threading
 import time
@@ -183,9 +184,16 @@ def test_an_error_in_one_worker_is_raised_and_ends_the_others(tiny, name, option
 def test_ctrl_c_ends_every_worker(tiny, name, options):
     """It comes while the answers, 8 s of them, are being written: as from a terminal."""
     before, start = threading.active_count(), time.perf_counter()
-    threading.Timer(0.5, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        STRATEGIES[name](tiny, make(tiny, 4, 4, 400), options | slow_step(5))
+    # a shell has what it starts in the background ignore Ctrl-C
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.5, _thread.interrupt_main)
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            STRATEGIES[name](tiny, make(tiny, 4, 4, 400), options | slow_step(5))
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, found)
     assert time.perf_counter() - start < 5
     assert threading.active_count() == before
 
