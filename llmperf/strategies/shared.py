@@ -115,6 +115,7 @@ def run_threads(works: Sequence[Callable[[], None]], cancel: threading.Event) ->
     The first error, or Ctrl-C here, sets `cancel`; it is raised when every thread has ended.
     """
     errors: list[BaseException] = []
+    ended = threading.Semaphore(0)
 
     def guarded(work: Callable[[], None]) -> None:
         try:
@@ -124,6 +125,8 @@ def run_threads(works: Sequence[Callable[[], None]], cancel: threading.Event) ->
         except BaseException as error:  # carried over to the caller's thread
             errors.append(error)
             cancel.set()
+        finally:
+            ended.release()
 
     threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
     started: list[threading.Thread] = []
@@ -131,14 +134,15 @@ def run_threads(works: Sequence[Callable[[], None]], cancel: threading.Event) ->
         for thread in threads:
             thread.start()
             started.append(thread)
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)  # Windows cannot interrupt a join without a time limit
+        for _ in threads:
+            while not ended.acquire(timeout=0.2):  # Windows cannot interrupt a wait without limit
+                pass
     except BaseException:
         cancel.set()
+        raise
+    finally:  # not before: where Ctrl-C ends a join, Python 3.11 takes the thread for ended
         for thread in started:
             thread.join()
-        raise
     if errors:
         raise errors[0]
 
