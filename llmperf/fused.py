@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 class Unsupported(ValueError):
-    """This model cannot run as a twin; the message says why."""
+    """This model's step cannot be compiled so; the message says why."""
 
 
 @functools.cache

@@ -137,6 +137,16 @@ def test_a_compiled_step_is_expected_from_its_joined_products_and_its_own_rest(
     assert found["expected_tpot_ms"] == pytest.approx(whole * 1e3)
 
 
+def test_where_this_size_fell_back_the_step_is_expected_as_an_eager_one(tiny, made_up, monkeypatch):
+    """Another size was compiled, so the loop counts as compiled: no record may be lost."""
+    condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
+    condition.run()
+    fallen = compiled.Plan(2, 256, reason="no kernel for this size")
+    monkeypatch.setattr(expected.compiled, "prepare", lambda *a: fallen)
+    found = beside.predict_beside(condition, trace(0.02), expect=True)
+    assert found["expected_tpot_ms"] is not None
+
+
 def test_a_step_in_cache_runs_on_the_first_layers_weights(tiny):
     condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
     condition.run()

@@ -65,7 +65,6 @@ def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> 
         "why": verdict.sentence,
         "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
         "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
-        **further,
         **_memory_beside(condition),
         **further,
     }

@@ -53,15 +53,19 @@ def _between_s(condition: Condition, rows: int, context: int) -> float | None:
         return None
     greedy = condition.sampling == GREEDY and loop == "compiled"  # there it is part of the step
     drawn_s = 0.0 if greedy else between.drawing_s(m.shape.vocab, m.dtype, rows, condition.sampling)
-    if loop == "compiled":
-        asked = condition.workload.requests
-        length = max(len(r.prompt_ids) for r in asked) + max(r.max_new_tokens for r in asked)
-        plan = compiled.prepare(m, rows, length)
+    if loop == "compiled" and (plan := _plan(condition, rows)).reason is None:
         products = _one_layer(m, rows)
         return drawn_s + between.compiled_s(plan, context, products)
     new = min(predict.WINDOW, context + 1) if loop == "recompute" else 1
     seen = new if loop == "recompute" else context + 1
     return drawn_s + between.eager_s(m.shape, m.dtype, rows, new, seen)
+
+
+def _plan(condition: Condition, rows: int) -> compiled.Plan:
+    """The plan that a run of this condition has compiled, or the reason why there is none."""
+    asked = condition.workload.requests
+    length = max(len(r.prompt_ids) for r in asked) + max(r.max_new_tokens for r in asked)
+    return compiled.prepare(condition.model, rows, length)
 
 
 def tpot_s(trace: Trace) -> float | None:
