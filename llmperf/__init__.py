@@ -1,8 +1,11 @@
 """llmperf: what decides how fast, and in how much memory, a language model answers on your machine.
 
-Importing the package costs nothing: torch and transformers load when a model does.
+Eleven rooms, each importing only from the rooms before it:
+stats, machine, models, decoding, memory, predict, strategies, measure, findings, show, study.
 """
 
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -11,3 +14,19 @@ ROOT = Path(__file__).resolve().parent.parent  # the kit's folder: notebooks, da
 DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
 RUNS = DATA / "runs"
+
+
+def lazy_face(room: str, files: Mapping[str, str]) -> tuple[Callable[[str], object], list[str]]:
+    """`__getattr__` and `__all__` of a room's `__init__.py`, from file → the names it gives.
+
+    A file is imported when one of its names is first used, so that `import llmperf.models` does
+    not import torch.
+    """
+    origin = {name: file for file, names in files.items() for name in names.split()}
+
+    def getattribute(name: str):
+        if name not in origin:
+            raise AttributeError(f"{room} has no {name!r}: it has {', '.join(origin)}")
+        return getattr(import_module(f"{room}.{origin[name]}"), name)
+
+    return getattribute, list(origin)

@@ -4,7 +4,8 @@ import os
 import time
 from dataclasses import replace
 
-from llmperf import models, shapes
+from llmperf import models
+from llmperf.models import shapes
 
 # The byte tokenizer gives "!" the id 0, so these ids spell a text.
 TEXT = [ord(c) - ord("!") for c in "all-cats-are-grey-in-the-dark."]

@@ -1,12 +1,15 @@
 import json
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from llmperf import ceilings, overhead, timed  # noqa: E402
-from llmperf.machine import card_specs  # noqa: E402
-from llmperf.machine.run_tool import Unknown  # noqa: E402
+from llmperf.machine import (
+    card_specs,
+    ceilings,
+    overhead,
+)
+from llmperf.machine import timing as timed
+from llmperf.machine.run_tool import Unknown
 
 MIB = 1 << 20
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import tiny_models
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-torch = pytest.importorskip("torch")
-
-from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
-
-from llmperf import compiled, decoding, fused, models, sampling, shapes, workload  # noqa: E402
+from llmperf import decoding, models
+from llmperf.decoding import fused, sampling
+from llmperf.decoding import requests as workload
+from llmperf.decoding import static_cache as compiled
+from llmperf.models import shapes
 
 GREEDY = sampling.GREEDY
 DRAWN = sampling.Sampling(temperature=0.8, top_k=20, top_p=0.9, suppress=(0,))

@@ -5,11 +5,12 @@ from collections import Counter
 import pytest
 import torch
 
-from llmperf import load, workload
-from llmperf.sampling import GREEDY, PUBLISHED, Sampling
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Stop
+from llmperf.decoding.sampling import GREEDY, PUBLISHED, Sampling
+from llmperf.decoding.trace import agreement
+from llmperf.measure import load
 from llmperf.strategies import STRATEGIES, continuous, sequential
-from llmperf.trace import agreement
-from llmperf.workload import Stop
 
 
 def work(tiny, n=6, sampling=GREEDY, stop=None):

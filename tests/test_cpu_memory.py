@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
-from llmperf import overhead, predict, shapes
+from llmperf import predict
+from llmperf.machine import overhead
+from llmperf.models import shapes
 
 CONFIG = dict(
     vocab_size=32_000,

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from llmperf import decoding, workload
-from llmperf.sampling import GREEDY, PUBLISHED, Sampling
-from llmperf.trace import Recorder
-from llmperf.workload import Request, Stop
+from llmperf import decoding
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Request, Stop
+from llmperf.decoding.sampling import GREEDY, PUBLISHED, Sampling
+from llmperf.decoding.trace import Recorder
 
 SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
 

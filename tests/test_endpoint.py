@@ -14,10 +14,11 @@ import httpx
 import pytest
 from fake_endpoint import FakeEndpoint, Tap
 
-from llmperf import load, metrics, workload
-from llmperf.sampling import GREEDY, Sampling
+from llmperf.decoding import requests as workload
+from llmperf.decoding.sampling import GREEDY, Sampling
+from llmperf.decoding.trace import Trace
+from llmperf.measure import load, metrics
 from llmperf.strategies import STRATEGIES, endpoint, sequential
-from llmperf.trace import Trace
 
 SECRET = "sk-very-secret"
 
@@ -182,7 +183,7 @@ def real(embedded):
     python = serving_python()
     if python is None:
         pytest.skip("needs the extra `serving` (fastapi, uvicorn, openai), or LLMPERF_SERVE_PYTHON")
-    from llmperf import embedded
+    from llmperf.models import embedded
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

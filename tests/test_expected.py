@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmperf import ceilings, compiled, decoding, predict
-from llmperf.experiment import Condition, beside, expected, measure
-from llmperf.records import Store
-from llmperf.trace import RequestTrace, Trace
+from llmperf import decoding, predict
+from llmperf.decoding import static_cache as compiled
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.machine import ceilings
+from llmperf.measure import Condition, beside, expected, measure
+from llmperf.measure.records import Store
 
 LIMITS = {
     "read_bytes_per_s": {"median": 1e12},
@@ -100,7 +102,7 @@ def test_a_peer_is_predicted_with_the_rows_that_it_runs_together(tiny, made_up):
 
 @pytest.mark.parametrize("word", [None, "int8"])
 def test_the_real_rates_name_every_product_of_the_model(tiny, word, monkeypatch):
-    monkeypatch.setattr("llmperf.timed.past_caches_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr("llmperf.machine.timing.past_caches_bytes", lambda device: 1 << 16)
     model = replace(tiny, quantization=word)
     rates = expected.rates(Condition(model, prompt_tokens=8, new_tokens=4), 2)
     assert {(r["n"], r["k"]) for r in rates} == set(predict.matmul_shapes(tiny.shape))

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llmperf import experiment, machine, strategies
-from llmperf.experiment import Condition, beside, fits, measure, results
+from llmperf import machine, strategies
+from llmperf import measure as experiment
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.measure import Condition, beside, fits, measure, results
+from llmperf.measure.records import Record, Store
 from llmperf.memory import Sampler, Window
-from llmperf.records import Record, Store
-from llmperf.trace import RequestTrace, Trace
 
 CEILINGS = {
     "read_bytes_per_s": {"median": 1e12},

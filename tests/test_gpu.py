@@ -6,13 +6,14 @@ GPT-2 with random weights at its true shapes, so that no network is needed.
 import pytest
 import torch
 
-from llmperf import machine, models, predict, workload
-from llmperf.experiment import Condition, measure
+from llmperf import machine, models, predict
+from llmperf.decoding import requests as workload
+from llmperf.decoding.sampling import GREEDY
+from llmperf.decoding.trace import agreement
 from llmperf.machine import gpu
+from llmperf.measure import Condition, measure
+from llmperf.measure.records import Store
 from llmperf.memory import Sampler
-from llmperf.records import Store
-from llmperf.sampling import GREEDY
-from llmperf.trace import agreement
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -82,7 +83,7 @@ def test_every_strategy_gives_the_tokens_of_sequential(gpt2, strategy, options):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_cuda_graphs_give_the_tokens_of_cached(dtype):
-    from llmperf import compiled
+    from llmperf.decoding import static_cache as compiled
 
     llm = models.load("gpt2", dtype=dtype, device="cuda", weights="random")
     plan = compiled.prepare(llm, 3, 64, GREEDY)

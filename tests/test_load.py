@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from llmperf import capacity, load, metrics, records, strategies, workload
-from llmperf.experiment import measure
+from llmperf import strategies
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Request, Workload
+from llmperf.decoding.sampling import GREEDY
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.measure import capacity, load, measure, metrics, records
 from llmperf.models import byte_tokenizer
-from llmperf.sampling import GREEDY
-from llmperf.trace import RequestTrace, Trace
-from llmperf.workload import Request, Workload
 
 
 def requests(n, new=1):

@@ -3,8 +3,9 @@
 import pytest
 from tiny_models import CONFIGS, build
 
-from llmperf import memory, predict, shapes
+from llmperf import memory, predict
 from llmperf.memory import Channel, Window, measured
+from llmperf.models import shapes
 
 GIB = 2**30
 

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from llmperf import metrics
-from llmperf.trace import RequestTrace, Trace
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.measure import metrics
+from llmperf.show import other_tools
 
 
 def request(id=0, tokens=(0.5, 0.6, 0.8), sent=0.1, started=0.2, scheduled=0.0, status="ok"):
@@ -166,7 +167,7 @@ def test_impossible_times_are_refused(bad, says):
     with pytest.raises(ValueError, match=says):
         metrics.summarize(trace(request(7), bad))
     with pytest.raises(ValueError, match=says):
-        metrics.score_as(trace(request(7), bad), "vllm")
+        other_tools.score_as(trace(request(7), bad), "vllm")
 
 
 @pytest.mark.parametrize("duration", [math.nan, -1.0])
@@ -213,7 +214,7 @@ BY_RULES = {
 
 @pytest.mark.parametrize("rules", BY_RULES)
 def test_score_as_by_hand(rules):
-    found = metrics.score_as(TWO, rules)
+    found = other_tools.score_as(TWO, rules)
     wanted = dict(BY_RULES[rules])
     wanted["output_tokens_per_s"] = wanted.pop("rate")
     for name, value in wanted.items():
@@ -223,14 +224,14 @@ def test_score_as_by_hand(rules):
 
 def test_transformers_rules_on_a_rectangle():
     run = trace(request(0, (0.5, 0.6, 0.7)), request(1, (0.4, 0.5, 0.9)), duration=1.0)
-    found = metrics.score_as(run, "transformers-benchmark")
+    found = other_tools.score_as(run, "transformers-benchmark")
     assert found["itl_ms"] == pytest.approx((100 + 250) / 2)
     assert found["ttft_ms"] == pytest.approx(300)
 
 
 def test_score_as_leaves_failures_out_and_names_its_tools():
     run = trace(request(0), request(1, (0.9, 0.95), status="error"))
-    assert metrics.score_as(run, "vllm") == metrics.score_as(trace(request(0)), "vllm")
-    assert metrics.score_as(trace(), "vllm")["reasons"]["ttft_ms"]
+    assert other_tools.score_as(run, "vllm") == other_tools.score_as(trace(request(0)), "vllm")
+    assert other_tools.score_as(trace(), "vllm")["reasons"]["ttft_ms"]
     with pytest.raises(ValueError, match="guidellm"):
-        metrics.score_as(run, "genai-perf")
+        other_tools.score_as(run, "genai-perf")

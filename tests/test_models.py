@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from llmperf import embedded, models, shapes
-from llmperf.models import ModelUnavailable
+from llmperf import models
+from llmperf.models import ModelUnavailable, embedded, shapes
 
 
 def test_the_embedded_model_is_the_published_one(embedded):
@@ -142,7 +142,7 @@ def test_the_hash_is_of_the_whole_file(tmp_path):
 
 def test_importing_the_package_loads_no_torch():
     code = (
-        "import sys, llmperf, llmperf.models, llmperf.records, llmperf.memory, llmperf.predict,"
-        " llmperf.study, llmperf.experiment; sys.exit('torch' in sys.modules)"
+        "import sys, llmperf, llmperf.models, llmperf.memory, llmperf.predict, llmperf.study,"
+        " llmperf.measure.records, llmperf.measure; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
-torch = pytest.importorskip("torch")
-
-from llmperf import pages  # noqa: E402
+from llmperf.machine import pages
 
 
 def tensors(module):

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from llmperf import models, workload
-from llmperf.experiment import Condition
-from llmperf.sampling import GREEDY, PUBLISHED
+from llmperf import models
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Stop
+from llmperf.decoding.sampling import GREEDY, PUBLISHED
+from llmperf.measure import Condition
 from llmperf.strategies import STRATEGIES, llamacpp, peer
-from llmperf.workload import Stop
 
 run = STRATEGIES["peer"]
 

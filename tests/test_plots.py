@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from llmperf import plots
+from llmperf.show import plots
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmperf import models, strategies, workload
-from llmperf.experiment import Condition, measure
-from llmperf.records import Store
-from llmperf.sampling import GREEDY, Sampling
+from llmperf import models, strategies
+from llmperf.decoding import requests as workload
+from llmperf.decoding.sampling import GREEDY, Sampling
+from llmperf.decoding.trace import agreement
+from llmperf.measure import Condition, measure
+from llmperf.measure.records import Store
 from llmperf.strategies import STRATEGIES, processes
 from llmperf.strategies.pool import WorkerDied
-from llmperf.trace import agreement
 
 SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
 run = STRATEGIES["processes"]

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from llmperf import plots, profiling, speedplots
+from llmperf.show import plots, profiling, speedplots
 
 
 def test_profiled_steps_hold_their_operations(tiny):

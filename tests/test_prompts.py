@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from llmperf import workload
+from llmperf.decoding import requests as workload
 
 PATH = workload.DATA / "prompts.jsonl"
 # How many of each kind, and the range of their lengths. Lengths are UTF-8 bytes, which need no

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from llmperf import models, predict, quantize
-from llmperf.models import ModelUnavailable
+from llmperf import models, predict
+from llmperf.models import ModelUnavailable, quantize
 
 HAVE_BNB = importlib.util.find_spec(quantize.NEEDS["bnb"]) is not None
 needs_bnb = pytest.mark.skipif(not HAVE_BNB, reason="bitsandbytes is not installed (extra bnb)")

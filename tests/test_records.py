@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pandas as pd
 import pytest
 
-from llmperf import records
-from llmperf.records import Record, Store
+from llmperf.measure import records
+from llmperf.measure.records import Record, Store
 
 CONDITION = {"strategy": "batch", "level": 4, "options": {"size": 2}, "prompt_tokens": [8, 16]}
 FIRST = Record("03-batch", CONDITION, 0, metrics={"duration_s": 1.5}, token_digest="größe")

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmperf import findings, overview, report, verdict
-from llmperf.records import Record
+from llmperf import findings
+from llmperf.findings import verdict
+from llmperf.measure.records import Record
+from llmperf.show import overview
+from llmperf.study import report
 
 STATE = SimpleNamespace(steps={"03-batch": {}}, done={}, profile="quick", started="today")
 ENV = {"os": "Linux", "cpu_model": "AMD EPYC", "cores_logical": 2, "cores_allowed": 2,

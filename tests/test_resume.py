@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from llmperf import records
+from llmperf.measure import records
 
 
 @pytest.fixture(scope="module")

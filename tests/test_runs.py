@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from llmperf import findings, metrics, runs
+from llmperf import findings
 from llmperf.__main__ import main
-from llmperf.records import Record, Store
-from llmperf.runs.sharing import own_words, scrub
-from llmperf.trace import RequestTrace, Trace
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.findings import runs
+from llmperf.findings.runs.sharing import own_words, scrub
+from llmperf.measure import metrics
+from llmperf.measure.records import Record, Store
 
 ENV = {
     "os": "Linux", "os_version": "Debian GNU/Linux 12", "kernel": "5.15.153.1",
@@ -96,8 +98,8 @@ def test_files_folders_packs_and_folders_of_runs(tmp_path):
 
 
 def test_the_latest_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmperf.runs.loading.RUNS", tmp_path)
-    monkeypatch.setattr("llmperf.runs.loading.REFERENCE", tmp_path / "kit")
+    monkeypatch.setattr("llmperf.findings.runs.loading.RUNS", tmp_path)
+    monkeypatch.setattr("llmperf.findings.runs.loading.REFERENCE", tmp_path / "kit")
     with pytest.raises(ValueError, match="nothing was measured"):
         runs.latest(tmp_path / "records.jsonl")
     write(tmp_path / "kit" / "runs" / "slug", levels=(1,))
@@ -218,8 +220,8 @@ SECRET = "a-person"
 
 
 def test_a_shared_file_names_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmperf.runs.sharing.getpass.getuser", lambda: SECRET)
-    monkeypatch.setattr("llmperf.runs.sharing.socket.gethostname", lambda: "their-laptop")
+    monkeypatch.setattr("llmperf.findings.runs.sharing.getpass.getuser", lambda: SECRET)
+    monkeypatch.setattr("llmperf.findings.runs.sharing.socket.gethostname", lambda: "their-laptop")
     env = ENV | {"gpus": [CARD | {"uuid": "GPU-77"}], "host_gpus": "their-laptop", "novel": SECRET,
                  "reasons": {"hags": r"C:\Users\a-person\x.exe failed"}}  # fmt: skip
     more = {

@@ -10,7 +10,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llmperf.sampling import GREEDY, Sampling, filtered_logits, next_tokens, survivors, uniforms
+from llmperf.decoding.sampling import (
+    GREEDY,
+    Sampling,
+    filtered_logits,
+    next_tokens,
+    survivors,
+    uniforms,
+)
 
 SETTINGS = [
     Sampling(),

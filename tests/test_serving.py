@@ -14,15 +14,16 @@ import engines
 import psutil
 import pytest
 
-from llmperf import strategies, workload
+from llmperf import strategies
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Request, Stop
+from llmperf.decoding.sampling import GREEDY, PUBLISHED, Sampling
+from llmperf.decoding.trace import agreement
 from llmperf.models import byte_tokenizer
-from llmperf.sampling import GREEDY, PUBLISHED, Sampling
-from llmperf.serving import RequestFailed, Server
-from llmperf.serving.detokenize import Detokenizer
-from llmperf.serving.worker import Inbox, Job
 from llmperf.strategies import dynamic, sequential
-from llmperf.trace import agreement
-from llmperf.workload import Request, Stop
+from llmperf.strategies.serving import RequestFailed, Server
+from llmperf.strategies.serving.detokenize import Detokenizer
+from llmperf.strategies.serving.worker import Inbox, Job
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 TEXT = "all-cats-are-grey-in-the-dark."

@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_models import CONFIGS, SMALL, build
 
-from llmperf import shapes
+from llmperf.models import shapes
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -12,11 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmperf import decoding, strategies, workload
-from llmperf.sampling import GREEDY, Sampling
+from llmperf import decoding, strategies
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.sampling import GREEDY, Sampling
+from llmperf.decoding.trace import agreement
 from llmperf.strategies import STRATEGIES, shared
-from llmperf.trace import agreement
-from llmperf.workload import Workload
 
 SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
 VARIANTS = [

@@ -8,8 +8,9 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from llmperf import records, study
+from llmperf import study
 from llmperf.__main__ import main
+from llmperf.measure import records
 from llmperf.study import Profile
 
 MEASURE = """

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from llmperf import verdict
-from llmperf.verdict import Option, choose
+from llmperf.findings import verdict
+from llmperf.findings.verdict import Option, choose
 
 
 def rec(strategy, level, seconds, ttft, tpot, repeat=0, **more):

@@ -9,8 +9,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from llmperf import predict, shapes, widgets
-from llmperf.widgets import Question
+from llmperf import predict
+from llmperf.models import shapes
+from llmperf.show import widgets
+from llmperf.show.widgets import Question
 
 
 @pytest.fixture(autouse=True)

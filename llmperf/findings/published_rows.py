@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from llmperf import predict, shapes
+from llmperf import predict
+from llmperf.findings import published_audit
+from llmperf.models import shapes
 
 GIB = 2**30
 # What the publication ran: GPT-2 in fp32, Yi-6B in 16 bits, Yi-34B in 4 bits (AWQ).
@@ -23,7 +25,7 @@ def published_records() -> tuple[dict, ...]:
     could reach are marked implausible by the same audit as anyone's.
     """
     runs: dict[tuple, list[dict]] = {}
-    for row in predict.audit_published():
+    for row in published_audit.audited():
         if row["experiment"] == "multiprocessing" and row["strategy"] == "batch":
             continue  # that page quotes the rows of the batch page
         runs.setdefault(_run(row), []).append(row)

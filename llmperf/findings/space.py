@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from llmperf import predict, shapes
+from llmperf import predict
 from llmperf.findings.evidence import CANNOT_TELL, FAILS, HOLDS, Evidence, Figure, Setting
 from llmperf.findings.parts import Part, check
+from llmperf.models import shapes
 
 GIB = 2**30
 

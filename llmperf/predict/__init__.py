@@ -5,14 +5,10 @@ bytes and FLOPs  costs                     of a forward pass and of a whole run
 time             roofline, latency         bound, expectation, MBU, MFU, the audit
 memory           ledger                    every byte of a run, named, low and high
 cards            cards, fits               what fits, what does not and why
-publication      published                 its rows audited and predicted
 
 None of it imports torch.
 """
 
-from llmperf.predict.against_published import allocated as allocated_published
-from llmperf.predict.against_published import audited as audit_published
-from llmperf.predict.against_published import yi_deployment
 from llmperf.predict.cards import GIB, Card, card
 from llmperf.predict.cards import names as card_names
 from llmperf.predict.costs import WINDOW, Cost, weights_read
@@ -52,10 +48,8 @@ __all__ = [
     "Ledger",
     "Line",
     "advise",
-    "allocated_published",
     "at_rest",
     "audit",
-    "audit_published",
     "bound",
     "budget",
     "buffers_bytes",
@@ -79,5 +73,4 @@ __all__ = [
     "run_cost",
     "weights_bytes",
     "weights_read",
-    "yi_deployment",
 ]

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llmperf.models.tensors import ModelShape
 from llmperf.predict.sizes import dtype_bytes, kv_bytes, stored
-from llmperf.tensors import ModelShape
 
 LOOPS = ("recompute", "cached", "compiled")
 WINDOW = 200  # tokens that the published loop looks back

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llmperf.models.tensors import ModelShape
 from llmperf.predict import cards
 from llmperf.predict.cards import GIB, Card
 from llmperf.predict.ledger import Ledger, memory
-from llmperf.tensors import ModelShape
 
 MARGIN = 0.05  # of the card, where it must never run full
 LEAST_MARGIN_GIB = 0.5

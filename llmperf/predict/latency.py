@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llmperf.models.tensors import ModelShape
 from llmperf.predict import costs
 from llmperf.predict.costs import Cost
 from llmperf.predict.roofline import PYTHON, Bound, bound
-from llmperf.tensors import ModelShape
 
 JOINED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate and up", "up": "gate and up"}
 

@@ -9,10 +9,10 @@ the `device` with what others use. Each holds the ones before it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llmperf.models.tensors import ModelShape
 from llmperf.predict import ledger_lines as lines_of
 from llmperf.predict.costs import LOOPS
 from llmperf.predict.ledger_lines import Line, Plan, at_rest
-from llmperf.tensors import ModelShape
 
 __all__ = ["LEVELS", "Ledger", "Line", "at_rest", "memory"]
 

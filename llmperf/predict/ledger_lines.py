@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llmperf.models.tensors import ModelShape
 from llmperf.predict import sizes
 from llmperf.predict.allocator import (
     CUBLAS_WORKSPACE,
@@ -15,7 +16,6 @@ from llmperf.predict.allocator import (
 )
 from llmperf.predict.costs import WINDOW
 from llmperf.predict.sizes import buffers_bytes, dtype_bytes, kv_bytes, stored, weights_bytes
-from llmperf.tensors import ModelShape
 
 GIB = 2**30
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from llmperf.models.tensors import ModelShape
 from llmperf.predict import costs
 from llmperf.predict.costs import Cost
-from llmperf.tensors import ModelShape
 
 BANDWIDTH, ARITHMETIC, LAUNCHES, PYTHON = "bandwidth", "arithmetic", "launches", "Python"
 

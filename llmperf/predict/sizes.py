@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from llmperf.quantize import GROUP, canonical
-from llmperf.tensors import ModelShape, Tensor
+from llmperf.models.quantize import GROUP, canonical
+from llmperf.models.tensors import ModelShape, Tensor
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _QUANTIZED_KINDS = ("linear", "expert")  # embeddings, head, norms, biases and routers stay as is

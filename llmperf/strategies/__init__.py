@@ -8,6 +8,8 @@ Each has `check(model, level, options)` too, which refuses bad options before an
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.trace import Trace
 from llmperf.models import Model
 from llmperf.strategies import (
     batch,
@@ -20,8 +22,6 @@ from llmperf.strategies import (
     sequential,
     threads,
 )
-from llmperf.trace import Trace
-from llmperf.workload import Workload
 
 _MODULES = {
     "sequential": sequential,

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from llmperf.decoding.requests import Stop, Workload
+from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.trace import ERROR, OK, Recorder, Trace
 from llmperf.models import Model
-from llmperf.sampling import Sampling
 from llmperf.strategies import shared
-from llmperf.trace import ERROR, OK, Recorder, Trace
-from llmperf.workload import Stop, Workload
 
 OPTIONS = ("max_batch", "num_blocks", "page_size", "max_batch_tokens", "stall_s", "flash")
 MAX_BATCH = 32  # requests that may run at a time, unless told otherwise

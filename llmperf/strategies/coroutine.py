@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from statistics import median
 
 from llmperf import decoding
+from llmperf.decoding.requests import Request, Workload
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Request, Workload
 
 OPTIONS = ("variant", "workers")
 VARIANTS = ("blocking", "yielding", "to_thread", "executor")

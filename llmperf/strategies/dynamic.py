@@ -1,7 +1,7 @@
 """Two kinds of process: I/O and CPU work here, inference there; what waits becomes a batch.
 
 The publication recommends it in its summary and did not measure it. The server is the library in
-`llmperf.serving`; this strategy is one of its callers.
+`llmperf.strategies.serving`; this strategy is one of its callers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from llmperf.decoding.requests import Request, Workload
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.serving import RequestFailed, Server
 from llmperf.strategies import background, shared
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Request, Workload
+from llmperf.strategies.serving import RequestFailed, Server
 
 OPTIONS = ("max_batch", "window_s", "max_queue", "processes", "concurrency", "deadline_s")
 

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmperf.decoding.requests import Request, Workload
+from llmperf.decoding.trace import ERROR, OK, Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import background, shared
 from llmperf.strategies.events import BrokenStream, Chunk, read_chunks
-from llmperf.trace import ERROR, OK, Recorder, Trace
-from llmperf.workload import Request, Workload
 
 if TYPE_CHECKING:
     import httpx

@@ -18,13 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmperf import embedded
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.machine import cache_dir
-from llmperf.models import Model
-from llmperf.sampling import Sampling
+from llmperf.models import Model, embedded
 from llmperf.strategies import shared
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Workload
 
 FILE_TYPES = {"fp32": 0, "bf16": 32}  # llama_ftype: ALL_F32 and MOSTLY_BF16
 START_S = 120.0

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from llmperf.decoding.requests import Stop, Workload
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import continuous, llamacpp, shared
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Stop, Workload
 
 ENGINES = ("generate", "generate-static", "llamacpp")
 

@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from llmperf.models import LoadSpec, Model
-from llmperf.strategies import mapped
+from llmperf.models import LoadSpec, Model, mapped
 
 ROOT = str(Path(__file__).resolve().parent.parent.parent)
 SILENCE_S = 4.0  # a working process beats every 0.25 s: this long without is a hang

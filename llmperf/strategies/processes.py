@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from functools import cache
 
 from llmperf import machine, predict
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.machine.probes import PROBES
 from llmperf.machine.run_tool import ask
 from llmperf.models import Model
 from llmperf.strategies import shared
 from llmperf.strategies.pool import Pool
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Workload
 
 OPTIONS = ("workers", "weights")
 WEIGHTS = ("own", "shared")

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from llmperf import decoding
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Workload
 
 
 def check(model: Model, level: int, options: Mapping) -> None:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from llmperf.trace import Recorder
-from llmperf.workload import Request
+from llmperf.decoding.requests import Request
+from llmperf.decoding.trace import Recorder
 
 RUN_OPTIONS = ("loop", "on_step")  # every run gets these from its condition
 SLEEP_S = 0.05  # the longest sleep before somebody looks whether the run was cancelled

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from llmperf import decoding
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
-from llmperf.trace import Recorder, Trace
-from llmperf.workload import Workload
 
 OPTIONS = ("workers", "intra_op", "stream")
 STREAMS = ("default", "own")

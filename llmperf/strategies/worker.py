@@ -68,7 +68,7 @@ class _Worker:
     def load(self, source, folder, **_):
         """Load the model: its own copy, or over the weights in `folder`."""
         from llmperf import models
-        from llmperf.strategies import mapped
+        from llmperf.models import mapped
 
         shared = folder is not None
         self.model = mapped.load(folder, source) if shared else models.load_spec(source)
@@ -87,7 +87,7 @@ class _Worker:
     def request(self, request):
         """Answer one request; the rows of its recorder, and the clock's reading at its start."""
         from llmperf import decoding
-        from llmperf.trace import Recorder
+        from llmperf.decoding.trace import Recorder
 
         recorder = Recorder([request])
         decoding.run(self.model, [request], recorder, on_step=self.heart.touch, **self.how)

@@ -7,9 +7,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmperf import experiment, metrics
-from llmperf.records import Record, Store
-from llmperf.trace import RequestTrace, Trace
+from llmperf import measure as experiment
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.measure import metrics
+from llmperf.measure.records import Record, Store
 
 RUNS, CONDITIONS, REPEATS = 100, 100, 10
 WANTED_S = 5.0

@@ -12,7 +12,11 @@ import time
 
 import torch
 
-from llmperf import ceilings, compiled, decoding, models, sampling, stats, workload
+from llmperf import decoding, models, stats
+from llmperf.decoding import requests as workload
+from llmperf.decoding import sampling
+from llmperf.decoding import static_cache as compiled
+from llmperf.machine import ceilings
 from llmperf.strategies import llamacpp
 
 PROMPT = 32  # tokens

@@ -10,9 +10,10 @@ import time
 
 import torch
 
-from llmperf import models, workload
+from llmperf import models
 from llmperf.decoding import decode
-from llmperf.sampling import PUBLISHED, next_tokens, uniforms
+from llmperf.decoding import requests as workload
+from llmperf.decoding.sampling import PUBLISHED, next_tokens, uniforms
 
 
 def show(name: str, seconds: list[float], target: str) -> None:
@@ -37,7 +38,7 @@ def importing(code: str) -> float:
 
 def main() -> None:
     show("import llmperf", [importing("import llmperf") for _ in range(5)], "target < 0.5 s")
-    everything = "import llmperf.experiment, llmperf.study, llmperf.predict"
+    everything = "import llmperf.measure, llmperf.study, llmperf.predict"
     show("import of all rooms but torch", [importing(everything) for _ in range(5)], "")
     models.load("smollm2-135m", device="cpu")  # fetches and converts on first use
     load = timed(lambda: models.load("smollm2-135m", dtype="fp32", device="cpu"), 5)

@@ -7,9 +7,9 @@ Rounds of one run watched and one unwatched, in shuffled order, compared in pair
 import argparse
 
 from llmperf import machine, models, stats
-from llmperf.experiment import Condition, beside
+from llmperf.decoding.sampling import GREEDY
+from llmperf.measure import Condition, beside
 from llmperf.memory import INTERVAL_S, Sampler
-from llmperf.sampling import GREEDY
 
 
 def main() -> None:

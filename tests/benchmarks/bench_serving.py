@@ -20,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engines  # noqa: E402
 
-from llmperf import load, metrics, models, stats, strategies, workload  # noqa: E402
-from llmperf.experiment.beside import paired  # noqa: E402
-from llmperf.sampling import GREEDY  # noqa: E402
-from llmperf.serving import RequestFailed, Server  # noqa: E402
-from llmperf.workload import Request  # noqa: E402
+from llmperf import models, stats, strategies
+from llmperf.decoding import requests as workload
+from llmperf.decoding.requests import Request  # noqa: E402
+from llmperf.decoding.sampling import GREEDY  # noqa: E402
+from llmperf.measure import load, metrics  # noqa: E402
+from llmperf.measure.beside import paired  # noqa: E402
+from llmperf.strategies.serving import RequestFailed, Server  # noqa: E402
 
 
 def front(n: int = 2_000, rate: float = 500.0) -> None:

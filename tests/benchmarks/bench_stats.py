@@ -5,8 +5,9 @@ import time
 import numpy as np
 import scipy.stats  # noqa: F401  the first import of SciPy is not what is timed
 
-from llmperf import metrics, stats
-from llmperf.trace import RequestTrace, Trace
+from llmperf import stats
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.measure import metrics
 
 REQUESTS, TOKENS, REPEATS = 100, 1001, 7
 

@@ -10,8 +10,9 @@ import time
 
 import torch
 
-from llmperf import decoding, models, stats, strategies, workload
-from llmperf.experiment.beside import paired
+from llmperf import decoding, models, stats, strategies
+from llmperf.decoding import requests as workload
+from llmperf.measure.beside import paired
 from llmperf.strategies import STRATEGIES
 
 

@@ -1,0 +1,136 @@
+"""The same seeded requests for every strategy."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llmperf import DATA
+from llmperf.decoding.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a request ends.
+
+    Forced length (the default) ignores every end token, so that each strategy does the same work.
+    With `min_tokens` the published rule applies: at or past that many tokens, the next token of
+    `sentence_ids` ends the request, and a token of `end_ids` ends it at any time.
+    """
+
+    end_ids: frozenset[int] = frozenset()
+    sentence_ids: frozenset[int] = frozenset()
+    min_tokens: int | None = None
+
+    def ends(self, token: int, generated: int) -> bool:
+        """Whether `token`, the `generated`-th new one (from 1), is the last."""
+        if token in self.end_ids:
+            return True
+        return (
+            self.min_tokens is not None
+            and generated >= self.min_tokens
+            and token in self.sentence_ids
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt as token ids, how many tokens to generate, and the seed of its random stream."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    seed: int = 0
+    arrival_s: float = 0.0
+
+    def __post_init__(self):
+        if not self.prompt_ids:
+            raise ValueError(f"request {self.id} has an empty prompt: give at least one token")
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"request {self.id} asks for {self.max_new_tokens} new tokens: ask for at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests with what they share: how tokens are drawn and when a request ends."""
+
+    requests: tuple[Request, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Stop = field(default_factory=Stop)
+
+    def __post_init__(self):
+        if not self.requests:
+            raise ValueError("a workload needs at least one request")
+
+    def take(self, n: int) -> "Workload":
+        """The first `n` requests, so that a smaller load is a part of the larger one."""
+        if not 1 <= n <= len(self.requests):
+            raise ValueError(f"this workload has {len(self.requests)} requests: cannot take {n}")
+        return replace(self, requests=self.requests[:n])
+
+
+def check_fits(workload: Workload, max_positions: int) -> None:
+    """Raise ValueError when a request is longer than the model has positions."""
+    for r in workload.requests:
+        total = len(r.prompt_ids) + r.max_new_tokens
+        if total > max_positions:
+            raise ValueError(
+                f"request {r.id}: {len(r.prompt_ids)} prompt tokens + {r.max_new_tokens} new tokens"
+                f" = {total}, but the model has {max_positions} positions: shorten one of the two"
+            )
+
+
+def prompts(path: Path | None = None) -> list[dict]:
+    """The kit's own prompts: a list of {id, kind, language, text}, in the file's order."""
+    path = path or DATA / "prompts.jsonl"
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def build(
+    tokenizer,
+    n: int,
+    prompt_tokens: int | Sequence[int],
+    new_tokens: int | Sequence[int],
+    *,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    stop: Stop | None = None,
+) -> Workload:
+    """`n` requests from the kit's prompts, each cut or repeated to an exact number of tokens.
+
+    `prompt_tokens` and `new_tokens` are one number for all, or a sequence that is cycled through.
+    Request i depends on i, `seed` and the lengths only: a load of 4 is the start of a load of 8.
+    """
+    for name, value in (("n", n), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        lowest = min(value) if isinstance(value, Sequence) else value
+        if lowest < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+    texts = prompts()
+    requests = []
+    for i in range(n):
+        ids = tokenizer(texts[i % len(texts)]["text"], add_special_tokens=False)["input_ids"]
+        length = _cycled(prompt_tokens, i)
+        tiled = (ids * (length // len(ids) + 1))[:length]
+        requests.append(Request(i, tuple(tiled), _cycled(new_tokens, i), seed=seed * 1_000_003 + i))
+    return Workload(tuple(requests), sampling or Sampling(), stop or Stop())
+
+
+def _cycled(value: int | Sequence[int], i: int) -> int:
+    return value[i % len(value)] if isinstance(value, Sequence) else value
+
+
+def published_stop(tokenizer, min_tokens: int) -> Stop:
+    """The publication's rule: past `min_tokens`, the next sentence mark; end of text at any time.
+
+    Source: `predict_one_sample` in "Large Language Model Inference Performance" (2024).
+    """
+    if min_tokens < 1:
+        raise ValueError(f"min_tokens is {min_tokens}: it must be at least 1")
+    marks = [".", "。", "!", "！", "?", "？", ",", "，", ";", "；", ":", "："]
+    ids = (tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks)
+    sentence = frozenset(i[0] for i in ids if len(i) == 1)
+    end = tokenizer.eos_token_id
+    return Stop(frozenset() if end is None else frozenset({end}), sentence, min_tokens)

@@ -1,0 +1,1 @@
+"""Figures, widgets, and what only a lesson needs."""

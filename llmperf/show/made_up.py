@@ -1,0 +1,110 @@
+"""Made-up machines on a made-up clock, for notebook 02: what they show is exact and repeatable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmperf import stats
+from llmperf.decoding.trace import RequestTrace, Trace
+
+FIRST_RUNS_MS = (600.0, 60.0, 8.0)  # of the first runs: kernels load, memory grows, clocks rise
+
+
+@dataclass
+class Device:
+    """Works through a queue while the program goes on. `now_ms` is what a clock would read."""
+
+    launch_ms: float = 0.02  # what handing a piece of work over costs the program
+    now_ms: float = 0.0
+    free_ms: float = 0.0  # when the device will have finished all that was handed over
+
+    def launch(self, work_ms: float) -> None:
+        """Hand work over and return at once."""
+        self.now_ms += self.launch_ms
+        self.free_ms = max(self.free_ms, self.now_ms) + work_ms
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished."""
+        self.now_ms = max(self.now_ms, self.free_ms)
+
+
+def request(id: int, scheduled_s: float, submitted_s: float, token_s, started_s=None):
+    """A request that ended ok with these token times; which tokens they are does not matter."""
+    times = tuple(round(float(t), 6) for t in token_s)
+    tokens = tuple(range(len(times)))
+    return RequestTrace(id, 32, scheduled_s, submitted_s, started_s, times, tokens)
+
+
+def three_requests() -> Trace:
+    """A prompt answer, a long one with a pause of half a second, and a short one that waited."""
+    pause = np.r_[0.6 + 0.05 * np.arange(4), 1.25 + 0.05 * np.arange(5)]
+    rows = (
+        request(0, 0.0, 0.0, 0.2 + 0.05 * np.arange(5), started_s=0.0),
+        request(1, 0.0, 0.0, pause, started_s=0.4),
+        request(2, 0.1, 0.1, (1.5, 1.6), started_s=1.4),
+    )
+    return Trace(rows, 2.0)
+
+
+def warming_up(runs: int, steady_ms: float = 40.0) -> np.ndarray:
+    """Milliseconds of each run of a fresh process: the first ones pay for what is then there."""
+    extra = np.zeros(runs)
+    extra[: len(FIRST_RUNS_MS)] = FIRST_RUNS_MS[:runs]
+    return steady_ms + extra
+
+
+def noisy(rng: np.random.Generator, n, percent: float = 3.0) -> np.ndarray:
+    """Throughputs around 30 tokens/s: most runs alike, a few much slower, as on real machines."""
+    return 30 * np.exp(-percent / 100 * np.abs(rng.standard_t(4, size=n)))
+
+
+def throttled(
+    rng: np.random.Generator, order: str, slower: float = 0.0, n: int = 10, lost: float = 0.1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Throughput of programs A and B on a machine that slows by `lost` over its 2n runs.
+
+    B is `slower` than A by that share. `order` is "A then B", or "shuffled" (each round has both
+    once). Gives positions of A's runs in time, A's throughput and B's.
+    """
+    speeds = noisy(rng, 2 * n, 1.0) * np.linspace(1, 1 - lost, 2 * n)
+    first = np.arange(n) if order == "A then B" else 2 * np.arange(n) + rng.integers(0, 2, n)
+    return first, speeds[first], np.delete(speeds, first) * (1 - slower)
+
+
+def told_apart(order: str, slower: float, paired: bool = False, trials: int = 200) -> float:
+    """The share of trials in which A and B of `throttled` are called different."""
+    rng, different = np.random.default_rng(0), 0
+    for _ in range(trials):
+        _, a, b = throttled(rng, order, slower)
+        found = stats.ratio_interval(a, b, paired=paired)
+        different += not found.low <= 1 <= found.high
+    return different / trials
+
+
+def interval_width(n: int, trials: int = 300, seed: int = 0) -> float | None:
+    """Typical width of the median's interval after n noisy runs, as a share of the median."""
+    rng = np.random.default_rng(seed)
+    found = [stats.median_interval(noisy(rng, n)) for _ in range(trials)]
+    if found[0].low is None:
+        return None
+    return float(np.median([(i.high - i.low) / i.value for i in found]))
+
+
+def stalling_server(
+    requests: int = 100, every_s: float = 0.1, takes_s: float = 0.05, stall=(3.0, 2.0)
+) -> Trace:
+    """One connection to a server that answers in `takes_s`, but stands still once: (at, for) s.
+
+    The load is to send a request `every_s`. While the server stands still the one connection is
+    taken, and what was due has to wait to be sent.
+    """
+    rows, free = [], 0.0
+    for i in range(requests):
+        due = i * every_s
+        sent = max(due, free)
+        begins, ends = stall[0], sum(stall)
+        free = (ends if begins <= sent < ends else sent) + takes_s
+        rows.append(request(i, round(due, 6), round(sent, 6), (free,), started_s=round(sent, 6)))
+    return Trace(tuple(rows), round(free, 6))

@@ -1,0 +1,239 @@
+"""Functions that take data and an Axes. Light, fixed size, readable without colour.
+
+Every figure shows the spread of what it draws and names the machine in its caption.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llmperf import machine, stats
+from llmperf.decoding.trace import Trace
+from llmperf.findings import published
+from llmperf.measure.beside import environment
+from llmperf.predict import Ledger
+
+# Okabe and Ito's palette: told apart with any colour vision. Markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#8c959f"
+SIZE = (7.5, 4.2)  # inches
+CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
+GIB = 2**30
+
+STRATEGY_STYLE = {
+    "sequential": 6,
+    "batch": 0,
+    "coroutine": 4,
+    "threads": 1,
+    "processes": 2,
+    "dynamic": 3,
+    "continuous": 5,
+}
+
+
+def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
+    """A light figure with `columns` axes side by side."""
+    fig, axes = plt.subplots(
+        1, columns, figsize=(SIZE[0] * (1 if columns == 1 else 1.45), height), layout="constrained"
+    )
+    for ax in [axes] if columns == 1 else axes:
+        ax.grid(True, color="#e6e8eb", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
+def legend(ax: Axes) -> None:
+    """Beside the axes, where it hides nothing."""
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def levels(ax: Axes, values: Iterable[int]) -> None:
+    """A logarithmic x axis whose ticks are the levels that were measured."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(values), [str(v) for v in values])
+    ax.minorticks_off()
+
+
+def caption(
+    fig: Figure, frame: pd.DataFrame | None = None, note: str = "", simulated: bool = False
+) -> None:
+    """Under the figure: machine, model, what the spread is, and whether a run was unstable.
+
+    A `simulated` figure names no machine.
+    """
+    lines = ["simulated, on no machine" if simulated else _machines(frame), note]
+    if frame is not None and len(frame):
+        ok = frame[frame.status == "ok"]
+        models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
+        repeats = ok.repeat.nunique()
+        drawn = f"points are runs, the line their median of {repeats}"
+        lines.insert(1, "; ".join((models, drawn, *_bands(fig))))
+        lines += _unstable(ok.warnings)
+        failed = frame[frame.status != "ok"]
+        lines += [f"left out: {len(failed)} runs, {failed.status.iloc[0]}"] if len(failed) else []
+    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
+    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+
+
+def _unstable(warnings: Iterable[str]) -> list[str]:
+    """One warning of a kind, though each run gives its own figures."""
+    mark = "unstable: "
+    texts = [text for w in warnings if w for text in w.removeprefix(mark).split(f"; {mark}")]
+    return [mark + text for text in {re.sub(r"[\d.,]+", "", text): text for text in texts}.values()]
+
+
+def _bands(fig: Figure) -> list[str]:
+    """What the bands of a figure are, as `_band` marked them."""
+    marks = {band.get_gid() for ax in fig.axes for band in ax.collections}
+    return sorted(mark for mark in marks if mark and mark.startswith("band: "))
+
+
+def _machines(frame: pd.DataFrame | None) -> str:
+    """The machines that the records name; without records, this one."""
+    if frame is None or not frame.get("machine", pd.Series(dtype=str)).notna().any():
+        return machine.caption(environment())
+    return "; ".join(sorted(frame.machine.dropna().unique()))
+
+
+def _label(row) -> str:
+    random = " (random weights)" if row.weights == "random" else ""
+    word = row.get("quantization")  # missing beside quantised rows: NaN, which counts as true
+    return f"{row.model} {word if isinstance(word, str) else row['dtype']}{random}"
+
+
+def curve(
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    label: str,
+    *,
+    style: int = 0,
+    scale: float = 1.0,
+) -> None:
+    """Runs as points, their median as a line, and a band: see `_band`.
+
+    `scale` multiplies y, for instance 1 / GIB. Rows without a value are left out.
+    """
+    rows = frame[(frame.status == "ok") & frame[y].notna()]
+    color, marker = COLORS[style % len(COLORS)], MARKERS[style % len(MARKERS)]
+    groups = rows.groupby(x)[y]
+    spreads = {key: stats.spread((values * scale).tolist()) for key, values in groups}
+    xs = list(spreads)
+    ax.plot(rows[x], rows[y] * scale, marker, color=color, alpha=0.35, markersize=4, linewidth=0)
+    ax.plot(
+        xs, [s["median"] for s in spreads.values()], "-", marker=marker, color=color, label=label
+    )
+    _band(ax, {key: (values * scale).tolist() for key, values in groups}, spreads, color)
+
+
+def _band(ax: Axes, samples: dict, spreads: dict, color: str) -> None:
+    """The 95 % interval of the median; where repeats are too few for one, lowest to highest.
+
+    The band carries its kind as its id, from which `caption` says what it is.
+    """
+    repeated = {key: values for key, values in samples.items() if len(values) > 1}
+    if not repeated:
+        return
+    if any(spreads[key]["low"] is None for key in repeated):
+        ends = [(min(values), max(values)) for values in repeated.values()]
+        kind = f"band: lowest to highest of {min(map(len, repeated.values()))}"
+    else:
+        ends = [(spreads[key]["low"], spreads[key]["high"]) for key in repeated]
+        kind = "band: 95 % interval"
+    low, high = zip(*ends, strict=True)
+    ax.fill_between(list(repeated), low, high, color=color, alpha=0.15, linewidth=0, gid=kind)
+
+
+def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **wanted) -> None:
+    """The published rows of a strategy over concurrency, in grey, one line style a machine."""
+    dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+    rows = published.groups(strategy, **wanted)
+    rows = rows.sort_values("concurrency")
+    for i, (label, group) in enumerate(rows.groupby("label")):
+        ax.plot(
+            group.concurrency,
+            group[y] * scale,
+            linestyle=dashes[i % len(dashes)],
+            marker=MARKERS[3 + i % 4],
+            markersize=4,
+            color=GREY,
+            label=f"published: {label}",
+        )
+
+
+def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
+    """Who ran when: per request, waiting in grey, prefill in light, decoding in full colour.
+
+    `named` draws the legend; of several axes side by side, let the last one have it.
+    """
+    for row, request in enumerate(trace.requests):
+        if request.started_s is None or not request.token_s:
+            continue
+        wait = request.started_s - request.submitted_s
+        first, last = request.token_s[0], request.token_s[-1]
+        ax.barh(row, wait, left=request.submitted_s, color="#e6e8eb", height=0.7)
+        ax.barh(row, first - request.started_s, left=request.started_s, color=COLORS[5], height=0.7)
+        ax.barh(row, last - first, left=first, color=COLORS[0], height=0.7)
+    ax.set(xlabel="time since the start (s)", ylabel="request", yticks=range(len(trace.requests)))
+    ax.invert_yaxis()
+    for name, color in (("waiting", "#e6e8eb"), ("prefill", COLORS[5]), ("decoding", COLORS[0])):
+        ax.barh(0, 0, color=color, label=name)
+    if named:
+        legend(ax)
+
+
+def stacked(ax: Axes, parts: pd.DataFrame, unit: str) -> None:
+    """Horizontal stacked bars: one bar a row of `parts`, one segment a column, hatched apart."""
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "oo")
+    left = pd.Series(0.0, index=parts.index)
+    for i, column in enumerate(parts.columns):
+        color = COLORS[i % len(COLORS)]
+        ax.barh(
+            [str(label) for label in parts.index],
+            parts[column],
+            left=left,
+            color=color,
+            alpha=0.85,
+            hatch=hatches[i % len(hatches)],
+            edgecolor="white",
+            label=column,
+        )
+        left = left + parts[column]
+    ax.set_xlabel(unit)
+    ax.invert_yaxis()
+    legend(ax)
+
+
+def ledgers(ax: Axes, books: Mapping[str, Ledger], most: int = 5) -> None:
+    """One stacked bar a predicted ledger: its `most` largest lines, the rest, and in grey stripes
+    what arithmetic leaves open between the low and the high bound. GiB."""
+    lows = pd.DataFrame(
+        {label: {line.name: line.low / GIB for line in b.lines} for label, b in books.items()}
+    ).T
+    lows = lows[lows.max().sort_values(ascending=False, kind="stable").index]
+    parts = lows.iloc[:, :most].assign(rest=lows.iloc[:, most:].sum(axis=1))
+    stacked(ax, parts, "GiB")
+    for label, book in books.items():
+        width, name = (book.high - book.low) / GIB, "up to" if label == next(iter(books)) else None
+        ax.barh(label, width, left=book.low / GIB, color="white", edgecolor=GREY, hatch="////",
+                linewidth=0.8, label=name)  # fmt: skip
+    legend(ax)
+
+
+def bars(ax: Axes, labels: Iterable[str], samples: Sequence[Sequence[float]], unit: str) -> None:
+    """One bar a label at the median of its samples, with every sample as a point."""
+    for i, (label, values) in enumerate(zip(labels, samples, strict=True)):
+        ax.barh(label, pd.Series(values).median(), color=COLORS[i % len(COLORS)], alpha=0.8)
+        ax.plot(values, [label] * len(values), "|", color="black", markersize=9)
+    ax.set_xlabel(unit)
+    ax.invert_yaxis()

@@ -1,0 +1,113 @@
+"""What the processor and the GPU do during a few decode steps, by torch.profiler."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llmperf import decoding
+from llmperf.decoding.requests import Request
+from llmperf.decoding.sampling import GREEDY
+from llmperf.models import Model
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KINDS = {
+    "matrix products": ("linear", "mm", "addmm", "bmm", "matmul", "gemm", "gemv"),
+    "attention": ("attention", "attend", "sdpa", "flash", "fmha"),
+}
+OTHER = "other operations"
+STEP = "decode step"
+
+
+def profile_steps(
+    model: Model, loop: str = "cached", prompt_tokens: int = 32, steps: int = 3
+) -> pd.DataFrame:
+    """Every outermost operation of `steps` decode steps, after a prefill and two more to warm up.
+
+    Columns: `where` (processor or GPU), `step` (from 0; of a GPU's kernel None), `name`, `kind`,
+    `start_ms` from the first step's start, `ms`. Rows of the kind "decode step" span whole steps.
+    Profiling costs time itself: read the shares, not the totals.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    request = Request(0, tuple(range(10, 10 + prompt_tokens)), 3 + steps)
+    running = decoding.decode(model, [request], loop=loop, sampling=GREEDY)
+    for _ in range(3):
+        next(running)
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] * (model.device != "cpu")
+    with _quiet(), profile(activities=activities) as profiler:
+        for step in range(steps):
+            with record_function(f"{STEP} {step}"):
+                next(running)
+    running.close()
+    return _rows(profiler.events())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's native code announces its start and stop on the error stream."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _rows(events) -> pd.DataFrame:
+    import pandas as pd
+
+    spans = [e for e in events if e.name.startswith(STEP) and not _on_gpu(e)]
+    origin = min(e.time_range.start for e in spans)
+    found = [(e, i) for i, span in enumerate(spans) for e in (span, *_parts(span))]
+    # a span is drawn again above its kernels: those are no work
+    found += [(e, None) for e in events if _on_gpu(e) and not e.name.startswith(STEP)]
+    return pd.DataFrame(
+        {
+            "where": "GPU" if _on_gpu(event) else "processor",
+            "step": step,
+            "name": event.name,
+            "kind": STEP if event.name.startswith(STEP) else kind_of(event.name),
+            "start_ms": (event.time_range.start - origin) / 1e3,
+            "ms": event.time_range.elapsed_us() / 1e3,
+        }
+        for event, step in found
+    )
+
+
+def _on_gpu(event) -> bool:
+    return "CPU" not in str(event.device_type)
+
+
+def _parts(event) -> list:
+    """The outermost operations inside `event`; a compiled graph is no operation but its wrapper."""
+    found = []
+    for child in event.cpu_children:
+        wraps = "CompiledFxGraph" in child.name or child.name.startswith("Torch-Compiled Region")
+        found += _parts(child) if wraps else [child]
+    return found
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation or kernel by its name: aten::linear is a matrix product."""
+    lower = name.lower()
+    found = (kind for kind, marks in reversed(KINDS.items()) if any(m in lower for m in marks))
+    return next(found, OTHER)
+
+
+def shares(rows: pd.DataFrame) -> pd.Series:
+    """Of the processor's time in the steps, the share of each kind; the rest is between them."""
+    rows = rows[rows["where"] == "processor"]
+    whole = rows[rows.kind == STEP].ms.sum()
+    found = rows[rows.kind != STEP].groupby("kind").ms.sum() / whole
+    found["between operations"] = 1 - found.sum()
+    return found
