@@ -1,6 +1,11 @@
 """Fixtures: the embedded model, a tiny random one; a skip with a reason where there is no GPU."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers that tests of several rooms use
 
 
 def pytest_collection_modifyitems(items):

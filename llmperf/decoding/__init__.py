@@ -5,7 +5,11 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "loops": "LOOPS WINDOW Batch cached check_loop decode last_column pad positions recompute"
-        " run steps",
+        "requests": "LOOPS WINDOW Request Stop Workload build prompts",
+        "sampling": "GREEDY PUBLISHED Sampling",
+        "trace": "Agreement Recorder RequestTrace Trace agreement",
+        "batch": "Batch last_column pad positions",
+        "loops": "Prepared check_loop decode prepare run steps",
+        "slots": "Slots",
     },
 )

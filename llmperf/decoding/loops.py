@@ -1,168 +1,150 @@
-"""The decoding loops: a batch of requests in, one token a row and step out.
+"""Which decoding loop runs: decided here alone, and said in the trace.
 
-`recompute` is the published loop, `cached` keeps keys and values, `compiled` runs a static cache
-under torch.compile. All strategies end here, and all loops give the same tokens.
+`recompute` is the published loop, `cached` keeps keys and values, `compiled` runs a step without
+Python between its operations: plain C on a CPU, a CUDA graph on a GPU. All give the same tokens.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from llmperf.decoding import static_cache as compiled
-from llmperf.decoding.requests import Request, Stop
-from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from llmperf.decoding import batch as eager
+from llmperf.decoding import cpu_step, graph_step
+from llmperf.decoding.requests import LOOPS, Request, Stop
+from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.slots import Slots
+from llmperf.decoding.trace import Recorder
 
-    from llmperf.decoding.trace import Recorder
-    from llmperf.models import Model
-
-WINDOW = 200  # the published loop looks at the last 200 tokens
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts padded on the left, so that every row's next token stands in the last column."""
-
-    ids: torch.Tensor  # (rows, columns)
-    mask: torch.Tensor  # (rows, columns), 1 where there is a token
-    steps: int  # new tokens of the longest row
-
-    @property
-    def padded(self) -> bool:
-        """Whether any row is shorter than the longest; without, no mask is needed."""
-        return not bool(self.mask.all())
-
-
-def pad(requests: Sequence[Request], device) -> Batch:
-    """Stand the prompts of `requests` flush right in one tensor on `device`."""
-    import torch
-
-    columns = max(len(r.prompt_ids) for r in requests)
-    ids = torch.zeros(len(requests), columns, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        ids[row, columns - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        mask[row, columns - len(request.prompt_ids) :] = 1
-    return Batch(ids.to(device), mask.to(device), max(r.max_new_tokens for r in requests))
-
-
-def last_column(ids: torch.Tensor) -> int | torch.Tensor:
-    """`logits_to_keep` for the last of several columns of ids (rows, columns): its index, not 1.
-
-    For 1 transformers takes a view, and torch copies the output layer's weights to multiply a view
-    of several columns: prefill in bf16 on a processor then takes three times as long.
-    """
-    import torch
-
-    columns = ids.shape[1]
-    return 1 if columns == 1 else torch.tensor([columns - 1], device=ids.device)
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token in its own row, counted from 0; padding gets 0."""
-    return (mask.cumsum(-1) - 1).clamp_(min=0)
+EAGER = {"recompute": eager.recompute, "cached": eager.cached}
+CHECK_TOKENS = 48  # at least; a model with windows is checked past its window
+MOST_CHECK_TOKENS = 1024
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # of the logits' norm, compiled to eager
+_chosen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module → Prepared of `compiled`
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Chooses the next tokens of a batch, each row from its own random stream."""
+class Prepared:
+    """The loop that runs, why it is not the one asked for, and what making it ready took."""
 
-    sampling: Sampling
-    uniforms: torch.Tensor  # (rows, steps)
-
-    def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
-        """Logits (rows, vocabulary) of one step → ids (rows,)."""
-        return next_tokens(logits, self.sampling, self.uniforms[:, step])
-
-
-def recompute(model: Model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
-    """The published loop: the whole forward pass over the last 200 tokens, for every token.
-
-    It computes the logits of every position and uses the last, as published.
-    """
-    import torch
-
-    ids, mask, padded = batch.ids, batch.mask, batch.padded
-    for step in range(batch.steps):
-        ids, mask = ids[:, -WINDOW:], mask[:, -WINDOW:]
-        logits = model.module(
-            input_ids=ids,
-            attention_mask=mask if padded else None,
-            position_ids=positions(mask),
-            use_cache=False,
-        ).logits
-        tokens = draw(logits[:, -1], step)
-        del logits  # (rows, columns, vocabulary): not to be held through the next pass
-        yield tokens
-        ids = torch.cat((ids, tokens[:, None]), dim=1)
-        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-
-
-def cached(model: Model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
-    """Prefill once, then one column a step: keys and values of earlier tokens are kept."""
-    import torch
-    from transformers import DynamicCache
-
-    rows, columns = batch.ids.shape
-    mask = torch.cat((batch.mask, batch.mask.new_ones(rows, batch.steps)), dim=1)
-    padded = batch.padded
-    position = positions(batch.mask)
-    cache = DynamicCache(config=model.module.config)
-    ids = batch.ids
-    for step in range(batch.steps):
-        out = model.module(
-            input_ids=ids,
-            attention_mask=mask[:, : columns + step] if padded else None,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last_column(ids),
-        )
-        tokens = draw(out.logits[:, -1], step)
-        yield tokens
-        ids, position = tokens[:, None], position[:, -1:] + 1
-
-
-LOOPS = {"recompute": recompute, "cached": cached, "compiled": compiled.loop}
+    loop: str
+    reason: str | None = None
+    seconds: float = 0.0
+    step: cpu_step.CpuStep | graph_step.GraphStep | None = None
 
 
 def check_loop(loop: str) -> None:
-    """Raise ValueError for a loop that there is not."""
+    """Raise ValueError for an unknown loop."""
     if loop not in LOOPS:
         raise ValueError(f"unknown loop {loop!r}: choose {', '.join(LOOPS)}")
 
 
+def prepare(model, loop: str = "compiled") -> Prepared:
+    """Make a loop ready to run, once a model: build the compiled step and check its logits.
+
+    A model, machine or thread that cannot run `compiled` gets `cached`, with the reason.
+    """
+    check_loop(loop)
+    if loop != "compiled":
+        return Prepared(loop)
+    on_gpu = model.device != "cpu"
+    if on_gpu and threading.current_thread() is not threading.main_thread():
+        return Prepared("cached", "CUDA graphs work in the main thread only (pytorch#123177)")
+    with _lock:  # a second thread waits instead of preparing the same again
+        if model.module not in _chosen:
+            _chosen[model.module] = _prepare(model, on_gpu)
+        return _chosen[model.module]
+
+
+def _prepare(model, on_gpu: bool) -> Prepared:
+    start = time.perf_counter()
+    try:
+        if on_gpu:
+            if reason := graph_step.obstacle(model.module):
+                raise cpu_step.Unsupported(reason)
+            step = graph_step.GraphStep(model)
+        else:
+            step = cpu_step.CpuStep(model)
+            _check(model, step)
+    except (cpu_step.Unsupported, RuntimeError, AttributeError, TypeError) as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        word = "" if isinstance(error, cpu_step.Unsupported) else f"{type(error).__name__}: "
+        return Prepared("cached", f"{word}{first[:200]}", time.perf_counter() - start)
+    return Prepared("compiled", None, time.perf_counter() - start, step)
+
+
+def _check(model, step: cpu_step.CpuStep) -> None:
+    """Compare with the eager model, the first half as a prompt and the rest token by token.
+
+    The text is longer than any sliding window that fits. In bf16 the median over positions counts,
+    since single positions of the eager model are off by more through its own rounding.
+    """
+    config = model.module.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", MOST_CHECK_TOKENS)
+    window = getattr(config, "sliding_window", None) or 0
+    count = min(room, max(CHECK_TOKENS, min(window + 16, MOST_CHECK_TOKENS)))
+    vocabulary = step.description.vocabulary
+    ids = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        expected = model.module(torch.tensor([ids]), use_cache=False).logits[0].float()
+    cache, scratch = step.new_cache(2, count), step.scratch(cpu_step.MOST_ROWS, count)
+    ends = [*range(0, count - 16, cpu_step.MOST_ROWS), *range(count - 16, count), count]
+    parts = []
+    for start, end in zip(ends, ends[1:], strict=False):
+        places = list(range(start, end))
+        call = (ids[start:end], [1] * len(places), places, list(range(len(places))))
+        parts.append(step(*call, cache, scratch))
+    found = torch.cat(parts)
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    error = (errors.max() if model.dtype == "fp32" else errors.median()).item()
+    if not error <= TOLERANCE[model.dtype]:
+        raise cpu_step.Unsupported(f"its logits differ from the eager ones by {error:.1%}")
+
+
 def decode(
-    model: Model,
+    model,
     requests: Sequence[Request],
     *,
-    loop: str = "cached",
+    loop: str = "compiled",
     sampling: Sampling | None = None,
     stop: Stop | None = None,
 ) -> Iterator[list[int | None]]:
     """Generate for `requests` as one batch; yields one list a step, None for rows that ended.
 
     A step is yielded when its tokens have reached the processor, so its time is the time at which
-    a caller could read them. A row that has ended is computed on until the last one ends, as in
-    `model.generate`.
+    a caller could read them.
     """
-    import torch
-
-    check_loop(loop)
     sampling, stop = sampling or Sampling(), stop or Stop()
+    chosen = prepare(model, loop)
+    if chosen.step is None:
+        yield from _eager(model, requests, chosen.loop, sampling, stop)
+        return
+    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+    slots = Slots(model, len(requests), longest, prefill_tokens=None)
+    for place, request in enumerate(requests):
+        slots.admit(place, request, sampling, stop)
+    while slots.busy:
+        row: list[int | None] = [None] * len(requests)
+        for place, token, _ in slots.step():
+            row[place] = token
+        yield row
+
+
+def _eager(model, requests, loop: str, sampling: Sampling, stop: Stop) -> Iterator[list]:
+    """A row that has ended is computed on until the last one ends, as in `model.generate`."""
     device = model.torch_device
-    batch = pad(requests, device)
-    draw = Draw(sampling, uniforms([r.seed for r in requests], batch.steps).to(device))
-    # Compiled code guards on the mode it was made in, and was made without inference mode.
-    without_gradients = torch.no_grad if loop == "compiled" else torch.inference_mode
+    batch = eager.pad(requests, device)
+    draw = eager.Draw.of(requests, sampling, batch.steps, device)
     left = [r.max_new_tokens for r in requests]
-    tokens_of_steps = LOOPS[loop](model, batch, draw)
+    tokens_of_steps = EAGER[loop](model, batch, draw)
     for step in range(1, batch.steps + 1):
-        with without_gradients():  # per step: a suspended generator must not leave it on
+        with torch.inference_mode():  # per step: a suspended generator must not leave it on
             tokens = next(tokens_of_steps).tolist()  # waits for the device
         row = [t if n else None for t, n in zip(tokens, left, strict=True)]
         yield row
@@ -174,7 +156,7 @@ def decode(
 
 
 def run(
-    model: Model,
+    model,
     requests: Sequence[Request],
     recorder: Recorder,
     *,
@@ -191,18 +173,20 @@ def run(
 
 
 def steps(
-    model: Model,
+    model,
     requests: Sequence[Request],
     recorder: Recorder,
     *,
-    loop: str = "cached",
+    loop: str = "compiled",
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     worker: str = "0",
 ) -> Iterator[None]:
     """As `run`, for a caller that wants the processor back after each step."""
+    chosen = prepare(model, loop)
     recorder.started([r.id for r in requests], worker)
-    for row in decode(model, requests, loop=loop, sampling=sampling, stop=stop):
+    recorder.ran(chosen.loop, chosen.reason)
+    for row in decode(model, requests, loop=chosen.loop, sampling=sampling, stop=stop):
         now = recorder.now()
         for request, token in zip(requests, row, strict=True):
             if token is not None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from llmperf import DATA
 from llmperf.decoding.sampling import Sampling
 
+LOOPS = ("recompute", "cached", "compiled")
+WINDOW = 200  # tokens that the published loop looks back
+
 
 @dataclass(frozen=True)
 class Stop:

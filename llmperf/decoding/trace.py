@@ -109,6 +109,7 @@ class Recorder:
         self._clock = clock
         self._lock = threading.Lock()
         self.origin = clock()
+        self._loops: dict[str, str | None] = {}
         self._rows = {
             r.id: {
                 "id": r.id,
@@ -139,6 +140,10 @@ class Recorder:
         for id in ids:
             self._rows[id].update(started_s=now, worker=worker)
 
+    def ran(self, loop: str, reason: str | None = None) -> None:
+        """Note which decoding loop ran, and why it was not the one asked for."""
+        self._loops[loop] = reason
+
     def token(self, id: int, token: int, at: float | None = None) -> None:
         """A token of this request has come, at `at` on this recorder's clock (default: now)."""
         row = self._rows[id]
@@ -167,6 +172,10 @@ class Recorder:
     def trace(self, **notes) -> Trace:
         """Close the run now. Call it only after the device has been synchronised."""
         duration = self.now()
+        if self._loops:
+            notes["loop"] = " and ".join(sorted(self._loops))
+        if reason := next(filter(None, self._loops.values()), None):
+            notes["fallback"] = reason
         requests = tuple(
             RequestTrace(**{**r, "token_s": tuple(r["token_s"]), "tokens": tuple(r["tokens"])})
             for r in self._rows.values()

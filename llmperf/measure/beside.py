@@ -6,8 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from llmperf import machine, predict
-from llmperf.decoding import static_cache as compiled
+from llmperf import decoding, machine, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
 from llmperf.measure import expected, fits
@@ -22,17 +21,15 @@ def environment() -> dict:
 
 def compile_s(condition: Condition) -> float | None:
     """Seconds that compiling took for this condition's model so far; None when nothing was."""
-    if condition.loop != "compiled":
+    if condition.loop != "compiled" or condition.model.module is None:
         return None
-    return sum(plan.compile_s for plan in compiled.plans(condition.model))
+    return decoding.prepare(condition.model).seconds
 
 
-def fallbacks(condition: Condition) -> list[str]:
+def fallbacks(trace: Trace) -> list[str]:
     """Why the compiled loop ran as `cached`: a figure must not claim what did not happen."""
-    if condition.loop != "compiled":
-        return []
-    reasons = {p.reason for p in compiled.plans(condition.model) if p.reason}
-    return [f"compiled ran as cached: {reason}" for reason in sorted(reasons)]
+    reason = trace.notes.get("fallback")
+    return [f"compiled ran as cached: {reason}"] if reason else []
 
 
 def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> dict:

@@ -1,47 +1,17 @@
 """What a decoding step does beside its matrix products, timed on a processor.
 
 Of an eager loop: norms, residual sums, rotations, the gate and attention, each alone, on tensors of
-the model's sizes. Of the compiled loop: the step itself on weights that a cache holds, less its
-products on such weights. Of both: drawing the next token.
+the model's sizes. Of both loops: drawing the next token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from statistics import median
 
-from llmperf.decoding.fused import KERNEL_ROWS, build_kernels
 from llmperf.decoding.sampling import Sampling, next_tokens
-from llmperf.decoding.static_cache import Plan
 from llmperf.machine.timing import DTYPES, seconds_of
 from llmperf.models.tensors import ModelShape
-
-
-def kernel(rows: int, fused: bool) -> Callable:
-    """The product that a loop uses: torch's own, or the compiled loop's kernel on a CPU."""
-    import torch
-
-    if fused and rows <= KERNEL_ROWS:
-        build_kernels()
-        return lambda weight: lambda x: torch.ops.llmperf.linear(x, [weight], [])
-    return lambda weight: lambda x: torch.nn.functional.linear(x, weight)
-
-
-def compiled_s(plan: Plan, context: int, products: Callable[[], None]) -> float:
-    """Median seconds of a compiled step after `context` tokens, less those of its `products`.
-
-    Both read one layer's weights for every layer; the step reads each layer's own keys.
-    """
-    import torch
-
-    step, (keys, values) = plan.decoder.in_cache(), plan.buffers[-1]
-    ids, start = torch.zeros(plan.rows, 1, dtype=torch.long), torch.zeros(plan.rows).long()
-    inputs = (ids, torch.tensor([context]), start, keys, values)
-    with torch.no_grad():
-        works = (lambda: step(*inputs), products)
-        whole, less = (median(seconds_of(work, lambda: None, 9)) for work in works)
-    return max(0.0, whole - less)
 
 
 @cache

@@ -10,15 +10,13 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from llmperf import predict
-from llmperf.decoding import static_cache as compiled
-from llmperf.decoding.fused import KERNEL_ROWS
-from llmperf.decoding.sampling import GREEDY
+from llmperf import decoding, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
+from llmperf.machine.timing import linear
 from llmperf.measure import between
 from llmperf.measure.condition import Condition
-from llmperf.models import Model, quantize
+from llmperf.models import quantize
 
 FOREIGN = ("endpoint", "continuous", "peer")  # their products are not those of our loops
 
@@ -53,21 +51,12 @@ def _between_s(condition: Condition, rows: int, context: int) -> float | None:
     m, loop = condition.model, loop_of(condition)
     if m.device != "cpu":
         return None
-    greedy = condition.sampling == GREEDY and loop == "compiled"  # there it is part of the step
-    drawn_s = 0.0 if greedy else between.drawing_s(m.shape.vocab, m.dtype, rows, condition.sampling)
-    if loop == "compiled" and (plan := _plan(condition, rows)).reason is None:
-        products = _one_layer(m, rows)
-        return drawn_s + between.compiled_s(plan, context, products)
+    drawn_s = between.drawing_s(m.shape.vocab, m.dtype, rows, condition.sampling)
+    if loop == "compiled":
+        return drawn_s
     new = min(predict.WINDOW, context + 1) if loop == "recompute" else 1
     seen = new if loop == "recompute" else context + 1
     return drawn_s + between.eager_s(m.shape, m.dtype, rows, new, seen)
-
-
-def _plan(condition: Condition, rows: int) -> compiled.Plan:
-    """The plan that a run of this condition has compiled, or the reason why there is none."""
-    asked = condition.workload.requests
-    length = max(len(r.prompt_ids) for r in asked) + max(r.max_new_tokens for r in asked)
-    return compiled.prepare(condition.model, rows, length)
 
 
 def tpot_s(trace: Trace) -> float | None:
@@ -87,9 +76,7 @@ def mean(lengths) -> int:
 
 def loop_of(condition: Condition) -> str:
     """The loop that runs: `compiled` is `cached` where it fell back."""
-    plans = compiled.plans(condition.model) if condition.loop == "compiled" else []
-    fell_back = plans and all(plan.reason for plan in plans)
-    return "cached" if fell_back else condition.loop
+    return decoding.prepare(condition.model, condition.loop).loop
 
 
 def rates(condition: Condition, rows: int) -> list[dict] | None:
@@ -123,35 +110,9 @@ _timed_once = cache(_timed)  # packing so many weights takes seconds
 
 def _products(shape, word, rows: int, fused: bool) -> tuple:
     """The head's shape, those of the layers with how many of each, and the product of either."""
-    kernel = between.kernel(rows, fused)
-    joined = fused and not word and rows <= KERNEL_ROWS
-    others, head = predict.matmul_shapes(shape, joined), (shape.vocab, shape.hidden)
+    others, head = predict.matmul_shapes(shape, fused), (shape.vocab, shape.hidden)
     others[head] -= 1
-    return head, +others, kernel, _quantised(word) if word else kernel
-
-
-def _one_layer(model: Model, rows: int) -> Callable[[], None]:
-    """The products of a compiled step with one layer's weights for all layers, and the head."""
-    import torch
-
-    layers, head = model.shape.layers, model.module.get_output_embeddings()
-    _, others, of_head, of_others = _products(model.shape, model.quantization, rows, True)
-
-    def ready(weight, product: Callable) -> Callable[[], object]:
-        layer, x = product(weight), torch.randn(rows, weight.shape[1]).to(weight.dtype)
-        return lambda: layer(x)
-
-    sizes = [size for size, times in others.items() for _ in range(times // layers)]
-    one = [ready(torch.randn(*size).to(head.weight.dtype), of_others) for size in sizes]
-    last = ready(head.weight, of_head)
-
-    def run() -> None:
-        for _ in range(layers):
-            for product in one:
-                product()
-        last()
-
-    return run
+    return head, +others, linear, _quantised(word) if word else linear
 
 
 def _quantised(word: str) -> Callable:

@@ -228,7 +228,7 @@ class _Session:
             memory=window.summary(),
             prediction=beside.predict_beside(self.conditions[i], trace, self.expect),
             agreement=asdict(agreement(trace, self.reference[self.signature(i)])),
-            warnings=beside.fallbacks(self.conditions[i])
+            warnings=beside.fallbacks(trace)
             + ([f"unstable: {self.noticed}"] if self.noticed else []),
         )
 

@@ -31,7 +31,7 @@ def generated(model, request):
     return out[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("loop", ["recompute", "cached"])
+@pytest.mark.parametrize("loop", ["recompute", "cached", "compiled"])
 def test_greedy_equals_generate_on_the_embedded_model(embedded, loop):
     work = workload.build(embedded.tokenizer, 3, [7, 30, 64], 16, sampling=GREEDY)
     for request in work.requests:
@@ -40,7 +40,7 @@ def test_greedy_equals_generate_on_the_embedded_model(embedded, loop):
         ]
 
 
-@pytest.mark.parametrize("loop", ["recompute", "cached"])
+@pytest.mark.parametrize("loop", ["recompute", "cached", "compiled"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_batch_gives_each_request_its_own_tokens(embedded, loop, sampling):
     work = workload.build(embedded.tokenizer, 4, [5, 40, 12, 23], [8, 12, 10, 6])

@@ -1,0 +1,132 @@
+"""The eager loops over one left-padded batch: `recompute`, as published, and `cached`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from transformers import DynamicCache
+
+from llmperf.decoding.requests import WINDOW, Request
+from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded on the left, so that every row's next token stands in the last column."""
+
+    ids: torch.Tensor  # (rows, columns)
+    mask: torch.Tensor  # (rows, columns), 1 where there is a token
+    steps: int  # new tokens of the longest row
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row is shorter than the longest; without, no mask is needed."""
+        return not bool(self.mask.all())
+
+
+def pad(requests: Sequence[Request], device) -> Batch:
+    """The prompts of `requests`, flush right in one tensor on `device`."""
+    columns = max(len(r.prompt_ids) for r in requests)
+    ids = torch.zeros(len(requests), columns, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(requests):
+        ids[row, columns - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        mask[row, columns - len(request.prompt_ids) :] = 1
+    return Batch(ids.to(device), mask.to(device), max(r.max_new_tokens for r in requests))
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its row, counted from 0; padding gets 0. mask (rows, columns)."""
+    return (mask.cumsum(-1) - 1).clamp_(min=0)
+
+
+def last_column(ids: torch.Tensor) -> int | torch.Tensor:
+    """`logits_to_keep` for the last of several columns of ids (rows, columns): its index, not 1.
+
+    For 1 transformers takes a view, and torch copies the output layer's weights to multiply a view
+    of several columns: prefill in bf16 on a processor then takes three times as long.
+    """
+    columns = ids.shape[1]
+    return 1 if columns == 1 else torch.tensor([columns - 1], device=ids.device)
+
+
+def with_cache(module, cache) -> dict:
+    """The arguments that hand a cache to `module`: `cache`, or `past_key_values` before that.
+
+    Raises ValueError for a model that takes neither, since it would drop the cache in silence.
+    """
+    return {_cache_argument(type(module)): cache, "use_cache": True}
+
+
+@cache
+def _cache_argument(kind: type) -> str:
+    known = inspect.signature(kind.forward).parameters
+    found = next((n for n in ("cache", "past_key_values") if n in known), None)
+    if found is None:
+        raise ValueError(f"{kind.__name__} takes no cache of keys and values: use loop recompute")
+    return found
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Chooses the next tokens of a batch, each row from its request's random stream."""
+
+    sampling: Sampling
+    uniforms: torch.Tensor  # (rows, steps)
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], sampling: Sampling, steps: int, device) -> Draw:
+        return cls(sampling, uniforms([r.seed for r in requests], steps).to(device))
+
+    def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        """Logits (rows, vocabulary) of one step → ids (rows,)."""
+        return next_tokens(logits, self.sampling, self.uniforms[:, step])
+
+
+def recompute(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
+    """The published loop: the whole forward pass over the last 200 tokens, for every token.
+
+    It computes the logits of every position and uses the last, as published. Yields (rows,).
+    """
+    ids, mask, padded = batch.ids, batch.mask, batch.padded
+    for step in range(batch.steps):
+        ids, mask = ids[:, -WINDOW:], mask[:, -WINDOW:]
+        logits = model.module(
+            input_ids=ids,
+            attention_mask=mask if padded else None,
+            position_ids=positions(mask),
+            use_cache=False,
+        ).logits
+        tokens = draw(logits[:, -1], step)
+        del logits  # (rows, columns, vocabulary): not to be held through the next pass
+        yield tokens
+        ids = torch.cat((ids, tokens[:, None]), dim=1)
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+
+
+def cached(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
+    """Prefill once, then one column a step: keys and values of earlier tokens are kept.
+
+    Yields (rows,).
+    """
+    rows, columns = batch.ids.shape
+    mask = torch.cat((batch.mask, batch.mask.new_ones(rows, batch.steps)), dim=1)
+    padded = batch.padded
+    position = positions(batch.mask)
+    given = with_cache(model.module, DynamicCache(config=model.module.config))
+    ids = batch.ids
+    for step in range(batch.steps):
+        out = model.module(
+            input_ids=ids,
+            attention_mask=mask[:, : columns + step] if padded else None,
+            position_ids=position,
+            logits_to_keep=last_column(ids),
+            **given,
+        )
+        tokens = draw(out.logits[:, -1], step)
+        yield tokens
+        ids, position = tokens[:, None], position[:, -1:] + 1

@@ -1,0 +1,348 @@
+"""A forward step on a CPU as one call into C: the model described, the library built and loaded.
+
+The parts of a model are found by the names that transformers gives its modules. A name that is
+absent, or a model whose logits then differ from the eager ones, is `Unsupported`: such a model
+runs `cached`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from llmperf.machine import cache_dir
+
+SOURCE = Path(__file__).with_name("step.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as the enum in step.c
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
+MOST_ROWS = 256  # tokens in one call; more are split
+_pool = threading.Lock()  # one caller at a time works with several threads
+
+
+class Unsupported(ValueError):
+    """This model, processor or machine cannot run the step in C; the message says why."""
+
+
+_address, _int, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *[(name, _address) for name in ("weight", "bias", "scale")],
+        *[(name, _int) for name in ("rows", "columns", "kind", "group")],
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", _address), ("bias", _address)]
+
+
+NORMS = "attention_norm query_norm key_norm after_attention feed_norm after_feed".split()
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, Norm) for name in NORMS],
+        *[("qkv", Matrix * 3), ("out", Matrix), ("up", Matrix * 2), ("down", Matrix)],
+        *[("cosine", _address), ("sine", _address), ("window", _int)],
+    ]
+
+
+SIZES = (
+    "layer_count hidden heads kv_heads head_dim feed vocabulary rotary"
+    " dtype activation gated centred first_position"
+).split()
+FACTORS = (
+    "epsilon embedding_scale attention_scale attention_cap residual_scale logit_scale logit_cap"
+).split()
+
+
+class Description(ctypes.Structure):
+    _fields_ = [
+        *[("embedding", _address), ("positions", _address), ("final_norm", Norm)],
+        *[("head", Matrix), ("layers", ctypes.POINTER(Layer))],
+        *[(name, _int) for name in SIZES],
+        *[(name, _float) for name in FACTORS],
+    ]
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = [
+        *[
+            (n, _address)
+            for n in ["ids", "slots", "positions", "wanted", "logits", "keys", "values", "scratch"]
+        ],
+        *[(n, _int) for n in "rows wanted_count slot_count length threads".split()],
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled step, from the user's cache or built now. Raises Unsupported."""
+    compiler = _compiler()
+    text = SOURCE.read_bytes() + repr((compiler, FLAGS, platform.machine(), _processor())).encode()
+    ending = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    target = cache_dir() / "step" / (hashlib.sha256(text).hexdigest()[:16] + ending)
+    if not target.exists():
+        _build(compiler, target)
+    try:
+        loaded = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise Unsupported(f"the compiled step cannot be loaded ({error})") from None
+    loaded.scratch_floats.restype = ctypes.c_int64
+    return loaded
+
+
+def _compiler() -> tuple[str, ...]:
+    """$CC, else a C compiler on the search path, else zig's (the optional extra `compiler`)."""
+    if named := os.environ.get("CC"):
+        return tuple(named.split())
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc")
+    raise Unsupported(
+        "there is no C compiler: install gcc or clang, or pip install 'llmperf-study[compiler]'"
+    )
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    return torch.backends.cpu.get_cpu_capability() + platform.processor()
+
+
+def _build(compiler: tuple[str, ...], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
+    command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
+    if done.returncode:
+        first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+        raise Unsupported(f"the C compiler failed: {first.strip()[:200]}")
+    part.replace(target)  # whole or not at all, also when two processes build it
+
+
+class CpuStep:
+    """The step of one model: tokens of any slots and positions in, logits out.
+
+    It reads the model's own weights. Small vectors (norms, biases, scales) are copied to fp32, and
+    a Conv1D (GPT-2), which holds its weight transposed, gets a second copy: `extra_bytes`.
+    Raises Unsupported.
+    """
+
+    def __init__(self, model):
+        self.module, self.config = model.module, model.module.config.get_text_config()
+        self.library = library()
+        self.kept: list[torch.Tensor] = []  # what the description points to
+        self.extra_bytes = 0
+        self.table_length = 0
+        self.description = self._describe()
+
+    def new_cache(self, slots: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values: (layers, slots, kv_heads, length, head_dim), in the model's dtype.
+
+        Memory is taken page by page as tokens are written.
+        """
+        d = self.description
+        shape = (d.layer_count, slots, d.kv_heads, length, d.head_dim)
+        dtype = self.module.get_input_embeddings().weight.dtype
+        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+
+    def scratch(self, rows: int, length: int) -> torch.Tensor:
+        """Working memory for calls of up to `rows` tokens."""
+        threads = torch.get_num_threads()
+        count = self.library.scratch_floats(
+            ctypes.byref(self.description), rows, length, threads + 1
+        )
+        return torch.empty(count, dtype=torch.float32)
+
+    def __call__(self, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
+        """Run tokens through the model; lists of equal length, one entry a token.
+
+        `wanted` are the indices of the tokens whose logits are asked for: → (wanted, vocabulary),
+        fp32. Keys and values are written to `cache` at each token's slot and position.
+        """
+        keys, values = cache
+        self._tables(keys.shape[3])
+        numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
+        asked = torch.tensor(wanted, dtype=torch.int32)
+        logits = torch.empty(len(wanted), self.description.vocabulary)
+        threads = torch.get_num_threads()
+        pointers = [*numbers, asked, logits, keys, values, scratch]
+        sizes = (len(ids), len(wanted), keys.shape[1], keys.shape[3], threads)
+        arguments = Arguments(*(t.data_ptr() for t in pointers), *sizes)
+        call = (ctypes.byref(self.description), ctypes.byref(arguments))
+        if threads == 1:
+            failed = self.library.run_step(*call)
+        else:
+            with _pool:
+                failed = self.library.run_step(*call)
+        if failed:
+            raise RuntimeError("the threads of the compiled step could not be started")
+        return logits
+
+    # The description: what is where in the module.
+
+    def _describe(self) -> Description:
+        config, decoder = self.config, self.module.get_decoder()
+        layers = _first(decoder, "layers", "h")
+        d = Description()
+        d.hidden, d.layer_count = config.hidden_size, len(layers)
+        d.heads = config.num_attention_heads
+        d.kv_heads = getattr(config, "num_key_value_heads", None) or d.heads
+        d.head_dim = getattr(config, "head_dim", None) or d.hidden // d.heads
+        embedding = self.module.get_input_embeddings().weight
+        if embedding.dtype not in (torch.float32, torch.bfloat16):
+            raise Unsupported(f"it is in {embedding.dtype}: the step has fp32 and bf16")
+        d.embedding, d.dtype, d.vocabulary = embedding.data_ptr(), KINDS[embedding.dtype], 0
+        d.embedding_scale = float(
+            getattr(self.module.get_input_embeddings(), "scalar_embed_scale", 1)
+        )
+        if config.model_type == "gemma" or config.model_type == "gemma2":
+            d.embedding_scale = d.hidden**0.5
+        d.embedding_scale *= getattr(config, "embedding_multiplier", 1.0)
+        d.residual_scale = getattr(config, "residual_multiplier", 1.0)
+        d.logit_scale = 1 / getattr(config, "logits_scaling", 1.0)
+        d.attention_cap = getattr(config, "attn_logit_softcapping", None) or 0.0
+        d.logit_cap = getattr(config, "final_logit_softcapping", None) or 0.0
+        if (table := getattr(decoder, "wpe", None)) is not None:
+            d.positions = table.weight.data_ptr()
+        final = _first(decoder, "norm", "ln_f", "final_layernorm")
+        d.final_norm, d.centred = self._norm(final), int(isinstance(final, torch.nn.LayerNorm))
+        d.epsilon = _first(final, "eps", "variance_epsilon")
+        d.head = self._matrix(self.module.get_output_embeddings())
+        d.vocabulary = d.head.rows
+        self.layers = (Layer * len(layers))(*(self._layer(d, i, x) for i, x in enumerate(layers)))
+        d.layers = ctypes.cast(self.layers, ctypes.POINTER(Layer))
+        return d
+
+    def _embedding_scale(self) -> float:
+        """What the embedding module multiplies its rows by (Gemma: the root of their width)."""
+        layer = self.module.get_input_embeddings()
+        row = torch.ones(1, dtype=torch.long, device=layer.weight.device)
+        ratio = layer(row)[0].float() / layer.weight[1].float()
+        return ratio[ratio.isfinite()].median().item()
+
+    def _layer(self, d: Description, place: int, layer) -> Layer:
+        attention, feed = _first(layer, "self_attn", "attn"), _first(layer, "mlp", "feed_forward")
+        found = Layer()
+        found.attention_norm = self._norm(_first(layer, "input_layernorm", "ln_1"))
+        sandwich = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 and 3
+        if sandwich:
+            found.after_attention = self._norm(layer.post_attention_layernorm)
+            found.feed_norm = self._norm(layer.pre_feedforward_layernorm)
+            found.after_feed = self._norm(layer.post_feedforward_layernorm)
+        else:
+            found.feed_norm = self._norm(_first(layer, "post_attention_layernorm", "ln_2"))
+        for name, where in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+            if (norm := getattr(attention, where, None)) is not None:
+                if norm.weight.shape != (d.head_dim,):
+                    raise Unsupported("it normalises queries over all heads together")
+                setattr(found, name, self._norm(norm))
+        joint = getattr(attention, "qkv_proj", None) or getattr(attention, "c_attn", None)
+        qkv = [joint] if joint else [_first(attention, n) for n in ("q_proj", "k_proj", "v_proj")]
+        found.qkv = (Matrix * 3)(*map(self._matrix, qkv))
+        found.out = self._matrix(_first(attention, "o_proj", "c_proj", "dense"))
+        d.attention_scale = _first(attention, "scaling", default=d.head_dim**-0.5)
+        joint = getattr(feed, "gate_up_proj", None)
+        gated = [feed.gate_proj, feed.up_proj] if hasattr(feed, "gate_proj") else None
+        up = [joint] if joint is not None else gated or [_first(feed, "c_fc", "fc1", "up_proj")]
+        found.up = (Matrix * 2)(*map(self._matrix, up))
+        found.down = self._matrix(_first(feed, "down_proj", "c_proj", "fc2"))
+        d.gated, d.feed = int(bool(joint is not None or gated)), found.down.columns
+        if sum(m.rows for m in found.up) != d.feed * (1 + d.gated):
+            raise Unsupported("its feed-forward network has another form")
+        word = getattr(self.config, "hidden_activation", None) or _first(
+            self.config, "hidden_act", "activation_function"
+        )
+        if word not in ACTIVATIONS:
+            raise Unsupported(f"its activation is {word!r}")
+        d.activation = ACTIVATIONS[word]
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None or "sliding" in kinds[place]:
+            found.window = getattr(self.config, "sliding_window", None) or 0
+        return found
+
+    def _tables(self, length: int) -> None:
+        """Cosines and sines of all positions up to `length`, for each kind of layer once."""
+        decoder = self.module.get_decoder()
+        if length <= self.table_length or not hasattr(decoder, "rotary_emb"):
+            return
+        like = torch.empty(1, dtype=torch.float32)
+        position = torch.arange(length)[None]
+        tables: dict = {}
+        for place, layer in enumerate(_first(decoder, "layers", "h")):
+            kind = getattr(_first(layer, "self_attn", "attn"), "layer_type", None)
+            kind = kind or getattr(layer, "attention_type", None)
+            if kind not in tables:
+                tables[kind] = self._table(decoder.rotary_emb, like, position, kind)
+            cosine, sine = tables[kind]
+            if not getattr(_first(layer, "self_attn", "attn"), "use_rope", True):
+                continue
+            self.layers[place].cosine, self.layers[place].sine = cosine.data_ptr(), sine.data_ptr()
+            self.description.rotary = 2 * cosine.shape[1]
+        self.tables, self.table_length = tables, length
+
+    @staticmethod
+    def _table(rotary, like, position, kind) -> list[torch.Tensor]:
+        try:
+            tables = rotary(like, position)
+        except (TypeError, AttributeError):  # several kinds of layers (Gemma 3)
+            tables = rotary(like, position, layer_type=kind)
+        half = tables[0].shape[-1] // 2
+        return [t[0, :, :half].float().contiguous() for t in tables]
+
+    def _norm(self, norm) -> Norm:
+        weight = norm.weight.detach().float()
+        if "Gemma" in type(norm).__name__:  # it multiplies by 1 + weight
+            weight = weight + 1
+        bias = getattr(norm, "bias", None)
+        return Norm(self._copy(weight), None if bias is None else self._copy(bias))
+
+    def _copy(self, tensor, dtype=torch.float32) -> int:
+        made = tensor.detach().to(dtype).contiguous().clone()
+        self.kept.append(made)
+        self.extra_bytes += made.nbytes
+        return made.data_ptr()
+
+    def _matrix(self, linear) -> Matrix:
+        weight, scale = linear.weight.detach(), getattr(linear, "scale", None)
+        if weight.dtype not in KINDS or (weight.dtype == torch.int8) != (scale is not None):
+            raise Unsupported(f"its {type(linear).__name__} holds {weight.dtype}")
+        if isinstance(linear, Conv1D):
+            address, (columns, rows) = self._copy(weight.t(), weight.dtype), weight.shape
+        else:
+            if not weight.is_contiguous():
+                raise Unsupported("its weights are not contiguous")
+            address, (rows, columns) = weight.data_ptr(), weight.shape
+        bias = getattr(linear, "bias", None)
+        small = [None if t is None else self._copy(t) for t in (bias, scale)]
+        return Matrix(address, *small, rows, columns, KINDS[weight.dtype], 0)
+
+
+def _first(owner, *names: str, default=None):
+    """The first of these attributes; Unsupported when there is none."""
+    for name in names:
+        if (found := getattr(owner, name, None)) is not None:
+            return found
+    if default is not None:
+        return default
+    raise Unsupported(f"its {type(owner).__name__} has no {' or '.join(names)}")

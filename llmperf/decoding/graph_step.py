@@ -1,0 +1,188 @@
+"""A decoding step on a GPU as one CUDA graph: static keys and values, a position for each row.
+
+Row r of the step is slot r. Rows that hold no request write at position 0 of a slot that nobody
+reads. Prompts go through the model eagerly, and their keys and values are then copied in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache
+
+from llmperf.decoding.batch import last_column, with_cache
+
+
+class RowCache:
+    """Keys and values of all layers; each row's new column is written at its `position`.
+
+    It is what transformers' attention modules ask of a cache, and nothing more. `keys` and `values`
+    hold one tensor a layer, (rows, kv_heads, length, head_dim); `position` (rows,).
+    """
+
+    is_compileable = True
+
+    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], position):
+        self.keys, self.values, self.position = keys, values, position
+
+    def update(self, key, value, layer: int, *args, **kwargs):
+        """Write one column, key and value (rows, kv_heads, 1, head_dim); return the whole layer."""
+        place = self.position[:, None, None, None]
+        self.keys[layer].scatter_(2, place.expand_as(key), key)
+        self.values[layer].scatter_(2, place.expand_as(value), value)
+        return self.keys[layer], self.values[layer]
+
+    def get_seq_length(self, layer: int = 0):
+        """The first row's position; masks and positions are given to the model explicitly."""
+        return self.position[:1]
+
+
+def forward(module, ids, position, keys, values) -> torch.Tensor:
+    """One token a row: ids (rows, 1), position (rows,) → logits (rows, vocabulary)."""
+    columns = torch.arange(keys[0].shape[2], device=ids.device)
+    seen = columns <= position[:, None]  # (rows, length)
+    out = module(
+        input_ids=ids,
+        attention_mask=seen[:, None, None],
+        position_ids=position[:, None],
+        **with_cache(module, RowCache(keys, values, position)),
+    )
+    return out.logits[:, -1]
+
+
+def obstacle(module) -> str | None:
+    """Why this model cannot run with static keys and values, or None."""
+    config = module.config.get_text_config()
+    if not getattr(module, "_can_compile_fullgraph", False):
+        return f"{type(module).__name__} does not support a static cache"
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation!r} and not 'sdpa'"
+    if getattr(config, "sliding_window", None) is not None:
+        return f"its attention slides over a window of {config.sliding_window} tokens"
+    return None
+
+
+class GraphStep:
+    """The step of one model on a GPU, with the buffers and captured graphs of earlier runs."""
+
+    def __init__(self, model):
+        self.module, self.device = model.module, model.torch_device
+        self.function = _fused(forward)
+        self.kept: dict[tuple[int, int], list] = {}  # (rows, length) → buffers that nobody uses
+
+
+def _fused(function):
+    """Fused by inductor where Triton is there (not on Windows); a graph works either way."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class GraphRows:
+    """Static keys and values of `rows` slots, and a graph for each power of two of rows.
+
+    On the CPU, where tests run it, steps run without a graph.
+    """
+
+    def __init__(self, model, step: GraphStep, rows: int, max_length: int):
+        self._model, self._step = model, step
+        self._rows = 1 << (rows - 1).bit_length()
+        self._length = max(256, 1 << (max_length - 1).bit_length())
+        kept = step.kept.setdefault((self._rows, self._length), [])
+        self.keys, self.values, self._graphs = kept.pop() if kept else (None, None, {})
+        self._prompts: dict[int, DynamicCache] = {}
+
+    def __del__(self):
+        if self.keys is not None:  # graphs read these buffers, so both are kept together
+            kept = self._step.kept[self._rows, self._length]
+            kept.append((self.keys, self.values, self._graphs))
+
+    def forward(self, pieces) -> torch.Tensor:
+        """Logits (pieces with `last`, vocabulary), in the order of `pieces`."""
+        steps = [p for p in pieces if p.start and len(p.ids) == 1 and p.slot not in self._prompts]
+        found = {}
+        if steps:  # before prompts are copied in: a step writes into rows that it does not use
+            logits = self._decode(steps)
+            found |= {p.slot: logits[p.slot : p.slot + 1] for p in steps}
+        for piece in pieces:
+            if piece not in steps:
+                found[piece.slot] = self._prefill(piece)
+        wanted = [found[p.slot] for p in pieces if p.last]
+        return torch.cat(wanted) if wanted else torch.empty(0, device=self._step.device)
+
+    def _prefill(self, piece) -> torch.Tensor:
+        if piece.start == 0:
+            self._prompts[piece.slot] = DynamicCache(config=self._step.module.config)
+        cache, device = self._prompts[piece.slot], self._step.device
+        place = torch.arange(piece.start, piece.start + len(piece.ids), device=device)
+        ids = torch.tensor([list(piece.ids)], device=device)
+        out = self._step.module(
+            input_ids=ids, position_ids=place[None], logits_to_keep=last_column(ids),
+            **with_cache(self._step.module, cache),
+        )  # fmt: skip
+        if piece.last:
+            self._copy(piece.slot, self._prompts.pop(piece.slot))
+        return out.logits[:, -1]
+
+    def _copy(self, slot: int, cache: DynamicCache) -> None:
+        if self.keys is None:
+            self.keys, self.values = (
+                [self._room(getattr(layer, name)) for layer in cache.layers]
+                for name in ("keys", "values")
+            )
+        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
+            columns = layer.keys.shape[2]
+            keys[slot, :, :columns] = layer.keys[0]
+            values[slot, :, :columns] = layer.values[0]
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        _, heads, _, dim = like.shape
+        return like.new_zeros(self._rows, heads, self._length, dim)
+
+    def _decode(self, steps) -> torch.Tensor:
+        """Logits (rows, vocabulary) of a step for the first rows, as many as a graph has."""
+        rows = 1 << max(p.slot for p in steps).bit_length()
+        ids, place = torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+        for p in steps:
+            ids[p.slot], place[p.slot] = p.ids[0], p.start
+        if self._step.device.type == "cpu":
+            return self._run(ids, place)
+        if rows not in self._graphs:
+            self._graphs[rows] = self._capture(rows)
+        graph, kept_ids, kept_place, logits = self._graphs[rows]
+        kept_ids.copy_(ids)
+        kept_place.copy_(place)
+        graph.replay()
+        return logits
+
+    def _run(self, ids, place) -> torch.Tensor:
+        rows = len(place)
+        keys, values = ([t[:rows] for t in all_rows] for all_rows in (self.keys, self.values))
+        return self._step.function(self._step.module, ids, place, keys, values)
+
+    def _capture(self, rows: int):
+        """Warm up on a side stream, then record; inputs and logits are read and written in place.
+
+        Positions are 0 meanwhile, which for a row in use is written before it is read: it is put
+        back afterwards.
+        """
+        device = self._step.device
+        ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        place = torch.zeros(rows, dtype=torch.long, device=device)
+        buffers = [*self.keys, *self.values]
+        first = [t[:rows, :, :1].clone() for t in buffers]
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._run(ids, place)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._run(ids, place)
+        for tensor, column in zip(buffers, first, strict=True):
+            tensor[:rows, :, :1] = column
+        return graph, ids, place, logits

@@ -1,0 +1,210 @@
+"""Slots: rows of one step that requests enter and leave, each at a position of its own.
+
+A batch that starts together, dynamic batching and continuous batching fill the same slots. A
+prompt enters in pieces, so that requests that already decode do not wait for all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from llmperf.decoding import cpu_step, graph_step
+from llmperf.decoding.batch import last_column, with_cache
+from llmperf.decoding.requests import Request, Stop
+from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
+
+PREFILL_TOKENS = 64  # of prompts in one step while other requests decode
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one slot that go through the model together; `last`: their logits are asked for."""
+
+    slot: int
+    ids: Sequence[int]
+    start: int  # position of the first of them
+    last: bool
+
+
+@dataclass
+class _Row:
+    """A request in its slot: `prompt_done` tokens of its prompt are in the cache."""
+
+    key: object
+    request: Request
+    sampling: Sampling
+    stop: Stop
+    uniforms: torch.Tensor  # (max_new_tokens,)
+    prompt_done: int = 0
+    generated: int = 0
+    token: int = 0  # the last one generated
+
+
+class Slots:
+    """`rows` slots of up to `max_length` tokens each. Not for several threads at once.
+
+    `loop` and `reason` say which loop runs and why it is not the one asked for (`loops.prepare`).
+    """
+
+    def __init__(self, model, rows: int, max_length: int, *, loop: str = "compiled",
+                 prefill_tokens: int | None = PREFILL_TOKENS):  # fmt: skip
+        from llmperf.decoding.loops import prepare
+
+        if rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
+            raise ValueError(f"{rows} rows with prefill_tokens {prefill_tokens}: use at least 1")
+        if loop == "recompute":
+            raise ValueError("recompute keeps no keys and values: choose cached or compiled")
+        chosen = prepare(model, loop)
+        self.model, self.max_length, self.prefill_tokens = model, max_length, prefill_tokens
+        self.loop, self.reason = chosen.loop, chosen.reason
+        self._engine = (
+            _EagerRows(model, rows)
+            if chosen.step is None
+            else graph_step.GraphRows(model, chosen.step, rows, max_length)
+            if isinstance(chosen.step, graph_step.GraphStep)
+            else _CpuRows(chosen.step, rows, max_length)
+        )
+        self._rows: list[_Row | None] = [None] * rows
+
+    @property
+    def free(self) -> int:
+        """How many slots hold no request."""
+        return self._rows.count(None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any slot holds a request."""
+        return self.free < len(self._rows)
+
+    def admit(self, key: object, request: Request, sampling: Sampling, stop: Stop) -> None:
+        """Put a request into a free slot; its tokens come from later steps under `key`.
+
+        Raises ValueError when it is longer than a slot, or no slot is free.
+        """
+        need = len(request.prompt_ids) + request.max_new_tokens
+        if need > self.max_length:
+            raise ValueError(
+                f"{len(request.prompt_ids)} prompt tokens + {request.max_new_tokens} new tokens ="
+                f" {need}, but a slot holds {self.max_length}: shorten one of the two"
+            )
+        if None not in self._rows:
+            raise ValueError(f"all {len(self._rows)} slots are taken: step until one is free")
+        draws = uniforms([request.seed], request.max_new_tokens)[0]
+        self._rows[self._rows.index(None)] = _Row(key, request, sampling, stop, draws)
+
+    def drop(self, key: object) -> None:
+        """Free the slot of a request that is no longer wanted; nothing happens if it has ended."""
+        self._rows = [None if row and row.key == key else row for row in self._rows]
+
+    def step(self) -> list[tuple[object, int, bool]]:
+        """One step for all slots: (key, token, whether it is the last) of each request.
+
+        A request whose prompt is not yet whole gets none.
+        """
+        pieces = self._pieces()
+        if not pieces:
+            return []
+        # compiled functions of torch guard on the mode, so no_grad and not inference_mode
+        with torch.no_grad():
+            logits = self._engine.forward(pieces)  # (pieces that end in a token, vocabulary)
+            for piece in pieces:
+                row = self._rows[piece.slot]
+                if row.generated == 0:
+                    row.prompt_done += len(piece.ids)
+            ready = [piece.slot for piece in pieces if piece.last]
+            tokens = self._draw(ready, logits)
+        return [self._take(slot, token) for slot, token in zip(ready, tokens, strict=True)]
+
+    def _pieces(self) -> list[Piece]:
+        """The last token of each request that decodes, and prompts up to `prefill_tokens`."""
+        decoding, prompts, budget = [], [], self.prefill_tokens
+        for slot, row in enumerate(self._rows):
+            if row is None:
+                continue
+            prompt = row.request.prompt_ids
+            if row.generated:
+                start = len(prompt) + row.generated - 1
+                decoding.append(Piece(slot, (row.token,), start, True))
+            elif budget is None or budget > 0:
+                ids = prompt[row.prompt_done :][:budget]
+                whole = row.prompt_done + len(ids) == len(prompt)
+                prompts.append(Piece(slot, ids, row.prompt_done, whole))
+                budget = None if budget is None else budget - len(ids)
+        return decoding + prompts
+
+    def _draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """The next token of each slot. Requests that are sampled alike are drawn together."""
+        tokens = [0] * len(slots)
+        groups: dict[Sampling, list[int]] = {}
+        for place, slot in enumerate(slots):
+            groups.setdefault(self._rows[slot].sampling, []).append(place)
+        for sampling, places in groups.items():
+            rows = [self._rows[slots[p]] for p in places]
+            uniform = torch.stack([r.uniforms[r.generated] for r in rows]).to(logits.device)
+            some = logits if len(places) == len(slots) else logits[places]
+            for place, token in zip(
+                places, next_tokens(some, sampling, uniform).tolist(), strict=True
+            ):
+                tokens[place] = token
+        return tokens
+
+    def _take(self, slot: int, token: int) -> tuple[object, int, bool]:
+        row = self._rows[slot]
+        row.token, row.generated = token, row.generated + 1
+        last = row.generated == row.request.max_new_tokens or row.stop.ends(token, row.generated)
+        if last:
+            self._rows[slot] = None
+        return row.key, token, last
+
+
+class _CpuRows:
+    """Every token of every piece is a row of the step in C."""
+
+    def __init__(self, step: cpu_step.CpuStep, rows: int, max_length: int):
+        self._step, self._cache = step, step.new_cache(rows, max_length)
+        self._scratch, self._room = None, 0
+
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Logits (pieces with `last`, vocabulary); at most MOST_ROWS tokens in one call."""
+        ids = [i for p in pieces for i in p.ids]
+        slots = [p.slot for p in pieces for _ in p.ids]
+        places = [p.start + i for p in pieces for i in range(len(p.ids))]
+        wanted = [p.last and i == len(p.ids) - 1 for p in pieces for i in range(len(p.ids))]
+        rows = min(len(ids), cpu_step.MOST_ROWS)
+        if rows > self._room:
+            self._scratch, self._room = self._step.scratch(rows, self._cache[0].shape[3]), rows
+        found = []
+        for at in range(0, len(ids), rows):
+            here = slice(at, at + rows)
+            asked = [i for i, want in enumerate(wanted[here]) if want]
+            call = (ids[here], slots[here], places[here], asked, self._cache, self._scratch)
+            found.append(self._step(*call))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class _EagerRows:
+    """What runs where no step is compiled: each slot with its own cache, one after another."""
+
+    def __init__(self, model, rows: int):
+        self._model, self._caches = model, [None] * rows
+
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Logits (pieces with `last`, vocabulary)."""
+        found = [self._one(piece) for piece in pieces]
+        wanted = [logits for piece, logits in zip(pieces, found, strict=True) if piece.last]
+        return torch.cat(wanted) if wanted else torch.empty(0)
+
+    def _one(self, piece: Piece) -> torch.Tensor:
+        if piece.start == 0:
+            self._caches[piece.slot] = DynamicCache(config=self._model.module.config)
+        ids = torch.tensor([list(piece.ids)], device=self._model.torch_device)
+        place = torch.arange(piece.start, piece.start + len(piece.ids), device=ids.device)
+        out = self._model.module(
+            input_ids=ids, position_ids=place[None], logits_to_keep=last_column(ids),
+            **with_cache(self._model.module, self._caches[piece.slot]),
+        )  # fmt: skip
+        return out.logits[:, -1]

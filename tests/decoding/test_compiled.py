@@ -1,0 +1,287 @@
+"""The compiled loop and slots: the tokens of the eager loop, and a reason where it cannot run."""
+
+import random
+import threading
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmperf import decoding
+from llmperf.decoding import GREEDY, Request, Sampling, Slots, cpu_step, graph_step, loops
+from llmperf.decoding.requests import Stop
+from llmperf.models import Model, quantize
+
+DRAWN = Sampling(temperature=0.8, top_k=20, top_p=0.9, suppress=(0,))
+SMALL = dict(tiny_models.SMALL, pad_token_id=0)
+MULTIPLIERS = dict(
+    embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0, attention_multiplier=0.3
+)
+MORE = {
+    "phi3": ("phi3", SMALL),
+    "granite": ("granite", dict(SMALL, **MULTIPLIERS)),
+    "stablelm": ("stablelm", SMALL),
+    "smollm3": ("smollm3", SMALL),
+    "starcoder2": ("starcoder2", SMALL),
+    "seed_oss": ("seed_oss", dict(SMALL, head_dim=8)),
+    "odd sizes": (
+        "llama",
+        dict(SMALL, hidden_size=44, intermediate_size=53, head_dim=10, vocab_size=97),
+    ),
+    "olmo2": ("olmo2", SMALL),
+    "gpt_neox": ("gpt_neox", SMALL),
+    "glm": ("glm", dict(SMALL, head_dim=8)),
+    "mixtral": ("mixtral", SMALL),
+}
+COMPILED = (
+    "gpt2 gpt2-inner llama llama-bias-tied mistral qwen2 qwen2-sliding qwen3 gemma gemma2 gemma3"
+).split() + ["phi3", "granite", "stablelm", "smollm3", "starcoder2", "seed_oss", "odd sizes"]
+FALLS_BACK = {  # family → what the reason says
+    "deepseek-v2": "no k_proj",
+    "deepseek-v3": "no q_proj",
+    "olmo2": "no input_layernorm",
+    "gpt_neox": "no norm",
+    "glm": "its logits differ",
+    "mixtral": "no c_fc",
+}
+
+
+def tiny(case: str, dtype="fp32", scale=6.0) -> Model:
+    """A tiny random model whose logits are far from uniform, so that a wrong input shows."""
+    family, fields = (MORE | tiny_models.CONFIGS)[case]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **fields | dict(bos_token_id=1, eos_token_id=2))
+    module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(scale)
+    module = module.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    return Model(case, module, None, None, dtype, "cpu", "random", None, 0.0, None)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    made = {}
+    return lambda case: made.setdefault(case, tiny(case))
+
+
+def requests(lengths, new=12):
+    texts = [tuple((7 * i + 3 * n) % 90 + 3 for i in range(n)) for n in lengths]
+    return [Request(i, t, new + i, seed=i) for i, t in enumerate(texts)]
+
+
+def batch(model, asked, loop, sampling=DRAWN, stop=None):
+    """The tokens of each request, decoded as one batch."""
+    steps = decoding.decode(model, asked, loop=loop, sampling=sampling, stop=stop)
+    return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
+
+
+def served(slots: Slots, asked, sampling=DRAWN, stop=None, arrive=lambda step: 9, dropped=()):
+    """The tokens of each request when they enter free slots as they arrive."""
+    waiting, tokens, step = list(asked), {r.id: [] for r in asked}, 0
+    while waiting or slots.busy:
+        for _ in range(min(arrive(step), slots.free, len(waiting))):
+            request = waiting.pop(0)
+            slots.admit(request.id, request, sampling, stop or Stop())
+        for key, token, _ in slots.step():
+            tokens[key].append(token)
+        for key in dropped:
+            if len(tokens[key]) > 2:
+                slots.drop(key)
+        step += 1
+    return [tokens[r.id] for r in asked]
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_gives_the_tokens_of_cached(loaded, case):
+    model, asked = loaded(case), requests((9, 4, 17))
+    assert decoding.prepare(model).reason is None
+    for sampling in (GREEDY, DRAWN):
+        assert batch(model, asked, "compiled", sampling) == batch(model, asked, "cached", sampling)
+
+
+@pytest.mark.parametrize(("case", "why"), FALLS_BACK.items())
+def test_what_cannot_be_compiled_runs_cached_and_says_why(loaded, case, why):
+    model, asked = loaded(case), requests((4, 9))
+    assert batch(model, asked, "compiled") == batch(model, asked, "cached")
+    recorder = decoding.Recorder(asked)
+    decoding.run(model, asked, recorder, loop="compiled", sampling=DRAWN)
+    notes = recorder.trace().notes
+    assert notes["loop"] == "cached"
+    assert why in notes["fallback"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_do_not_depend_on_who_shares_the_slots(loaded, seed):
+    """Random lengths, slots, arrivals, pieces and cancels: each request gets its tokens alone."""
+    dice, model = random.Random(seed), loaded(random.Random(seed).choice(COMPILED))
+    asked = [
+        Request(i, tuple(dice.randrange(3, 90) for _ in range(dice.randint(1, 30))),
+                dice.randint(1, 25), seed=dice.randrange(99))
+        for i in range(12)
+    ]  # fmt: skip
+    stop = Stop(end_ids=frozenset({dice.randrange(90)}))
+    alone = [batch(model, [r], "cached", DRAWN, stop)[0] for r in asked]
+    dropped = dice.sample(range(12), 3)
+    slots = Slots(model, dice.randint(1, 5), 64, prefill_tokens=dice.choice((1, 4, 64)))
+    found = served(slots, asked, DRAWN, stop, lambda _: dice.randint(0, 3), dropped)
+    for i, (tokens, expected) in enumerate(zip(found, alone, strict=True)):
+        assert tokens == (expected[: len(tokens)] if i in dropped else expected)
+        assert len(tokens) > 2 or tokens == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_tokens_do_not_depend_on_the_number_of_threads(loaded, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, asked = loaded("qwen3"), requests((9, 4, 17))
+        assert batch(model, asked, "compiled") == batch(model, asked, "cached")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_several_threads_of_the_program_share_one_step(loaded):
+    model, asked = loaded("llama"), [requests((n,)) for n in (3, 6, 9)]
+    got = {}
+
+    def work(i):
+        got[i] = batch(model, asked[i], "compiled")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert got == {i: batch(model, r, "cached") for i, r in enumerate(asked)}
+
+
+def test_two_interleaved_generators_do_not_share_keys(loaded):
+    model, asked = loaded("llama"), (requests((9,)), requests((5,)))
+    both = [decoding.decode(model, r, loop="compiled", sampling=GREEDY) for r in asked]
+    ours = zip(*zip(*both, strict=True), strict=True)
+    expected = [decoding.decode(model, r, loop="cached", sampling=GREEDY) for r in asked]
+    assert [list(x) for x in ours] == [list(x) for x in expected]
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2", "odd sizes"])
+def test_bf16_is_as_close_to_fp32_as_the_eager_model(case):
+    exact, half = tiny(case, scale=3.0), tiny(case, "bf16", scale=3.0)
+    ids = [(5 * i) % 90 + 3 for i in range(40)]
+    exact.module.load_state_dict(half.module.state_dict())  # the same rounded weights
+    step = cpu_step.CpuStep(half)
+    call = (ids, [0] * 40, list(range(40)), list(range(40)))
+    ours = step(*call, step.new_cache(1, 40), step.scratch(40, 40))
+    eager, truth = (m.module(torch.tensor([ids])).logits[0].float() for m in (half, exact))
+    assert (ours - truth).norm() < 1.2 * (eager - truth).norm()
+
+
+def test_int8_gives_the_tokens_of_the_eager_int8_model():
+    model = tiny("llama")
+    model = replace(model, module=quantize.quantize(model.module, "int8"), quantization="int8")
+    assert decoding.prepare(model).reason is None
+    asked = requests((9, 4))
+    assert batch(model, asked, "compiled", GREEDY) == batch(model, asked, "cached", GREEDY)
+
+
+def test_a_prompt_longer_than_one_call_is_split(loaded, monkeypatch):
+    monkeypatch.setattr(cpu_step, "MOST_ROWS", 7)
+    model, asked = loaded("llama"), requests((30, 5, 19))
+    assert batch(model, asked, "compiled") == batch(model, asked, "cached")
+
+
+def test_a_request_longer_than_a_slot_is_refused(loaded):
+    slots = Slots(loaded("llama"), 1, 16)
+    with pytest.raises(ValueError, match="= 22, but a slot holds 16"):
+        slots.admit(0, Request(0, tuple(range(10)), 12), GREEDY, Stop())
+    slots.admit(1, Request(1, (1, 2), 4), GREEDY, Stop())
+    with pytest.raises(ValueError, match="all 1 slots are taken"):
+        slots.admit(2, Request(2, (1, 2), 4), GREEDY, Stop())
+
+
+def test_slots_refuse_the_loop_without_a_cache(loaded):
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        Slots(loaded("llama"), 1, 16, loop="recompute")
+
+
+def test_prefill_in_pieces_lets_running_requests_go_on(loaded):
+    """While a prompt of 40 enters in pieces of 8, the other request gets a token in each step."""
+    slots = Slots(loaded("llama"), 2, 64, prefill_tokens=8)
+    slots.admit("runs", requests((3,), 20)[0], GREEDY, Stop())
+    slots.step()
+    slots.admit("joins", Request(1, tuple(range(3, 43)), 4), GREEDY, Stop())
+    got = [[key for key, *_ in slots.step()] for _ in range(5)]
+    assert got == [["runs"]] * 4 + [["runs", "joins"]]
+
+
+def without(monkeypatch, message):
+    def fails():
+        raise cpu_step.Unsupported(message)
+
+    monkeypatch.setattr(cpu_step, "library", fails)
+
+
+def test_without_a_compiler_it_falls_back(monkeypatch):
+    monkeypatch.setattr(cpu_step.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu_step.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(cpu_step.Unsupported, match="there is no C compiler"):
+        cpu_step._compiler()
+    without(monkeypatch, "there is no C compiler")
+    assert decoding.prepare(tiny("llama")).reason == "there is no C compiler"
+
+
+def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
+    broken = tmp_path / "step.c"
+    broken.write_text("this is not C")
+    monkeypatch.setattr(cpu_step, "SOURCE", broken)
+    with pytest.raises(cpu_step.Unsupported, match="the C compiler failed: .*error"):
+        cpu_step._build(cpu_step._compiler(), tmp_path / "step.so")
+
+
+def test_a_step_that_computes_something_else_is_refused(monkeypatch):
+    right = cpu_step.CpuStep.__call__
+    monkeypatch.setattr(cpu_step.CpuStep, "__call__", lambda *a: right(*a) * 1.5)
+    assert "differ from the eager ones by 50.0%" in decoding.prepare(tiny("llama")).reason
+
+
+def test_the_step_is_prepared_once_a_model(loaded):
+    model = loaded("llama")
+    assert decoding.prepare(model) is decoding.prepare(model)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma"])
+def test_rows_of_a_graph_give_the_tokens_of_cached(case, monkeypatch):
+    """The GPU's rows, on the CPU without a graph: positions, masks and copies are the same."""
+    model = tiny(case)
+    assert graph_step.obstacle(model.module) is None
+    monkeypatch.setattr(graph_step, "_fused", lambda function: function)
+    step = loops.Prepared("compiled", None, 0.0, graph_step.GraphStep(model))
+    monkeypatch.setitem(loops._chosen, model.module, step)
+    asked = requests((9, 4, 17, 1))
+    assert batch(model, asked, "compiled") == batch(model, asked, "cached")
+    slots = Slots(model, 3, 64, prefill_tokens=4)
+    assert served(slots, asked) == [batch(model, [r], "cached")[0] for r in asked]
+
+
+def test_models_that_need_more_than_static_keys_are_refused_on_a_gpu():
+    assert "slides over a window" in graph_step.obstacle(tiny("mistral").module)
+
+
+@pytest.mark.gpu
+def test_worker_threads_fall_back_on_a_gpu():
+    model = replace(tiny("llama"), device="cuda:0")
+    model.module.to("cuda:0")
+    found = []
+    thread = threading.Thread(target=lambda: found.append(decoding.prepare(model)))
+    thread.start()
+    thread.join()
+    assert "main thread" in found[0].reason
+
+
+@pytest.mark.gpu
+def test_graphs_give_the_tokens_of_cached_on_a_gpu():
+    model = replace(tiny("llama"), device="cuda:0")
+    model.module.to("cuda:0")
+    asked = requests((9, 4, 17))
+    assert batch(model, asked, "compiled", GREEDY) == batch(model, asked, "cached", GREEDY)
