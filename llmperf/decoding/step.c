@@ -141,12 +141,14 @@ EXPORT int64_t scratch_floats(const Model *m, int32_t rows, int32_t length, int3
 
 // ---- Threads.
 
-typedef struct { _Atomic int32_t next, arrived, phase; int32_t threads; } Team;
+typedef struct {  // each on its own cache line
+  _Alignas(64) _Atomic int32_t next;
+  _Alignas(64) _Atomic int32_t arrived;
+  _Alignas(64) _Atomic int32_t phase;
+  int32_t threads;
+} Team;
 
 INLINE void relax(int spins) {
-#ifdef __x86_64__
-  _mm_pause();
-#endif
   if (spins > 4096) {  // another program has our core: let it run
 #ifdef _WIN32
     SwitchToThread();
@@ -180,7 +182,7 @@ static void barrier(Team *t) {
       for (int j = 0; j < r; j++) in[j] = LOAD_X(x + j * stride + at);                           \
       for (int i = 0; i < n; i++) {                                                              \
         V weight = LOAD_W(w + i * k + at);                                                       \
-        for (int j = 0; j < r; j++) acc[i * r + j] = ADD(acc[i * r + j], weight, in[j]);         \
+        for (int j = 0; j < r; j++) acc[j * n + i] = ADD(acc[j * n + i], weight, in[j]);         \
       }                                                                                          \
     }                                                                                            \
     if (at == k) return;                                                                         \
@@ -189,7 +191,7 @@ static void barrier(Team *t) {
       memcpy(rest, w + i * k + at, (k - at) * sizeof(W));                                        \
       V weight = LOAD_W(rest);                                                                   \
       for (int j = 0; j < r; j++)                                                                \
-        acc[i * r + j] = ADD(acc[i * r + j], weight, LOAD_X(x + j * stride + at));               \
+        acc[j * n + i] = ADD(acc[j * n + i], weight, LOAD_X(x + j * stride + at));               \
     }                                                                                            \
   }
 #define MULTIPLY_ADD(acc, a, b) ((acc) + (a) * (b))
@@ -208,11 +210,20 @@ typedef float Bf16Input;
 typedef struct { const float *full; const uint16_t *half; int64_t stride; int rows; } Input;
 typedef struct { float *to; int64_t stride; int add; float scale; } Output;
 
-INLINE void put(const Matrix *w, Output out, int row, int n, float value) {
-  if (w->scale) value *= w->scale[n];
-  if (w->bias) value += w->bias[n];
-  float *to = out.to + row * out.stride + n;
-  *to = out.add ? *to + value * out.scale : value;
+// Sums of `width` weight rows from n on and the input rows from `row` on, `count` of them whole.
+INLINE void put(const Matrix *w, Output out, int row, int n, int width, int count, v16 total) {
+  float sum[16];
+  for (int i = 0; i < 16 && (w->scale || w->bias); i++) {
+    const int at = n + (i % width < count ? i % width : 0);
+    total[i] = total[i] * (w->scale ? w->scale[at] : 1) + (w->bias ? w->bias[at] : 0);
+  }
+  total *= out.scale;
+  memcpy(sum, &total, 64);
+  for (int j = 0; j < 16 / width; j++) {
+    float *to = out.to + (row + j) * out.stride + n;
+    if (out.add) for (int i = 0; i < count; i++) to[i] += sum[j * width + i];
+    else for (int i = 0; i < count; i++) to[i] = sum[j * width + i];
+  }
 }
 
 // Outputs n..n+count of all input rows, count <= 16.
@@ -225,19 +236,19 @@ INLINE void put(const Matrix *w, Output out, int row, int n, float value) {
       v16 acc[16];                                                                                \
       const int here = count - at < width ? count - at : width;                                   \
       const W *from = weight + (int64_t)(n + at) * w->columns;                                    \
-      if (here == width) TILE(from, x + row * in.stride, in.stride, w->columns, width, r, acc);   \
-      else {                                                                                      \
-        for (int i = 0; i < 16; i++) acc[i] = all(0);                                             \
-        for (int i = 0; i < here; i++) {                                                          \
-          v16 single[16];                                                                         \
-          TILE(from + (int64_t)i * w->columns, x + row * in.stride, in.stride, w->columns, 1, r,  \
-               single);                                                                           \
-          for (int j = 0; j < r; j++) acc[i * r + j] = single[j];                                 \
-        }                                                                                         \
+      if (here == width) {                                                                        \
+        TILE(from, x + row * in.stride, in.stride, w->columns, width, r, acc);                    \
+        put(w, out, row, n + at, width, width, sums(acc));                                        \
+        continue;                                                                                 \
       }                                                                                           \
-      v16 total = sums(acc);                                                                      \
-      for (int i = 0; i < here; i++)                                                              \
-        for (int j = 0; j < r; j++) put(w, out, row + j, n + at + i, total[i * r + j]);           \
+      for (int i = 0; i < 16; i++) acc[i] = all(0);                                               \
+      for (int i = 0; i < here; i++) {                                                            \
+        v16 single[16];                                                                           \
+        TILE(from + (int64_t)i * w->columns, x + row * in.stride, in.stride, w->columns, 1, r,    \
+             single);                                                                             \
+        for (int j = 0; j < r; j++) acc[j * width + i] = single[j];                               \
+      }                                                                                           \
+      put(w, out, row, n + at, width, here, sums(acc));                                           \
     }                                                                                             \
   }                                                                                               \
   static void NAME(const Matrix *w, const X *x, Input in, Output out, int n, int count) {         \
@@ -555,7 +566,7 @@ static int start_workers(int size) {
 // the pool (cpu_step.py holds a lock). Returns 0, or 1 when threads could not be started.
 EXPORT int run_step(const Model *m, const Step *s) {
   if (s->threads <= 1) {
-    Team alone = {0, 0, 0, 1};
+    Team alone = {.threads = 1};
     forward(m, s, &alone, 0);
     return 0;
   }
