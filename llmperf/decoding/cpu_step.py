@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llmperf.machine import cache_dir
 
-SOURCE = Path(__file__).with_name("step.c")
+SOURCE = Path(__file__).with_name("step") / "step.c"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as the enum in step.c
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in model.h
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 MOST_ROWS = 256  # tokens in one call; more are split
 _pool = threading.Lock()  # one caller at a time works with several threads
@@ -93,7 +93,8 @@ class Arguments(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The compiled step, from the user's cache or built now. Raises Unsupported."""
     compiler = _compiler()
-    text = SOURCE.read_bytes() + repr((compiler, FLAGS, platform.machine(), _processor())).encode()
+    text = b"".join(p.read_bytes() for p in sorted(SOURCE.parent.glob("*.[ch]")))
+    text += repr((compiler, FLAGS, platform.machine(), _processor())).encode()
     ending = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     target = cache_dir() / "step" / (hashlib.sha256(text).hexdigest()[:16] + ending)
     if not target.exists():
@@ -325,17 +326,22 @@ class CpuStep:
 
     def _matrix(self, linear) -> Matrix:
         weight, scale = linear.weight.detach(), getattr(linear, "scale", None)
-        if weight.dtype not in KINDS or (weight.dtype == torch.int8) != (scale is not None):
+        quantised = weight.dtype in (torch.int8, torch.uint8)
+        if weight.dtype not in KINDS or quantised != (scale is not None):
             raise Unsupported(f"its {type(linear).__name__} holds {weight.dtype}")
+        (rows, columns), address, group = weight.shape, weight.data_ptr(), 0
         if isinstance(linear, Conv1D):
             address, (columns, rows) = self._copy(weight.t(), weight.dtype), weight.shape
-        else:
-            if not weight.is_contiguous():
-                raise Unsupported("its weights are not contiguous")
-            address, (rows, columns) = weight.data_ptr(), weight.shape
+        elif not weight.is_contiguous():
+            raise Unsupported("its weights are not contiguous")
+        if weight.dtype == torch.uint8:  # int4, two in a byte; scales (groups, rows, 2)
+            columns, group = linear.inputs, 2 * columns // scale.shape[0]
+            if columns % group or rows % 64 or "AVX512" not in _processor():
+                raise Unsupported("its 4-bit weights are packed for another kind of step")
+            scale = scale.transpose(1, 2)
         bias = getattr(linear, "bias", None)
         small = [None if t is None else self._copy(t) for t in (bias, scale)]
-        return Matrix(address, *small, rows, columns, KINDS[weight.dtype], 0)
+        return Matrix(address, *small, rows, columns, KINDS[weight.dtype], group)
 
 
 def _first(owner, *names: str, default=None):

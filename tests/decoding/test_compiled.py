@@ -184,6 +184,17 @@ def test_int8_gives_the_tokens_of_the_eager_int8_model():
     assert batch(model, asked, "compiled", GREEDY) == batch(model, asked, "cached", GREEDY)
 
 
+@pytest.mark.skipif("AVX512" not in cpu_step._processor(), reason="torch packs otherwise here")
+def test_int4_is_as_close_as_the_eager_int4_model():
+    torch.manual_seed(0)
+    wide = dict(SMALL, hidden_size=128, intermediate_size=192, head_dim=32, num_key_value_heads=4)
+    config = AutoConfig.for_model("llama", **wide)
+    module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    module = quantize.quantize(module.to(torch.bfloat16), "int4")
+    model = Model("int4", module, None, None, "bf16", "cpu", "random", "int4", 0.0, None)
+    assert decoding.prepare(model).reason is None
+
+
 def test_a_prompt_longer_than_one_call_is_split(loaded, monkeypatch):
     monkeypatch.setattr(cpu_step, "MOST_ROWS", 7)
     model, asked = loaded("llama"), requests((30, 5, 19))

@@ -1,0 +1,114 @@
+// The threads of a step: they take items of work from one counter and meet at a spinning barrier.
+// A step has about 200 short phases, for which threads that sleep are too slow. The spin has no
+// pause instruction: in a virtual machine it may hand the core to the hypervisor each time.
+#include <stdatomic.h>
+#ifdef _WIN32
+#include <windows.h>
+static SRWLOCK lock = SRWLOCK_INIT;
+static CONDITION_VARIABLE awake = CONDITION_VARIABLE_INIT;
+#define LOCK() AcquireSRWLockExclusive(&lock)
+#define UNLOCK() ReleaseSRWLockExclusive(&lock)
+#define SLEEP() SleepConditionVariableSRW(&awake, &lock, INFINITE, 0)
+#define WAKE() WakeAllConditionVariable(&awake)
+#define YIELD() SwitchToThread()
+#define EXPORT __declspec(dllexport)
+#else
+#include <pthread.h>
+#include <sched.h>
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t awake = PTHREAD_COND_INITIALIZER;
+#define LOCK() pthread_mutex_lock(&lock)
+#define UNLOCK() pthread_mutex_unlock(&lock)
+#define SLEEP() pthread_cond_wait(&awake, &lock)
+#define WAKE() pthread_cond_broadcast(&awake)
+#define YIELD() sched_yield()
+#define EXPORT __attribute__((visibility("default")))
+#endif
+#define BUSY_SPINS 10000   // before another program may have the core
+#define IDLE_SPINS 100000  // after a step, since the next one often follows at once
+
+typedef struct {  // each counter on its own cache line
+  _Alignas(64) _Atomic int32_t next;
+  _Alignas(64) _Atomic int32_t arrived;
+  _Alignas(64) _Atomic int32_t phase;
+  int32_t threads;
+} Team;
+
+INLINE int take(Team *t) { return atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed); }
+static void barrier(Team *t) {
+  int phase = atomic_load_explicit(&t->phase, memory_order_relaxed);
+  if (atomic_fetch_add(&t->arrived, 1) == t->threads - 1) {
+    atomic_store_explicit(&t->next, 0, memory_order_relaxed);
+    atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
+    atomic_store_explicit(&t->phase, phase + 1, memory_order_release);
+    return;
+  }
+  for (int spins = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase; spins++)
+    if (spins > BUSY_SPINS) YIELD();
+}
+// Each i below `count` once, by whichever thread is free; then all threads meet.
+#define FOR_ITEMS(i, count) \
+  for (int i, more = 1; more; more = 0, barrier(team)) while ((i = take(team)) < (count))
+
+// ---- The pool. `work` runs in every thread; cpu_step.py lets one caller at a time use it.
+
+typedef void (*Work)(const void *model, const void *step, Team *team, int thread);
+static struct {
+  Work work;
+  const void *model, *step;
+  Team team;
+  _Atomic int32_t run;
+  int sleeping, started;
+} pool;
+
+#ifdef _WIN32
+static DWORD WINAPI serve(void *place) {
+#else
+static void *serve(void *place) {
+#endif
+  for (int32_t seen = 0;;) {
+    for (int spins = 0; atomic_load_explicit(&pool.run, memory_order_acquire) == seen; spins++)
+      if (spins > IDLE_SPINS) {
+        LOCK();
+        pool.sleeping++;
+        while (atomic_load(&pool.run) == seen) SLEEP();
+        pool.sleeping--;
+        UNLOCK();
+      }
+    seen = atomic_load_explicit(&pool.run, memory_order_acquire);
+    pool.work(pool.model, pool.step, &pool.team, (int)(intptr_t)place);
+    barrier(&pool.team);
+  }
+  return 0;
+}
+
+static int start(int64_t place) {
+#ifdef _WIN32
+  HANDLE made = CreateThread(0, 0, serve, (void *)(intptr_t)place, 0, 0);
+  return made && CloseHandle(made);
+#else
+  pthread_t made;
+  return !pthread_create(&made, 0, serve, (void *)(intptr_t)place) && !pthread_detach(made);
+#endif
+}
+
+// Run `work` in `threads` threads, the caller's among them. The first call with several threads
+// sets their number for good. Returns 1 when threads cannot be started.
+static int run_together(Work work, const void *model, const void *step, int threads) {
+  if (threads <= 1) {
+    Team alone = {.threads = 1};
+    work(model, step, &alone, 0);
+    return 0;
+  }
+  if (!pool.team.threads) pool.team.threads = threads;
+  for (; pool.started < pool.team.threads - 1; pool.started++)
+    if (!start(pool.started + 1)) return 1;
+  pool.work = work, pool.model = model, pool.step = step;
+  LOCK();
+  atomic_fetch_add(&pool.run, 1);
+  if (pool.sleeping) WAKE();
+  UNLOCK();
+  work(model, step, &pool.team, 0);
+  barrier(&pool.team);
+  return 0;
+}
