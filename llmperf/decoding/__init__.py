@@ -5,7 +5,8 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "requests": "LOOPS WINDOW Request Stop Workload build prompts",
+        "requests": "LOOPS WINDOW Request Stop Workload build prompts published_sampling"
+        " published_stop",
         "sampling": "GREEDY PUBLISHED Sampling",
         "trace": "Agreement Recorder RequestTrace Trace agreement",
         "batch": "Batch last_column pad positions",

@@ -8,32 +8,17 @@ runs `cached`.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import importlib.util
-import os
-import platform
-import shutil
-import subprocess
-import sys
 import threading
-from functools import cache
-from pathlib import Path
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from llmperf.machine import cache_dir
+from llmperf.decoding.cpu_library import Unsupported, library, processor
 
-SOURCE = Path(__file__).with_name("step") / "step.c"
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in model.h
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 MOST_ROWS = 256  # tokens in one call; more are split
 _pool = threading.Lock()  # one caller at a time works with several threads
-
-
-class Unsupported(ValueError):
-    """This model, processor or machine cannot run the step in C; the message says why."""
 
 
 _address, _int, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -87,58 +72,6 @@ class Arguments(ctypes.Structure):
         ],
         *[(n, _int) for n in "rows wanted_count slot_count length threads".split()],
     ]
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled step, from the user's cache or built now. Raises Unsupported."""
-    compiler = _compiler()
-    text = b"".join(p.read_bytes() for p in sorted(SOURCE.parent.glob("*.[ch]")))
-    text += repr((compiler, FLAGS, platform.machine(), _processor())).encode()
-    ending = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    target = cache_dir() / "step" / (hashlib.sha256(text).hexdigest()[:16] + ending)
-    if not target.exists():
-        _build(compiler, target)
-    try:
-        loaded = ctypes.CDLL(str(target))
-    except OSError as error:
-        raise Unsupported(f"the compiled step cannot be loaded ({error})") from None
-    loaded.scratch_floats.restype = ctypes.c_int64
-    return loaded
-
-
-def _compiler() -> tuple[str, ...]:
-    """$CC, else a C compiler on the search path, else zig's (the optional extra `compiler`)."""
-    if named := os.environ.get("CC"):
-        return tuple(named.split())
-    for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return (found,)
-    if importlib.util.find_spec("ziglang"):
-        return (sys.executable, "-m", "ziglang", "cc")
-    raise Unsupported(
-        "there is no C compiler: install gcc or clang, or pip install 'llmperf-study[compiler]'"
-    )
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    return torch.backends.cpu.get_cpu_capability() + platform.processor()
-
-
-def _build(compiler: tuple[str, ...], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(f".{os.getpid()}.part")
-    libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
-    command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
-    if done.returncode:
-        first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
-        raise Unsupported(f"the C compiler failed: {first.strip()[:200]}")
-    part.replace(target)  # whole or not at all, also when two processes build it
 
 
 class CpuStep:
@@ -336,7 +269,7 @@ class CpuStep:
             raise Unsupported("its weights are not contiguous")
         if weight.dtype == torch.uint8:  # int4, two in a byte; scales (groups, rows, 2)
             columns, group = linear.inputs, 2 * columns // scale.shape[0]
-            if columns % group or rows % 64 or "AVX512" not in _processor():
+            if columns % group or rows % 64 or "AVX512" not in processor():
                 raise Unsupported("its 4-bit weights are packed for another kind of step")
             scale = scale.transpose(1, 2)
         bias = getattr(linear, "bias", None)

@@ -150,7 +150,8 @@ def _eager(model, requests, loop: str, sampling: Sampling, stop: Stop) -> Iterat
         yield row
         for i, token in enumerate(row):
             if token is not None:
-                left[i] = 0 if stop.ends(token, step) else left[i] - 1
+                ended = stop.ends(token, step, requests[i].prompt_ids)
+                left[i] = 0 if ended else left[i] - 1
         if not any(left):
             return
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmperf import DATA
-from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.sampling import PUBLISHED, Sampling
 
 LOOPS = ("recompute", "cached", "compiled")
 WINDOW = 200  # tokens that the published loop looks back
@@ -17,23 +17,23 @@ class Stop:
     """When a request ends.
 
     Forced length (the default) ignores every end token, so that each strategy does the same work.
-    With `min_tokens` the published rule applies: at or past that many tokens, the next token of
-    `sentence_ids` ends the request, and a token of `end_ids` ends it at any time.
+    A token of `end_ids` ends a request at any time. With `min_tokens`, which counts the prompt as
+    well, a token of `sentence_ids` ends it from that length on, and so does `pair[1]` when the
+    prompt's last token is `pair[0]`.
     """
 
     end_ids: frozenset[int] = frozenset()
     sentence_ids: frozenset[int] = frozenset()
     min_tokens: int | None = None
+    pair: tuple[int, int] | None = None
 
-    def ends(self, token: int, generated: int) -> bool:
+    def ends(self, token: int, generated: int, prompt_ids: Sequence[int] = ()) -> bool:
         """Whether `token`, the `generated`-th new one (from 1), is the last."""
         if token in self.end_ids:
             return True
-        return (
-            self.min_tokens is not None
-            and generated >= self.min_tokens
-            and token in self.sentence_ids
-        )
+        if self.min_tokens is None or len(prompt_ids) + generated < self.min_tokens:
+            return False
+        return token in self.sentence_ids or (*prompt_ids[-1:], token) == self.pair
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,24 @@ def _cycled(value: int | Sequence[int], i: int) -> int:
     return value[i % len(value)] if isinstance(value, Sequence) else value
 
 
-def published_stop(tokenizer, min_tokens: int) -> Stop:
-    """The publication's rule: past `min_tokens`, the next sentence mark; end of text at any time.
+MARKS = (".", "。", "!", "！", " ", "?", "？", ",", "，", ";", "；", ":", "：")
 
-    Source: `predict_one_sample` in "Large Language Model Inference Performance" (2024).
+
+def published_stop(tokenizer, min_tokens: int) -> Stop:
+    """The publication's rule, as printed, from `min_tokens` on (prompt and answer together).
+
+    A token that reads as one of the marks ends the text, a blank among them; so does token 3 when
+    the prompt ends with token 8 (the printed loop never updates `last_token_id`); the tokenizer's
+    end token ends it at any length. Source: `predict_one_sample` in the publication.
     """
     if min_tokens < 1:
         raise ValueError(f"min_tokens is {min_tokens}: it must be at least 1")
-    marks = [".", "。", "!", "！", "?", "？", ",", "，", ";", "；", ":", "："]
-    ids = (tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks)
-    sentence = frozenset(i[0] for i in ids if len(i) == 1)
-    end = tokenizer.eos_token_id
-    return Stop(frozenset() if end is None else frozenset({end}), sentence, min_tokens)
+    vocabulary, end = tokenizer.get_vocab(), tokenizer.eos_token_id
+    sentence = frozenset(vocabulary[mark] for mark in MARKS if mark in vocabulary)
+    return Stop(frozenset() if end is None else frozenset({end}), sentence, min_tokens, (8, 3))
+
+
+def published_sampling(tokenizer) -> Sampling:
+    """The published sampling: top-k, top-p, and the unknown token, if there is one, suppressed."""
+    unknown = tokenizer.unk_token_id
+    return replace(PUBLISHED, suppress=() if unknown is None else (unknown,))

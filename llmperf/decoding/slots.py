@@ -155,7 +155,8 @@ class Slots:
     def _take(self, slot: int, token: int) -> tuple[object, int, bool]:
         row = self._rows[slot]
         row.token, row.generated = token, row.generated + 1
-        last = row.generated == row.request.max_new_tokens or row.stop.ends(token, row.generated)
+        ended = row.stop.ends(token, row.generated, row.request.prompt_ids)
+        last = ended or row.generated == row.request.max_new_tokens
         if last:
             self._rows[slot] = None
         return row.key, token, last

@@ -1,9 +1,10 @@
-"""The loops beside their peers, interleaved in one process: tokens/s, MBU, ratio to `generate`.
+"""The loops and their peers, interleaved in one process: tokens/s, MBU, ratios with intervals.
 
-    python tests/benchmarks/bench_decoding.py [--dtypes fp32 bf16] [--rows 1 8] [--new 128]
+    python tests/benchmarks/bench_decoding.py [--dtypes fp32 bf16 int8 int4] [--rows 1 8] [--new 64]
 
 llama.cpp takes part at batch 1 when `llama-cpp-python` is installed. Keep the machine idle. The
 bandwidth of a shared one varies: it is measured in every round, and MBU is each round's own.
+Last come the ratios that the compiled loop is judged by.
 """
 
 import argparse
@@ -13,40 +14,35 @@ import time
 import torch
 
 from llmperf import decoding, models, stats
-from llmperf.decoding import requests as workload
-from llmperf.decoding import sampling
-from llmperf.decoding import static_cache as compiled
+from llmperf.decoding import GREEDY
 from llmperf.machine import ceilings
 from llmperf.strategies import llamacpp
 
 PROMPT = 32  # tokens
+QUANTISED = ("int8", "int4")
 
 
-def generate(model, asked, cache=None):
+def generate(model, asked):
     new = asked[0].max_new_tokens
     ids = torch.tensor([r.prompt_ids for r in asked], device=model.torch_device)
     options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    if cache:
-        options["cache_implementation"] = cache
     out = model.module.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[:, PROMPT:].T.tolist()
 
 
-def runs(model, asked):
+def runs(word, model, rows, new):
     """Name → a call that returns one list of tokens a step."""
-    greedy = sampling.GREEDY
+    asked = decoding.build(model.tokenizer, rows, PROMPT, new).requests
 
     def loop(name):
-        return lambda: list(decoding.decode(model, asked, loop=name, sampling=greedy))
+        return lambda: list(decoding.decode(model, asked, loop=name, sampling=GREEDY))
 
-    found = {
-        "generate": lambda: generate(model, asked),
-        "generate, static cache": lambda: generate(model, asked, "static"),
-        "cached": loop("cached"),
-        "compiled": loop("compiled"),
-    }
-    if len(asked) == 1 and not llamacpp.unavailable(model):
-        found["llama.cpp"] = llama_cpp(str(llamacpp.gguf(model.dtype)), asked[0])
+    found = {f"{word} x{rows} compiled": loop("compiled")}
+    if word not in QUANTISED:
+        found[f"{word} x{rows} generate"] = lambda: generate(model, asked)
+        found[f"{word} x{rows} cached"] = loop("cached")
+    if rows == 1 and not llamacpp.unavailable(model):
+        found[f"{word} x{rows} llama.cpp"] = llama_cpp(str(llamacpp.gguf(model.dtype)), asked[0])
     return found
 
 
@@ -76,48 +72,61 @@ def measure(found, repeats, device):
     return seconds, bandwidths
 
 
-def interval(one, other):
-    """Ratio of two lists of seconds, as speeds, with its 95 % interval over the rounds."""
-    ratio = stats.ratio_interval(other, one, paired=True)
-    span = "too few" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
-    return f"{ratio.value:8.2f} {span:>13}"
+def interval(slow, fast, scale=1.0):
+    """How many times as fast, by pairs of one round, with its 95 % interval."""
+    ratio = stats.ratio_interval([s * scale for s in slow], fast, paired=True)
+    if ratio.low is None:
+        return f"{ratio.value:.2f} (too few rounds for an interval)"
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def table(model, rows, new, repeats):
-    asked = workload.build(model.tokenizer, rows, PROMPT, new).requests
-    plan = compiled.prepare(model, rows, PROMPT + new, sampling.GREEDY)
-    found = runs(model, asked)
-    tokens = {name: run() for name, run in found.items()}  # warm-up
-    seconds, bandwidths = measure(found, repeats, model.device)
-    weights = sum(p.nbytes for p in model.module.parameters())
-    read = f"{min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s read"
-    print(f"\n{model.label()}, batch {rows}, {PROMPT} + {new} tokens, {model.device},", end=" ")
-    print(f"{torch.get_num_threads()} threads, {read},", end=" ")
-    print(f"compiled in {plan.compile_s:.1f} s{'; ' + plan.reason if plan.reason else ''}")
-    peer = "llama.cpp" if "llama.cpp" in seconds else "compiled"
-    print(f"{'':22} {'tokens/s':>8} {'MBU':>5} {'x generate':>22} {f'x {peer}':>22} {'same':>5}")
-    for name, times in seconds.items():
-        pairs = list(zip(sum(tokens[name], []), sum(tokens["cached"], []), strict=True))
-        same = sum(a == b for a, b in pairs) / len(pairs)
-        rounds = zip(times, bandwidths, strict=True)
-        mbu = statistics.median(weights * new / second / b for second, b in rounds)
-        print(f"{name:22} {rows * new / statistics.median(times):8.1f} {mbu:5.2f}", end=" ")
-        ratios = interval(times, seconds["generate"]), interval(times, seconds[peer])
-        print(f"{ratios[0]} {ratios[1]} {same:5.0%}")
+def verdicts(seconds, options):
+    """The ratios that the compiled loop is judged by."""
+    first, most = options.rows[0], options.rows[-1]
+    for word in options.dtypes:
+        one, many = (seconds.get(f"{word} x{n} compiled") for n in (first, most))
+        for peer in ("llama.cpp", "generate"):
+            for rows, times in ((first, one), (most, many)):
+                if other := seconds.get(f"{word} x{rows} {peer}"):
+                    print(f"{word} batch {rows}, compiled over {peer}: {interval(other, times)}")
+        if most > first:
+            ratio = interval(one, many, most / first)
+            print(f"{word} batch {most} over batch {first}, compiled: {ratio}")
+        if word in QUANTISED and (whole := seconds.get(f"bf16 x{first} compiled")):
+            print(f"{word} over bf16, batch {first}, compiled: {interval(whole, one)}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=models.EMBEDDED)
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16", "int8", "int4"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--new", type=int, default=128, help="tokens a request")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--new", type=int, default=64, help="tokens a request")
+    parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    for dtype in options.dtypes:
-        model = models.load(options.model, dtype=dtype)
+    found, weights = {}, {}
+    for word in options.dtypes:
+        how = {"dtype": "bf16", "quantization": word} if word in QUANTISED else {"dtype": word}
+        model = models.load(options.model, **how)
+        ready = decoding.prepare(model)
+        print(f"{model.label()}: {ready.loop}, ready in {ready.seconds:.1f} s {ready.reason or ''}")
+        size = sum(p.nbytes for p in model.module.parameters())
         for rows in options.rows:
-            table(model, rows, options.new, options.repeats)
+            added = runs(word, model, rows, options.new)
+            found |= added
+            weights |= dict.fromkeys(added, (size, rows))
+    for run in found.values():
+        run()  # warm-up
+    seconds, bandwidths = measure(found, options.repeats, model.device)
+    read = f"{min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s read"
+    print(f"{PROMPT} + {options.new} tokens, {torch.get_num_threads()} threads, {read}")
+    print(f"{'':24} {'tokens/s':>8} {'MBU':>5}")
+    for name, times in seconds.items():
+        size, rows = weights[name]
+        rounds = zip(times, bandwidths, strict=True)
+        mbu = statistics.median(size * options.new / second / b for second, b in rounds)
+        print(f"{name:24} {rows * options.new / statistics.median(times):8.1f} {mbu:5.2f}")
+    verdicts(seconds, options)
 
 
 if __name__ == "__main__":

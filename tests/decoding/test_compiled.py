@@ -10,7 +10,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmperf import decoding
-from llmperf.decoding import GREEDY, Request, Sampling, Slots, cpu_step, graph_step, loops
+from llmperf.decoding import (
+    GREEDY,
+    Request,
+    Sampling,
+    Slots,
+    cpu_library,
+    cpu_step,
+    graph_step,
+    loops,
+)
 from llmperf.decoding.requests import Stop
 from llmperf.models import Model, quantize
 
@@ -184,7 +193,7 @@ def test_int8_gives_the_tokens_of_the_eager_int8_model():
     assert batch(model, asked, "compiled", GREEDY) == batch(model, asked, "cached", GREEDY)
 
 
-@pytest.mark.skipif("AVX512" not in cpu_step._processor(), reason="torch packs otherwise here")
+@pytest.mark.skipif("AVX512" not in cpu_library.processor(), reason="torch packs otherwise here")
 def test_int4_is_as_close_as_the_eager_int4_model():
     torch.manual_seed(0)
     wide = dict(SMALL, hidden_size=128, intermediate_size=192, head_dim=32, num_key_value_heads=4)
@@ -233,11 +242,11 @@ def without(monkeypatch, message):
 
 
 def test_without_a_compiler_it_falls_back(monkeypatch):
-    monkeypatch.setattr(cpu_step.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cpu_step.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpu_library.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cpu_library.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(cpu_step.Unsupported, match="there is no C compiler"):
-        cpu_step._compiler()
+        cpu_library._compiler()
     without(monkeypatch, "there is no C compiler")
     assert decoding.prepare(tiny("llama")).reason == "there is no C compiler"
 
@@ -245,9 +254,9 @@ def test_without_a_compiler_it_falls_back(monkeypatch):
 def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     broken = tmp_path / "step.c"
     broken.write_text("this is not C")
-    monkeypatch.setattr(cpu_step, "SOURCE", broken)
+    monkeypatch.setattr(cpu_library, "SOURCE", broken)
     with pytest.raises(cpu_step.Unsupported, match="the C compiler failed: .*error"):
-        cpu_step._build(cpu_step._compiler(), tmp_path / "step.so")
+        cpu_library._build(cpu_library._compiler(), tmp_path / "step.so")
 
 
 def test_a_step_that_computes_something_else_is_refused(monkeypatch):

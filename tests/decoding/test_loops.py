@@ -112,6 +112,18 @@ def test_the_published_rule_knows_the_marks_of_the_tokenizer(embedded):
     rule = workload.published_stop(embedded.tokenizer, 4)
     assert embedded.tokenizer(".")["input_ids"][0] in rule.sentence_ids
     assert rule.end_ids == {embedded.tokenizer.eos_token_id}
+    assert not rule.ends(3, 1, prompt_ids=(1, 8))  # 3 tokens of the 4 that it asks for
+    assert rule.ends(3, 2, prompt_ids=(1, 8))  # token 3, and the prompt ends with token 8
+    assert not rule.ends(3, 2, prompt_ids=(8, 1))
+
+
+def test_the_published_rule_ends_loops_alike(tiny):
+    """The prompt counts: 9 of 12 tokens are there before the first new one."""
+    request = Request(0, tuple(range(40, 49)), 30, seed=1)
+    free = rows(tiny, [request], loop="cached")[0]
+    stop = Stop(sentence_ids=frozenset({free[1], free[5]}), min_tokens=12)
+    for loop in ("recompute", "cached", "compiled"):
+        assert rows(tiny, [request], loop=loop, stop=stop)[0] == free[:6]
 
 
 def test_every_token_has_its_time(tiny):

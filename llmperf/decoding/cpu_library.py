@@ -1,0 +1,77 @@
+"""The C source of the step, compiled once a machine and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from llmperf.machine import cache_dir
+
+SOURCE = Path(__file__).with_name("step") / "step.c"
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
+
+
+class Unsupported(ValueError):
+    """This model, processor or machine cannot run the step in C; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled step, from the user's cache or built now. Raises Unsupported."""
+    compiler = _compiler()
+    text = b"".join(p.read_bytes() for p in sorted(SOURCE.parent.glob("*.[ch]")))
+    text += repr((compiler, FLAGS, platform.machine(), processor())).encode()
+    ending = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    target = cache_dir() / "step" / (hashlib.sha256(text).hexdigest()[:16] + ending)
+    if not target.exists():
+        _build(compiler, target)
+    try:
+        loaded = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise Unsupported(f"the compiled step cannot be loaded ({error})") from None
+    loaded.scratch_floats.restype = ctypes.c_int64
+    return loaded
+
+
+def _compiler() -> tuple[str, ...]:
+    """$CC, else a C compiler on the search path, else zig's (the optional extra `compiler`)."""
+    if named := os.environ.get("CC"):
+        return tuple(named.split())
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc")
+    raise Unsupported(
+        "there is no C compiler: install gcc or clang, or pip install 'llmperf-study[compiler]'"
+    )
+
+
+def processor() -> str:
+    """What `-march=native` depends on."""
+    return torch.backends.cpu.get_cpu_capability() + platform.processor()
+
+
+def _build(compiler: tuple[str, ...], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
+    command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
+    if done.returncode:
+        first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+        raise Unsupported(f"the C compiler failed: {first.strip()[:200]}")
+    part.replace(target)  # whole or not at all, also when two processes build it
