@@ -6,13 +6,9 @@ GB there means GiB. Nothing here is fitted to the figures it is compared with.
 import csv
 from statistics import median
 
-from llmperf.models.shapes import REFERENCE, preset
-from llmperf.models.tensors import ModelShape
-from llmperf.predict.cards import GIB, card
-from llmperf.predict.costs import Cost, weights_read
-from llmperf.predict.ledger import at_rest
-from llmperf.predict.roofline import audit
-from llmperf.predict.sizes import kv_bytes
+from llmperf import REFERENCE
+from llmperf.models import ModelShape, shape_of
+from llmperf.predict import GIB, Cost, at_rest, audit, card, kv_bytes, weights_read
 
 # What the publication ran: GPT-2 in fp32 (0.46 GiB), Yi-6B in 16 bits (11.29 GiB), AWQ in 16 bits.
 MODELS = {
@@ -34,7 +30,7 @@ def _read(name: str) -> list[dict]:
 
 def _model(name: str) -> tuple[ModelShape, str]:
     known, dtype = MODELS[name]
-    return preset(known), dtype
+    return shape_of(known), dtype
 
 
 def audited() -> list[dict]:
@@ -113,7 +109,7 @@ def yi_deployment() -> list[dict]:
     rows = _read("yi_vram.csv")
     for row in rows:
         name, _, bits = row["model"].partition("-Chat")
-        shape = preset(f"{name}-chat".lower())
+        shape = shape_of(f"{name}-chat".lower())
         rest = at_rest(shape, "fp16", YI_QUANTIZATION.get(bits.strip("-"))).allocated
         per_token = int(row["batch_size"]) * kv_bytes(shape, 1, 1, "fp16")
         cell = float(row["vram_gb"])

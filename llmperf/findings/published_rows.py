@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from llmperf import predict
+from llmperf import REFERENCE, models, predict
 from llmperf.findings import published_audit
-from llmperf.models import shapes
 
 GIB = 2**30
 # What the publication ran: GPT-2 in fp32, Yi-6B in 16 bits, Yi-34B in 4 bits (AWQ).
@@ -68,7 +67,7 @@ def _device_levels() -> list[dict]:
     """The table of device memory against processes; it has no times."""
     import csv
 
-    with (shapes.REFERENCE / "process_vram.csv").open(encoding="utf-8", newline="") as file:
+    with (REFERENCE / "process_vram.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     idle = {r["platform"]: float(r["device_used_gb"]) for r in rows if r["processes"] == "0"}
     found = []
@@ -88,7 +87,7 @@ def _device_levels() -> list[dict]:
 
 def _bare(platform: str, gpu: str, model: str, strategy: str, level: int, experiment: str) -> dict:
     name, dtype, quantization = MODELS[model]
-    shape = shapes.preset(name)
+    shape = models.shape_of(name)
     return {
         "experiment": experiment,
         "kind": "measure",

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from llmperf import predict
+from llmperf import machine, models, predict
 from llmperf.findings.evidence import CANNOT_TELL, FAILS, HOLDS, Evidence, Figure, Setting
 from llmperf.findings.parts import Part, check
-from llmperf.models import shapes
 
 GIB = 2**30
 
@@ -36,7 +35,7 @@ def batch_reserved(evidence: Evidence) -> Iterator[Part]:
 
 def _shape(s: Setting):
     try:
-        return shapes.preset(str(s.condition.get("model")))
+        return models.shape_of(str(s.condition.get("model")))
     except ValueError:
         return None  # a model of the user's own: its arithmetic is not in the record
 
@@ -54,22 +53,17 @@ def _predicted_growth(s: Setting) -> tuple[float, float] | None:
     shape, c = _shape(s), s.condition
     if shape is None:
         return None
-    run = {"quantization": c.get("quantization"), "loop": c.get("loop", "cached")}
-    run |= _lengths(c) | {"platform": _platform(s), "masks": run["loop"] == "recompute"}
-    run["loop"] = "cached" if run["loop"] == "compiled" else run["loop"]
-    one, ten = (
-        predict.memory(shape, c.get("dtype", "fp16"), batch=n, strategy="batch", **run).to_dict()[
-            "levels"
-        ]["reserved"]
-        for n in (1, 10)
-    )
-    one, ten = (x.values() if isinstance(x, Mapping) else x for x in (one, ten))
-    (low1, high1), (low10, high10) = tuple(one)[:2], tuple(ten)[:2]
+    loop = c.get("loop", "cached")
+    run = _lengths(c) | {"platform": _platform(s), "masks": loop == "recompute"}
+    run["loop"] = "cached" if loop == "compiled" else loop
+    how = (shape, c.get("dtype", "fp16"), c.get("quantization"))
+    specs = (predict.RunSpec(*how, n, **run) for n in (1, 10))
+    (low1, high1), (low10, high10) = (predict.memory(spec).at("reserved") for spec in specs)
     return low10 - low1, high10 - high1
 
 
 def _platform(s: Setting) -> str:
-    return {"Windows": "windows", "WSL2": "wsl2"}.get(s.os, "linux")
+    return machine.platform_word("cuda", s.os)
 
 
 @check("processes-memory", "run notebook 06 with at least two numbers of processes")
@@ -158,10 +152,9 @@ def available_vram(evidence: Evidence) -> Iterator[Part]:
             continue
         ran = max((n for n in s.levels("batch") if n < min(beyond)), default=0)
         c = s.condition
-        fits = predict.largest_batch(
-            shape, budget, dtype=c.get("dtype", "fp16"), quantization=c.get("quantization"),
-            platform=_platform(s), idle_bytes=0, strategy="batch", **_lengths(c),
-        )  # fmt: skip
+        how = (shape, c.get("dtype", "fp16"), c.get("quantization"))
+        spec = predict.RunSpec(*how, platform=_platform(s), **_lengths(c))
+        fits = predict.largest_batch(spec, budget, idle_bytes=0)
         # The truth lies from the last that ran to the first that did not.
         verdict = HOLDS if 0.9 * ran <= fits.at_best and fits.surely <= 1.1 * min(beyond) else FAILS
         text = (

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
-from llmperf import predict
+from llmperf import models, predict
 from llmperf.findings.evidence import gather, label
 from llmperf.findings.runs.tables import variant
-from llmperf.models import shapes
 
 SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}  # MLPerf's for an 8B model
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -158,17 +157,13 @@ def predicted(model: str, card: str, dtype: str = "fp16", **lengths) -> list[Opt
 
     `lengths`: prompt_tokens (32) and new_tokens (128). Times are bounds, which no run beats.
     """
-    shape, known = shapes.preset(model), predict.card(card)
-    prompt, new = lengths.get("prompt_tokens", 32), lengths.get("new_tokens", 128)
+    known = predict.card(card)
     quantization = "awq" if "4bits" in model else None
-    run = {"dtype": dtype, "quantization": quantization, "prompt_tokens": prompt}
-    run |= {"new_tokens": new, "strategy": "batch"}
-    fits = predict.largest_batch(shape, int(known.memory_gib * 2**30), **run)
+    spec = predict.RunSpec(models.shape_of(model), dtype, quantization, **lengths)
+    fits = predict.largest_batch(spec, int(known.memory_gib * predict.GIB))
     if not fits.at_best:
         raise ValueError(f"{model} in {dtype} does not fit {known.name}: choose a larger card")
-    return [
-        _predicted(shape, known, n, run, quantization) for n in BATCHES if n <= max(1, fits.surely)
-    ]
+    return [_predicted(replace(spec, rows=n), known) for n in BATCHES if n <= max(1, fits.surely)]
 
 
 def choose(
@@ -239,16 +234,18 @@ def _memory(rows: Sequence[Mapping]) -> float | None:
     return None
 
 
-def _predicted(shape, card, batch: int, run: Mapping, quantization: str | None) -> Option:
-    prompt, new, dtype = run["prompt_tokens"], run["new_tokens"], run["dtype"]
-    found = predict.latency(
-        shape, dtype, quantization, batch, prompt, prompt + new // 2, predict.card_ceilings(card)
-    )
+def _predicted(spec: predict.RunSpec, card: predict.Card) -> Option:
+    batch, new, dtype, quantization = spec.rows, spec.new_tokens, spec.dtype, spec.quantization
+    context = spec.prompt_tokens + new // 2
+    found = predict.latency(spec, predict.card_ceilings(card), context=context)
     step, first = found.decode.seconds, found.prefill.seconds
     whole = first + (new - 1) * step
-    memory = predict.memory(shape, **{**run, "batch": batch}).high
+    memory = predict.memory(spec).high
     tokens = batch * new / whole
-    name = label({"model": shape.name, "dtype": dtype, "quantization": quantization, **run})
+    said = ("dtype", "quantization", "prompt_tokens", "new_tokens")
+    name = label(
+        {"model": spec.shape.name, "strategy": "batch"} | {k: getattr(spec, k) for k in said}
+    )
     return Option(
         "batch", batch, f"{name}, {card.name}", batch / whole, tokens, first * 1e3, step * 1e3,
         whole * 1e3, whole, memory, quantization or dtype, new, 0,

@@ -1,125 +1,13 @@
-"""Which machine is this: its description, a short name for it, and whether it is busy.
+"""What this machine is, what it can do at most, and what a fresh process takes of its memory."""
 
-Nothing in a description names a person, a host or a folder, so that a record can be shared.
-"""
+from llmperf import lazy_face
 
-import os
-import re
-import sys
-from pathlib import Path
-
-import psutil
-
-from llmperf.machine import gpu
-from llmperf.machine.probes import PROBES, cpu_others_percent
-from llmperf.machine.run_tool import ask
-
-BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
-BUSY_GPU_PERCENT = 10.0
-CPU_FAMILY = (
-    r"epyc|xeon|ryzen(?: \w+ \d\w+)?|core ultra \w+|i[3579]-\w+|apple m\d+(?: pro| max| ultra)?"
+__getattr__, __all__ = lazy_face(
+    __name__,
+    {
+        "description": "busy busy_warning cache_dir caption cores describe platform_word slug",
+        "probes": "PROBES",
+        "run_tool": "Unknown ask",
+        "units": "DTYPES DTYPE_BYTES GIB",
+    },
 )
-SLOW_S = {"last_level_cache_bytes": 20.0, "gpus": 20.0}  # PowerShell and a sleeping driver start
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for this kit: LLMPERF_CACHE, or the platform's place. Not created."""
-    if chosen := os.environ.get("LLMPERF_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llmperf"
-
-
-def describe() -> dict:
-    """This machine as flat values ready for JSON; `reasons` says why a value is None.
-
-    Units are in the names. `gpus` holds one dict a card, each with its own `reasons`; without a
-    card it is empty and `reasons["gpus"]` says why. In `packages` None means not installed.
-    """
-    values, reasons = {}, {}
-    for name, probe in PROBES.items():
-        values[name], reason = ask(probe, timeout_s=SLOW_S.get(name, 5.0))
-        if reason:
-            reasons[name] = reason
-    values["gpus"] = values["gpus"] or []
-    return {**values, "reasons": reasons}
-
-
-def _gpu_word(name: str) -> str:
-    """`NVIDIA GeForce RTX 4090` → `RTX 4090`."""
-    return " ".join(re.sub(r"\b(NVIDIA|GeForce|Tesla|GPU)\b", " ", name).split())
-
-
-def _cpu_word(model: str | None) -> str:
-    """The family that people call a processor by: `AMD EPYC 9354` → `epyc`."""
-    found = re.search(CPU_FAMILY, model or "", re.I)
-    return found[0] if found else (model or "cpu").split()[0]
-
-
-def slug(env: dict | None = None) -> str:
-    """A short name for captions and folders: `linux-2core-epyc`, `rtx-4090-wsl2`."""
-    env = env or describe()
-    system = env["os"] or "unknown"
-    if env["gpus"]:
-        parts = [_gpu_word(env["gpus"][0]["name"] or "gpu"), system]
-    else:
-        parts = [system, f"{cores(env)}core", _cpu_word(env["cpu_model"])]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
-
-
-def cores(env: dict) -> int:
-    """Whole cores that this process may use: the least of cores, affinity and container quota."""
-    limits = (env["cores_logical"], env["cores_allowed"], env["cores_quota"])
-    return max(1, int(min(limit for limit in (*limits, os.cpu_count() or 1) if limit)))
-
-
-def caption(env: dict | None = None) -> str:
-    """One line under a plot: `AMD EPYC, 2 cores, Linux, torch 2.13, no GPU`."""
-    env = env or describe()
-    count = cores(env)
-    parts = [env["cpu_model"] or "unknown CPU", f"{count} core{'s' * (count > 1)}", env["os"]]
-    torch = env["packages"].get("torch") if env["packages"] else None
-    parts.append("torch " + ".".join(torch.split(".")[:2]) if torch else "no torch")
-    for card in env["gpus"][:1]:
-        memory = card["memory_total_bytes"]
-        size = f" {memory / 2**30:.0f} GB" if memory else ""
-        model = f", {card['driver_model']}" if card["driver_model"] else ""
-        parts.append(f"{_gpu_word(card['name'] or 'GPU')}{size}, driver {card['driver']}{model}")
-    return ", ".join([part for part in parts if part] + ([] if env["gpus"] else ["no GPU"]))
-
-
-def busy_warning(cpu_percent: float | None, gpus: list[dict], own: set[int]) -> str | None:
-    """Why a measurement now would be dirty, or None. `own`: our process ids.
-
-    A desktop under WDDM lists every window as a user of the card, so there only the utilisation
-    counts; elsewhere a foreign compute process is enough.
-    """
-    found = []
-    if cpu_percent is not None and cpu_percent > BUSY_CPU_PERCENT:
-        found.append(f"other processes use {cpu_percent:.0f} % of the CPU")
-    for card in gpus:
-        if (card.get("utilization_percent") or 0) > BUSY_GPU_PERCENT:
-            found.append(f"{card['name']} is {card['utilization_percent']} % busy before the run")
-        listed = card.get("processes") or []
-        others = [p for p in listed if "C" in p["type"] and p["pid"] not in own]
-        if others and card.get("driver_model") != "WDDM":
-            found.append(f"{len(others)} other process(es) compute on {card['name']}")
-    return "; ".join(found) or None
-
-
-def busy(window_s: float = 0.3) -> str | None:
-    """A warning when others use the CPU or a card right now, else None. Takes `window_s` seconds.
-
-    In a container NVML shows the process ids of the host: our own process then counts as another,
-    so call this before the first use of the card.
-    """
-    cpu, _ = ask(lambda: cpu_others_percent(window_s), window_s + 5)
-    gpus, _ = ask(gpu.cards, 20.0)
-    me = psutil.Process()
-    own = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    return busy_warning(cpu, gpus or [], own)

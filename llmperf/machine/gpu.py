@@ -107,7 +107,7 @@ def processes(pynvml, handle) -> list[dict]:
     """Who uses the card: `name` (no folder), `type` (C compute, G graphics), `used_bytes`, `pid`.
 
     Under WDDM the memory of a process is not available (None); in a container the process ids are
-    those of the host, so they cannot be matched with `os.getpid()` [FIELD.md 2].
+    those of the host, so they cannot be matched with `os.getpid()`.
     """
     found: dict[int, dict] = {}
     for kind, list_of in (
@@ -136,7 +136,7 @@ def _process_name(pynvml, pid: int) -> str | None:
 
 
 def cards() -> list[dict]:
-    """All cards through NVML, or from the screen of nvidia-smi where NVML has no answer.
+    """All cards through NVML, or through nvidia-smi where NVML's binding is not installed.
 
     Raises `Unknown` when neither answers.
     """
@@ -147,22 +147,41 @@ def cards() -> list[dict]:
             return [card(pynvml, handle, i) for i, handle in enumerate(handles)]
     except Unknown as no_nvml:
         try:
-            return from_screen(run_tool("nvidia-smi"))
+            return queried("nvidia-smi")
         except Unknown as no_tool:
             raise Unknown(f"{no_nvml}; {no_tool}") from None
 
 
-def from_screen(text: str) -> list[dict]:
-    """The cards of an nvidia-smi screen in the form that `card` gives."""
-    screen = probe_text.smi_screen(text)
-    if not screen["gpus"]:
-        raise Unknown("nvidia-smi names no card")
-    rest = "the screen of nvidia-smi does not show it, and NVML did not answer"
-    read = [{**gpu, "driver": screen["driver"], "cuda": screen["cuda"]} for gpu in screen["gpus"]]
-    empty = dict.fromkeys(FIELDS)
-    return [
-        {**empty, **gpu, "reasons": {k: rest for k in FIELDS if gpu.get(k) is None}} for gpu in read
-    ]
+# field of a card → (what nvidia-smi calls it, what turns its text into the field)
+QUERY = {
+    "index": ("index", int),
+    "name": ("name", str),
+    "driver": ("driver_version", str),
+    "driver_model": ("driver_model.current", str),
+    "memory_total_bytes": ("memory.total", lambda mib: int(mib) << 20),
+    "memory_used_bytes": ("memory.used", lambda mib: int(mib) << 20),
+    "memory_free_bytes": ("memory.free", lambda mib: int(mib) << 20),
+    "power_limit_w": ("enforced.power.limit", float),
+    "utilization_percent": ("utilization.gpu", int),
+}
+
+
+def queried(program: str) -> list[dict]:
+    """The cards that nvidia-smi lists, in the form that `card` gives. Raises `Unknown`."""
+    names = ",".join(name for name, _ in QUERY.values())
+    text = run_tool(program, f"--query-gpu={names}", "--format=csv,noheader,nounits")
+    rows = [line.split(", ") for line in text.splitlines() if line.count(",") == len(QUERY) - 1]
+    if not rows:
+        raise Unknown(f"{program} names no card")
+    found = []
+    for row in rows:
+        values = dict.fromkeys(FIELDS)
+        for (field, (_, parse)), word in zip(QUERY.items(), row, strict=True):
+            values[field] = None if word.startswith("[") else parse(word.strip())  # [N/A]
+        absent = f"{program} does not say, and NVML did not answer"
+        reasons = {k: absent for k, v in values.items() if v is None}
+        found.append({**values, "reasons": reasons})
+    return found
 
 
 def nvml_handle(pynvml, device: str):

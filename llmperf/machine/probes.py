@@ -191,11 +191,11 @@ def _hags() -> bool:
 
 
 def _host_gpu() -> list[dict]:
-    """Under WSL2: driver model and users of the card as the Windows host sees them."""
+    """Under WSL2: driver model and memory of the cards as the Windows host sees them."""
     if _os() != "WSL2":
         raise Unknown("asked under WSL2 only")
-    keys = ("index", "name", "driver_model", "memory_used_bytes", "processes")
-    return [{k: g[k] for k in keys} for g in gpu.from_screen(_host_tool("nvidia-smi"))]
+    keys = ("index", "name", "driver_model", "memory_used_bytes")
+    return [{k: card[k] for k in keys} for card in gpu.queried("nvidia-smi.exe")]
 
 
 def _gil() -> bool:

@@ -44,15 +44,12 @@ def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> 
     bandwidth = limits["read_bytes_per_s"]["median"]
     flops = (limits["flops_per_s"][m.dtype] or {}).get("median")
     prompt, new = expected.mean(condition.prompt_tokens), expected.mean(condition.new_tokens)
-    once = predict.run_cost(
-        m.shape, m.dtype, rows, prompt, new, condition.loop, quantization=m.quantization
-    )
-    cost = once * (condition.level / rows)
+    spec = predict.RunSpec(m.shape, m.dtype, m.quantization, rows, prompt, new, condition.loop)
+    cost = predict.run_cost(spec) * (condition.level / rows)
     least = predict.bound(cost, bandwidth, flops)
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
-    how = (m.shape, m.dtype, m.quantization, rows, prompt, prompt + new // 2)
     no_launches = {**limits, "launch_s": None}
-    step = predict.latency(*how, no_launches, condition.loop).decode
+    step = predict.latency(spec, no_launches, context=prompt + new // 2).decode
     further = expected.beside(condition, rows, trace, limits) if expect else {}
     return {
         "bound_s": least.seconds,

@@ -10,8 +10,9 @@ from functools import cache
 from statistics import median
 
 from llmperf.decoding.sampling import Sampling, next_tokens
-from llmperf.machine.timing import DTYPES, seconds_of
-from llmperf.models.tensors import ModelShape
+from llmperf.machine import DTYPES
+from llmperf.machine.timing import seconds_of
+from llmperf.models import ModelShape
 
 
 @cache

@@ -10,13 +10,12 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from llmperf import decoding, predict
+from llmperf import decoding, models, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
-from llmperf.machine.timing import linear
+from llmperf.machine.rates import linear
 from llmperf.measure import between
 from llmperf.measure.condition import Condition
-from llmperf.models import quantize
 
 FOREIGN = ("endpoint", "continuous", "peer")  # their products are not those of our loops
 
@@ -30,19 +29,19 @@ def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> di
     m = condition.model
     prompt, new = mean(condition.prompt_tokens), mean(condition.new_tokens)
     loop, context = loop_of(condition), prompt + new // 2
-    at = {"batch": rows, "prompt_tokens": prompt, "context": context, "loop": loop}
     times = rates(condition, rows)
     if times is None:
         return {"expected_tpot_ms": None}
-    at |= {"ceilings": limits, "rates": times, "between_s": _between_s(condition, rows, context)}
-    how = (m.shape, m.dtype, m.quantization)
-    expected_s, measured = predict.latency(*how, **at).expected_decode_s, tpot_s(trace)
+    between_s = _between_s(condition, rows, context)
+    at = {"context": context, "rates": times, "between_s": between_s}
+    spec = predict.RunSpec(m.shape, m.dtype, m.quantization, rows, prompt, new, loop)
+    expected_s, measured = predict.latency(spec, limits, **at).expected_decode_s, tpot_s(trace)
     if expected_s is None or measured is None:
         return {"expected_tpot_ms": None}
     return {
         "expected_tpot_ms": expected_s * 1e3,
         "explained": expected_s / measured,
-        "limit": predict.latency(*how, **at, python_s=measured - expected_s).limit,
+        "limit": predict.latency(spec, limits, **at, python_s=measured - expected_s).limit,
     }
 
 
@@ -85,9 +84,9 @@ def rates(condition: Condition, rows: int) -> list[dict] | None:
     if (
         condition.strategy in FOREIGN
         or m.shape.quantization
-        or m.quantization in quantize.CHECKPOINT
-        or m.shape.moe
-        or m.shape.mla
+        or m.quantization in models.CHECKPOINT
+        or m.shape.experts
+        or m.shape.latent
     ):
         return None
     if loop == "recompute":
@@ -116,4 +115,4 @@ def _products(shape, word, rows: int, fused: bool) -> tuple:
 
 
 def _quantised(word: str) -> Callable:
-    return lambda weight: quantize.layer(weight, word)
+    return lambda weight: models.layer(weight, word)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 
 from llmperf import predict
-from llmperf.machine.probes import PROBES
+from llmperf.machine import platform_word
 from llmperf.measure.condition import Condition
 
 # The memory of an endpoint is another program's; processes are refused by their own check, which
@@ -48,32 +48,24 @@ def ledger(condition: Condition) -> predict.Ledger | None:
     """The predicted ledger of a run, nothing else on the device; None for what runs elsewhere."""
     if condition.strategy in ELSEWHERE:
         return None
-    m, platform = condition.model, platform_of(condition.model.device)
-    strategy, rows, workers = _side_by_side(condition)
-    return predict.memory(
-        m.shape, m.dtype, m.quantization, rows, condition.prompt_tokens,
-        _longest(condition.new_tokens), strategy, workers, platform, condition.loop, idle_bytes=0,
+    m, (rows, threads) = condition.model, _rows_and_threads(condition)
+    spec = predict.RunSpec(
+        m.shape, m.dtype, m.quantization, rows, _longest(condition.prompt_tokens),
+        _longest(condition.new_tokens), condition.loop, threads=threads,
+        platform=platform_word(m.device),
     )  # fmt: skip
+    return predict.memory(spec, idle_bytes=0)
 
 
-def platform_of(device: str) -> str:
-    """The ledger's word for where a model runs: cpu, linux, wsl2 or windows."""
-    if device == "cpu":
-        return "cpu"
-    known = PROBES["os"]().lower()
-    return known if known in SPILLS else "linux"
-
-
-def _side_by_side(c: Condition) -> tuple[str, int, int]:
-    """Strategy, rows of a step and workers, at the least that the run needs at one moment."""
-    workers = min(c.options.get("workers", c.level), c.level)
+def _rows_and_threads(c: Condition) -> tuple[int, int]:
+    """Rows of a step and worker threads, at the least that the run needs at one moment."""
     if c.strategy == "batch":
-        return "batch", min(c.options.get("batch_size", c.level), c.level), 1
+        return min(c.options.get("batch_size", c.level), c.level), 0
     if c.strategy == "threads":
-        return "threads", 1, workers
+        return 1, min(c.options.get("workers", c.level), c.level)
     if c.strategy == "peer":
-        return "batch", c.level if c.options.get("engine") != "llamacpp" else 1, 1
-    return c.strategy, 1, 1
+        return c.level if c.options.get("engine") != "llamacpp" else 1, 0
+    return 1, 0
 
 
 def cap(condition: Condition, memory_budget: int | None = None) -> float | None:
@@ -82,7 +74,7 @@ def cap(condition: Condition, memory_budget: int | None = None) -> float | None:
     Only this process's allocator is told, the card is left as it is. None where nothing is capped.
     """
     device = condition.model.device
-    if device == "cpu" or platform_of(device) not in SPILLS:
+    if device == "cpu" or platform_word(device) not in SPILLS:
         return None
     import torch
 
@@ -107,6 +99,8 @@ def memory(condition: Condition, given: int | None = None) -> Memory:
 
         free, total = torch.cuda.mem_get_info(device)
         # The context is there as well; its low bound, so that nothing is refused for it.
-        context = predict.memory(condition.model.shape, platform=platform_of(device))
+        context = predict.memory(
+            predict.RunSpec(condition.model.shape, platform=platform_word(device))
+        )
         held = torch.cuda.memory_reserved(device) + context.line("context and libraries").low
-    return Memory(predict.budget(platform_of(device), free, total, given), held)
+    return Memory(predict.budget(platform_word(device), free, total, given), held)

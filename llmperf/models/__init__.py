@@ -5,8 +5,11 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
+        "configs": "PRESETS config_of shape_of",
+        "loading": "EMBEDDED WEIGHTS LoadSpec Model load load_spec front byte_tokenizer",
         "embedded": "ModelUnavailable",
-        "loading": "EMBEDDED PRESETS WEIGHTS DTYPES LoadSpec Model load load_spec front"
-        " byte_tokenizer random_config",
+        "quantization": "CHECKPOINT QUANTIZATIONS converted scheme stored",
+        "quantize": "layer",
+        "shape": "CacheLayer ModelShape Tensor",
     },
 )

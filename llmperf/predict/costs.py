@@ -2,13 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 
-from llmperf.models.tensors import ModelShape
-from llmperf.predict.sizes import dtype_bytes, kv_bytes, stored
-
-LOOPS = ("recompute", "cached", "compiled")
-WINDOW = 200  # tokens that the published loop looks back
+from llmperf.decoding.requests import WINDOW
+from llmperf.models import ModelShape
+from llmperf.predict.sizes import dtype_bytes, kv_bytes, token_bytes, weights_read
+from llmperf.predict.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -26,32 +24,9 @@ class Cost:
         return Cost(self.bytes * times, self.flops * times, self.steps * times)
 
 
-@lru_cache(maxsize=64)
-def weights_read(shape: ModelShape, dtype: str, quantization: str | None = None) -> float:
-    """Bytes of parameters that one forward pass reads at least, whatever the batch.
-
-    The embedding is looked up, not read through, unless it is tied and so also the head; of a
-    mixture of experts at least the experts of one token are read.
-    """
-    total = 0.0
-    for tensor, size in stored(shape, dtype, quantization):
-        looked_up = tensor.kind == "position" or (
-            tensor.kind == "embedding" and not shape.tied_embeddings
-        )
-        if not looked_up:
-            total += size * _active(shape, tensor)
-    return total
-
-
-def _active(shape: ModelShape, tensor) -> float:
-    return shape.moe.per_token / shape.moe.experts if tensor.kind == "expert" else 1
-
-
-@lru_cache(maxsize=64)
-def linear_flops(shape: ModelShape) -> float:
-    """FLOPs of all matrix products of one token, the head left out: 2 per weight in use."""
-    kinds = ("linear", "expert", "router")
-    return sum(2 * t.numel * _active(shape, t) for t in shape.tensors() if t.kind in kinds)
+def head_flops(shape: ModelShape) -> int:
+    """FLOPs of the logits of one token."""
+    return 2 * shape.vocab * shape.hidden
 
 
 def attention_flops(shape: ModelShape, new: int, past: int) -> float:
@@ -59,12 +34,9 @@ def attention_flops(shape: ModelShape, new: int, past: int) -> float:
 
     Causal: token i looks at past + i tokens (its own included), at no more than the window.
     """
-    m = shape.mla
-    width = (m.nope_dim + m.rope_dim + m.value_dim) if m else 2 * shape.head_dim
-    pairs = 0
-    for window, layers in Counter(shape.windows or (None,) * shape.layers).items():
-        pairs += layers * _pairs(new, past, window)
-    return 2.0 * shape.heads * width * pairs
+    windows = Counter(shape.windows)
+    pairs = sum(layers * _pairs(new, past, window) for window, layers in windows.items())
+    return shape.pair_flops / max(1, len(shape.windows)) * pairs
 
 
 def _pairs(new: int, past: int, window: int | None) -> int:
@@ -74,67 +46,43 @@ def _pairs(new: int, past: int, window: int | None) -> int:
     return full + (new - growing) * (window or 0)
 
 
-def forward(
-    shape: ModelShape,
-    dtype: str,
-    batch: int,
-    new: int,
-    past: int = 0,
-    quantization: str | None = None,
-    cache: bool = True,
-    logits: int = 1,
-) -> Cost:
-    """One forward pass of `batch` rows: `new` tokens each after `past` cached ones.
+def forward(spec: RunSpec, new: int, past: int = 0, logits: int = 1) -> Cost:
+    """One forward pass of all rows: `new` tokens each after `past` cached ones.
 
-    Counts weights once, the cache read and written, and the logits of the last `logits` tokens.
+    Counts weights once, the cache read and written (not in `recompute`), and the logits of the
+    last `logits` tokens.
     """
-    moved = weights_read(shape, dtype, quantization)
-    if cache:
-        moved += kv_bytes(shape, batch, past, dtype)
-        moved += batch * new * shape.layers * shape.kv_elements_per_token * dtype_bytes(dtype)
-    head = 2 * shape.vocab * shape.hidden * logits
-    row = new * linear_flops(shape) + attention_flops(shape, new, past) + head
-    return Cost(moved, batch * row)
+    shape, rows = spec.shape, spec.rows
+    moved = weights_read(shape, spec.dtype, spec.quantization, rows * new)
+    if spec.loop != "recompute":
+        moved += kv_bytes(shape, rows, past, spec.dtype)
+        moved += rows * new * token_bytes(shape, spec.dtype)
+    row = new * shape.token_flops + attention_flops(shape, new, past)
+    return Cost(moved, rows * (row + past * shape.past_flops + logits * head_flops(shape)))
 
 
-def run(
-    shape: ModelShape,
-    dtype: str,
-    batch: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    loop: str = "cached",
-    quantization: str | None = None,
-    window: int = WINDOW,
-) -> Cost:
-    """A whole generation of one batch: the prompt, then token by token until `new_tokens`.
+def run(spec: RunSpec) -> Cost:
+    """The whole generation of one batch: the prompt, then token by token.
 
     `recompute` takes the logits of all its positions in each step, as published.
-    Raises ValueError for an unknown loop or sizes below one.
     """
-    if loop not in LOOPS:
-        raise ValueError(f"unknown loop {loop!r}: choose {', '.join(LOOPS)}")
-    if min(batch, prompt_tokens, new_tokens) < 1:
-        raise ValueError(
-            f"batch {batch}, prompt {prompt_tokens} and new tokens {new_tokens}: each at least 1"
-        )
-    if loop == "recompute":
-        lengths = Counter(min(window, prompt_tokens + i) for i in range(new_tokens))
-        passes = (
-            forward(shape, dtype, batch, n, 0, quantization, False, logits=n) * times
-            for n, times in lengths.items()
-        )
+    if spec.loop == "recompute":
+        starts = range(spec.prompt_tokens, spec.prompt_tokens + spec.new_tokens)
+        lengths = Counter(min(WINDOW, n) for n in starts)
+        passes = (forward(spec, n, logits=n) * times for n, times in lengths.items())
         return sum(passes, Cost(0, 0, 0))
-    prefill = forward(shape, dtype, batch, prompt_tokens, 0, quantization)
-    return prefill + _decode_steps(shape, dtype, batch, prompt_tokens, new_tokens - 1, quantization)
+    steps = _decode_steps(spec, spec.prompt_tokens, spec.new_tokens - 1)
+    return forward(spec, spec.prompt_tokens) + steps
 
 
-def _decode_steps(shape, dtype, batch, past, steps, quantization) -> Cost:
+def _decode_steps(spec: RunSpec, past: int, steps: int) -> Cost:
     """`steps` cached steps from `past` on: the sum of their `forward`, without a loop."""
-    per_token = batch * shape.kv_elements_per_token * dtype_bytes(dtype)
-    windows = Counter(shape.windows or (None,) * shape.layers)
-    entries = sum(n * _pairs(steps, past - 1, w) for w, n in windows.items())
-    moved = steps * weights_read(shape, dtype, quantization)
-    moved += per_token * (entries + steps * shape.layers)
-    row = steps * (linear_flops(shape) + 2 * shape.vocab * shape.hidden)
-    return Cost(moved, batch * (row + attention_flops(shape, steps, past)), steps)
+    shape, rows, item = spec.shape, spec.rows, dtype_bytes(spec.dtype)
+    moved = steps * weights_read(shape, spec.dtype, spec.quantization, rows)
+    for c, layers in Counter(shape.cache).items():
+        entries = _pairs(steps, past - 1, c.window) + steps  # read, and the new one written
+        moved += layers * rows * entries * (c.token_elements * item + c.token_bytes)
+        moved += layers * steps * (rows * (c.row_elements * item + c.row_bytes) + c.fixed_bytes)
+    row = steps * (shape.token_flops + head_flops(shape)) + attention_flops(shape, steps, past)
+    cached = steps * past + steps * (steps - 1) // 2
+    return Cost(moved, rows * (row + cached * shape.past_flops), steps)

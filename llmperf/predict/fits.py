@@ -1,12 +1,13 @@
 """What fits a card: refused beforehand, with the arithmetic, and the largest that does fit."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llmperf.models.tensors import ModelShape
+from llmperf.machine import GIB
 from llmperf.predict import cards
-from llmperf.predict.cards import GIB, Card
+from llmperf.predict.cards import Card
 from llmperf.predict.ledger import Ledger, memory
+from llmperf.predict.spec import RunSpec
 
 MARGIN = 0.05  # of the card, where it must never run full
 LEAST_MARGIN_GIB = 0.5
@@ -75,73 +76,65 @@ def check_fits(ledger: Ledger, budget_bytes: int) -> Fit:
     return fit
 
 
-def largest(ledger_of: Callable[[int], Ledger], budget_bytes: int, ceiling: int) -> Largest:
-    """The largest n up to `ceiling` whose ledger fits; ledgers must grow with n."""
-    return Largest(
-        _bisect(lambda n: ledger_of(n).high <= budget_bytes, ceiling),
-        _bisect(lambda n: ledger_of(n).low <= budget_bytes, ceiling),
-    )
+def largest(spec_of: Callable[[int], RunSpec], budget_bytes: int, ceiling: int, **known) -> Largest:
+    """The largest n up to `ceiling` whose ledger fits; ledgers must grow with n.
+
+    `known` is what `memory` takes beside the spec.
+    """
+
+    def most(bound: str) -> int:
+        low, high = 0, ceiling + 1  # low fits (nothing always does), high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = getattr(memory(spec_of(middle), **known), bound) <= budget_bytes
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    return Largest(most("high"), most("low"))
 
 
-def _bisect(fits: Callable[[int], bool], ceiling: int) -> int:
-    low, high = 0, ceiling + 1  # low fits (nothing always does), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def largest_batch(spec: RunSpec, budget_bytes: int, ceiling: int = 65536, **known) -> Largest:
+    """Rows that fit."""
+    return largest(lambda n: replace(spec, rows=n), budget_bytes, ceiling, **known)
 
 
-def largest_batch(shape: ModelShape, budget_bytes: int, ceiling: int = 65536, **run) -> Largest:
-    """Rows that fit; `run` is what `memory` takes."""
-    return largest(lambda n: memory(shape, **{**run, "batch": n}), budget_bytes, ceiling)
-
-
-def longest_context(shape: ModelShape, budget_bytes: int, **run) -> Largest:
-    """Tokens of prompt and answer that fit, up to the model's positions; new tokens as in `run`."""
-    new = run.get("new_tokens", 128)
-    found = largest(
-        lambda n: memory(shape, **{**run, "prompt_tokens": n}),
-        budget_bytes,
-        max(1, shape.max_positions - new),
-    )
+def longest_context(spec: RunSpec, budget_bytes: int, **known) -> Largest:
+    """Tokens of prompt and answer that fit, up to the model's positions; new tokens as given."""
+    new = spec.new_tokens
+    ceiling = max(1, spec.shape.max_positions - new)
+    found = largest(lambda n: replace(spec, prompt_tokens=n), budget_bytes, ceiling, **known)
     return Largest(*(n and n + new for n in (found.surely, found.at_best)))
 
 
-def most_processes(shape: ModelShape, budget_bytes: int, ceiling: int = 256, **run) -> Largest:
+def most_processes(spec: RunSpec, budget_bytes: int, ceiling: int = 256, **known) -> Largest:
     """Processes that fit, each with its own model and context."""
-    run = {**run, "strategy": "processes"}
-    return largest(lambda n: memory(shape, **{**run, "workers": n}), budget_bytes, ceiling)
+    return largest(lambda n: replace(spec, processes=n), budget_bytes, ceiling, **known)
 
 
-def advise(shape: ModelShape, card: Card, **run) -> list[str]:
+def advise(spec: RunSpec, card: Card) -> list[str]:
     """Does it fit this card, and if not, what would: one sentence each, the verdict first."""
-    size = int(card.memory_gib * GIB)
-    fit = judge(memory(shape, **run), size)
-    said = [f"{shape.name} on {card.name}: {fit.sentence}."]
+    size, book = int(card.memory_gib * GIB), memory(spec)
+    fit = judge(book, size)
+    said = [f"{spec.shape.name} on {card.name}: {fit.sentence}."]
     if fit.verdict == "fits":
         return said
-    rows = largest_batch(shape, size, **run)
-    tokens = longest_context(shape, size, **run)
+    rows, tokens = largest_batch(spec, size), longest_context(spec, size)
     if rows.at_best:
         said.append(f"Batch {rows.surely} surely fits, batch {rows.at_best} at best.")
     if tokens.at_best:
         said.append(
-            f"At batch {run.get('batch', 1)} a context of {tokens.surely} tokens surely fits, "
+            f"At batch {spec.rows} a context of {tokens.surely} tokens surely fits, "
             f"{tokens.at_best} at best."
         )
-    for word in ("bnb-8", "awq"):
-        smaller = judge(memory(shape, **{**run, "quantization": word}), size)
-        if run.get("quantization") is None and shape.quantization is None:
+    if spec.quantization is None and spec.shape.quantization is None:
+        for word in ("bnb-8", "awq"):
+            smaller = judge(memory(replace(spec, quantization=word)), size)
             said.append(f"With {word} weights: {smaller.sentence}.")
-    return said + _cards_that_hold(memory(shape, **run).high)
-
-
-def _cards_that_hold(size: int) -> list[str]:
-    """The smallest known card that surely holds `size` bytes, if there is one."""
-    known = [cards.card(name) for name in cards.names()]
-    enough = [c for c in known if c.memory_gib * GIB >= size]
-    smallest = min(enough, key=lambda c: c.memory_gib, default=None)
-    return [f"{smallest.name} ({smallest.memory_gib:g} GiB) surely holds it."] if smallest else []
+    known = [cards.card(name) for name in cards.card_names()]
+    enough = [c for c in known if c.memory_gib * GIB >= book.high]
+    if smallest := min(enough, key=lambda c: c.memory_gib, default=None):
+        said.append(f"{smallest.name} ({smallest.memory_gib:g} GiB) surely holds it.")
+    return said
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,14 @@ them); elsewhere a line has its own low and high. Levels follow what can be read
 the `device` with what others use. Each holds the ones before it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from llmperf.models.tensors import ModelShape
 from llmperf.predict import ledger_lines as lines_of
-from llmperf.predict.costs import LOOPS
-from llmperf.predict.ledger_lines import Line, Plan, at_rest
-
-__all__ = ["LEVELS", "Ledger", "Line", "at_rest", "memory"]
+from llmperf.predict.ledger_lines import Line
+from llmperf.predict.spec import RunSpec
 
 LEVELS = ("allocated", "reserved", "process", "device")
-PLATFORMS = ("linux", "wsl2", "windows", "cpu")
-STRATEGIES = (
-    "sequential", "batch", "coroutine", "threads", "processes", "dynamic", "continuous",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,79 +55,35 @@ class Ledger:
 
 
 def memory(
-    shape: ModelShape,
-    dtype: str = "fp16",
-    quantization: str | None = None,
-    batch: int = 1,
-    prompt_tokens: int | Sequence[int] = 32,
-    new_tokens: int = 128,
-    strategy: str = "sequential",
-    workers: int = 1,
-    platform: str = "linux",
-    loop: str = "cached",
-    *,
-    hopper: bool = False,
-    masks: bool = False,
-    attention: str = "sdpa",
-    overhead: Mapping | None = None,
-    idle_bytes: int | None = None,
+    spec: RunSpec, *, overhead: Mapping | None = None, idle_bytes: int | None = None
 ) -> Ledger:
-    """The ledger of a run, from the configuration alone, at its peak.
+    """The ledger of a run at its peak.
 
-    `batch` rows per step, all padded to the longest prompt. `workers` are the threads or processes
-    of those strategies, and 1 for the others. `hopper`: compute capability 9 or later. `masks`:
-    the mask or cosine buffers of transformers 4 (see `buffers_bytes`). `attention` eager keeps the
-    scores, sdpa does not. `overhead` is the result of `ceilings.overhead`, `idle_bytes` what is
-    used before anything starts; without them a range for the platform is taken.
-    Raises ValueError for words and sizes that cannot be.
+    `overhead` is the result of `ceilings.overhead`, `idle_bytes` what is used before anything
+    starts; without them a range for the platform is taken.
     """
-    longest = prompt_tokens if isinstance(prompt_tokens, int) else max(prompt_tokens, default=0)
-    plan = Plan(
-        shape, dtype, quantization, batch, longest, new_tokens, strategy, workers, platform, loop,
-        hopper, masks, attention,
-    )  # fmt: skip
-    _check(plan)
-    cuda = platform != "cpu"
     lines = [
-        lines_of.weights(plan),
-        lines_of.buffers(plan),
-        lines_of.cache(plan),
-        *lines_of.peak(plan),
+        lines_of.weights(spec),
+        lines_of.buffers(spec),
+        lines_of.cache(spec),
+        *lines_of.peak(spec),
     ]
-    if cuda:
-        lines += [lines_of.workspaces(plan), lines_of.rounding(plan)]
+    if spec.platform != "cpu":
+        lines += [lines_of.workspaces(spec), lines_of.rounding(spec)]
     lines += [
-        lines_of.slack(plan, lines),
-        lines_of.context(plan, overhead),
-        lines_of.idle(plan, idle_bytes),
+        lines_of.slack(spec, lines),
+        lines_of.context(spec, overhead),
+        lines_of.idle(spec, idle_bytes),
     ]
-    return Ledger(tuple(lines), _warnings(plan, overhead, idle_bytes))
+    return Ledger(tuple(lines), tuple(_warnings(spec, idle_bytes)))
 
 
-def _check(p: Plan) -> None:
-    for name, value, known in (
-        ("strategy", p.strategy, STRATEGIES),
-        ("platform", p.platform, PLATFORMS),
-        ("loop", p.loop, LOOPS),
-        ("attention", p.attention, ("sdpa", "eager")),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose {', '.join(known)}")
-    if min(p.batch, p.prompt, p.new, p.workers) < 1:
-        raise ValueError(
-            f"batch {p.batch}, prompt {p.prompt}, new tokens {p.new}, workers {p.workers}: "
-            "each must be at least 1"
+def _warnings(s: RunSpec, idle_bytes: int | None) -> Iterator[str]:
+    recompute = s.loop == "recompute"
+    if (s.seen + 1 if recompute else s.prompt_tokens + s.new_tokens) > s.shape.max_positions:
+        yield (
+            f"{s.prompt_tokens} + {s.new_tokens} tokens are beyond the {s.shape.max_positions}"
+            f" positions of {s.shape.name}: the memory is right, the text would not be"
         )
-
-
-def _warnings(p: Plan, overhead: Mapping | None, idle_bytes: int | None) -> tuple[str, ...]:
-    found = []
-    total = p.seen + 1 if p.loop == "recompute" else p.prompt + p.new
-    if total > p.shape.max_positions:
-        found.append(
-            f"{p.prompt} + {p.new} tokens are beyond the {p.shape.max_positions} positions of "
-            f"{p.shape.name}: the memory is right, the text would not be"
-        )
-    if p.platform in ("windows", "wsl2") and idle_bytes is None:
-        found.append("other programs share this card: shared nodes held 2.5 and 3.3 GiB at rest")
-    return tuple(found)
+    if s.platform in ("windows", "wsl2") and idle_bytes is None:
+        yield "other programs share this card: shared nodes held 2.5 and 3.3 GiB at rest"

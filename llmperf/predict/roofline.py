@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from llmperf.models.tensors import ModelShape
 from llmperf.predict import costs
 from llmperf.predict.costs import Cost
+from llmperf.predict.spec import RunSpec
 
 BANDWIDTH, ARITHMETIC, LAUNCHES, PYTHON = "bandwidth", "arithmetic", "launches", "Python"
 
@@ -40,18 +40,10 @@ def bound(
 
 
 def decode_bound(
-    shape: ModelShape,
-    dtype: str,
-    batch: int,
-    context: int,
-    bandwidth_bytes_s: float,
-    flops_s: float | None = None,
-    quantization: str | None = None,
+    spec: RunSpec, context: int, bandwidth_bytes_s: float, flops_s: float | None = None
 ) -> Bound:
     """The least seconds of one decode step: one token for each row after `context` cached ones."""
-    return bound(
-        costs.forward(shape, dtype, batch, 1, context, quantization), bandwidth_bytes_s, flops_s
-    )
+    return bound(costs.forward(spec, 1, context), bandwidth_bytes_s, flops_s)
 
 
 def mbu(bytes_moved: float, seconds: float, bandwidth_bytes_s: float) -> float:

@@ -11,8 +11,7 @@ import textwrap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llmperf import predict
-from llmperf.models import shapes
+from llmperf import models, predict
 from llmperf.predict import GIB
 from llmperf.show import plots
 
@@ -41,21 +40,21 @@ class Question:
     platform: str = "linux"
     memory_gib: float | None = None
 
-    def run(self) -> dict:
-        """What `predict.memory` takes beside the shape."""
+    def run(self) -> predict.RunSpec:
+        """The run that the question is about."""
         if self.context < 2:
             raise ValueError(f"context is {self.context}: give 2 tokens or more")
         new = max(1, self.context // ANSWER_SHARE)
-        many = {"strategy": "processes", "workers": self.processes}
-        return {
-            "dtype": self.dtype,
-            "quantization": None if self.quantization == "as stored" else self.quantization,
-            "batch": self.batch,
-            "prompt_tokens": self.context - new,
-            "new_tokens": new,
-            "platform": self.platform,
-            **(many if self.processes != 1 else {"strategy": "batch"}),
-        }
+        return predict.RunSpec(
+            models.shape_of(self.model),
+            self.dtype,
+            None if self.quantization == "as stored" else self.quantization,
+            self.batch,
+            self.context - new,
+            new,
+            processes=self.processes,
+            platform=self.platform,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,34 +69,34 @@ class Answer:
 def answer(question: Question) -> Answer:
     """Does it fit, and what would: ValueError in one sentence for a card or model not known."""
     card = predict.card(question.card, question.memory_gib)
-    shape, run = shapes.resolve(question.model), question.run()
-    book = predict.memory(shape, **run)
-    said = [*predict.advise(shape, card, **run), *(f"Note: {w}." for w in book.warnings)]
+    run = question.run()
+    book = predict.memory(run)
+    said = [*predict.advise(run, card), *(f"Note: {w}." for w in book.warnings)]
     books = {"as asked": book}
     size = int(card.memory_gib * GIB)
     if book.high > size:
-        books |= _smaller(question, shape, run, size)
+        books |= _smaller(question, run, size)
     return Answer(card, tuple(said), books)
 
 
-def _smaller(q: Question, shape, run: dict, size: int) -> dict[str, predict.Ledger]:
+def _smaller(q: Question, run: predict.RunSpec, size: int) -> dict[str, predict.Ledger]:
     """What surely fits when one thing is made smaller."""
     found = {
-        "batch": predict.largest_batch(shape, size, **run).surely,
-        "context": predict.longest_context(shape, size, **run).surely,
+        "batch": predict.largest_batch(run, size).surely,
+        "context": predict.longest_context(run, size).surely,
     }
     if q.processes > 1:
-        found["processes"] = predict.most_processes(shape, size, **run).surely
+        found["processes"] = predict.most_processes(run, size).surely
     unit = {"batch": "batch {:,}", "context": "{:,} tokens", "processes": "{:,} process(es)"}
     fits = {name: n for name, n in found.items() if 0 < n < getattr(q, name)}
     runs = {name: _run_with(q, run, name, n) for name, n in fits.items()}
-    return {unit[k].format(fits[k]): predict.memory(shape, **r) for k, r in runs.items()}
+    return {unit[k].format(fits[k]): predict.memory(r) for k, r in runs.items()}
 
 
-def _run_with(q: Question, run: dict, name: str, n: int) -> dict:
+def _run_with(q: Question, run: predict.RunSpec, name: str, n: int) -> predict.RunSpec:
     """The run with one number changed. A shorter context shortens the prompt, not the answer."""
     if name == "context":
-        return run | {"prompt_tokens": n - run["new_tokens"]}
+        return replace(run, prompt_tokens=n - run.new_tokens)
     return replace(q, **{name: n}).run()
 
 
@@ -128,7 +127,7 @@ def calculator(start: Question | None = None) -> ipywidgets.VBox:
 
     q = start or Question()
     fields = {
-        "model": w.Combobox(value=q.model, options=shapes.presets(), ensure_option=False),
+        "model": w.Combobox(value=q.model, options=models.PRESETS, ensure_option=False),
         "dtype": w.Dropdown(value=q.dtype, options=DTYPES),
         "quantization": w.Dropdown(value=q.quantization, options=QUANTIZATIONS),
         "card": w.Combobox(value=q.card, options=predict.card_names(), ensure_option=False),

@@ -45,10 +45,9 @@ def check_memory(
     machine when it is not given; memory that this module's own pool holds counts as free.
     """
     cpu = model.device == "cpu"
-    system = "cpu" if cpu else PROBES["os"]().lower()
-    platform = system if system in ("cpu", "windows", "wsl2") else "linux"
-    how = {"dtype": model.dtype, "quantization": model.quantization, "platform": platform}
-    one = predict.memory(model.shape, **how, strategy="processes", workers=1, idle_bytes=0)
+    platform = machine.platform_word(model.device)
+    spec = predict.RunSpec(model.shape, model.dtype, model.quantization, platform=platform)
+    one = predict.memory(spec, idle_bytes=0)
     weights_bytes = one.line("weights").low
     rest = one.low - weights_bytes
     copies = 1 if weights == "shared" else workers

@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
     machine = commands.add_parser("machine", help="describe this machine")
     machine.set_defaults(call=_machine)
-    models = commands.add_parser("models", help="list the presets")
+    models = commands.add_parser("models", help="sizes of the presets, or of the models named")
+    models.add_argument("models", nargs="*", help="preset, hub id, folder or config.json")
     models.set_defaults(call=_models)
 
     compare = commands.add_parser("compare", help="put runs side by side, from any machines")
@@ -118,14 +119,19 @@ def _machine(_) -> None:
     print(json.dumps(machine.describe(), indent=2, ensure_ascii=False))
 
 
-def _models(_) -> None:
-    from llmperf import models
-    from llmperf.models import shapes
+def _models(arguments) -> None:
+    from llmperf import models, predict
 
-    for name in models.PRESETS:
-        shape = shapes.preset(name)
-        print(f"{name:20} {shape.parameters() / 1e6:>10,.0f} M parameters, {shape.layers} layers")
-    print("Any hub id (owner/model) and any local folder work too.")
+    for name in arguments.models or models.PRESETS:
+        shape = models.shape_of(name)
+        gib = predict.weights_bytes(shape, "bf16") / predict.GIB
+        cache_mib = predict.kv_bytes(shape, 1, 1000, "bf16") / 2**20
+        print(
+            f"{shape.name:20} {shape.parameters() / 1e6:>10,.0f} M parameters, {shape.layers:>3}"
+            f" layers, {gib:>8,.2f} GiB in {shape.quantization or 'bf16'},"
+            f" {cache_mib:>7,.1f} MiB of cache for 1,000 tokens"
+        )
+    print("Any hub id (owner/model), local folder and config.json work too.")
 
 
 def _compare(arguments) -> None:

@@ -1,43 +1,35 @@
-"""Memory for a model's weights on a processor: private to the process, and in huge pages on Linux.
+"""Copy CPU weights into private, 64-byte-aligned memory; huge pages on Linux.
 
 A decoding step reads every weight once. With pages of 4 KiB the processor looks up an address every
 64 lines; with pages of 2 MiB the same read was 1.2 times as fast on a quiet virtual machine.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 HUGE = 2 << 20  # bytes of a huge page, on x86-64 and most ARM kernels
 LINE = 64  # bytes of a cache line: a vector that spans two of them is read twice
 
 
-def own(module: torch.nn.Module) -> None:
-    """Move all weights of a module on the CPU into memory of this process's own, in place.
+def copy_to_private_memory(module: torch.nn.Module) -> None:
+    """Move all weights of a module on the CPU into private memory, in place.
 
-    A loader may leave them a mapped file, which other processes would share unasked, and at
-    addresses that no vector is aligned to. Tensors of a library's own kind stay where they are.
+    A loader may leave them in a mapped file, which processes share, and at addresses that no
+    vector is aligned to. Tensors of a library's own class stay where they are.
     """
-    import torch
-
     plain = (torch.Tensor, torch.nn.Parameter)
     every = [*module.parameters(), *module.buffers()]
     weights = [t for t in every if type(t) in plain and t.is_contiguous() and t.numel()]
-    for tensor, room in zip(weights, rooms(weights), strict=True):
-        room.copy_(tensor.data)
-        tensor.data = room  # the old memory is free before the next tensor is copied
+    for tensor, copy in zip(weights, allocate_like(weights), strict=True):
+        copy.copy_(tensor.data)
+        tensor.data = copy  # the old memory is free before the next tensor is copied
 
 
-def rooms(tensors: Sequence[torch.Tensor], device: str = "cpu") -> Iterator[torch.Tensor]:
+def allocate_like(tensors: Sequence[torch.Tensor], device: str = "cpu") -> Iterator[torch.Tensor]:
     """Uninitialised memory of each tensor's shape and dtype; on Linux's CPU all in one block."""
-    import torch
-
     if device != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         yield from (torch.empty_like(t, device=device) for t in tensors)
         return
@@ -47,6 +39,6 @@ def rooms(tensors: Sequence[torch.Tensor], device: str = "cpu") -> Iterator[torc
         block.madvise(mmap.MADV_HUGEPAGE)  # before anything is written
     at = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % HUGE
     for tensor, size in zip(tensors, sizes, strict=True):
-        room = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=at)
-        yield room.view(tensor.shape)
+        memory = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=at)
+        yield memory.view(tensor.shape)
         at += size

@@ -1,0 +1,218 @@
+"""Find a model's configuration and its shape: preset, folder, config.json, hub id or mapping.
+
+A shape is read once from the module (`meta`) and then kept as JSON in the user's cache, by the
+configuration's hash and the version of transformers, so that a prediction needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from llmperf import DATA
+from llmperf.machine.description import cache_dir, save_whole
+from llmperf.models import embedded
+from llmperf.models.embedded import ModelUnavailable
+from llmperf.models.shape import ModelShape, from_json, to_json
+
+SCHEMA = 1  # of the kept shapes
+FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
+PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
+LARGEST_FILE = 1 << 20  # bytes of a config.json
+LIMITS = {"layer": 1_000, "expert": 10_000}  # of a count whose key has the word
+LARGEST = 100_000_000  # of any other count
+BUSY_S = 3.0  # the hub answers sooner, or there is no network
+
+
+@lru_cache
+def preset(name: str) -> dict | None:
+    """The file of a preset, `config`, `parameters`, `hub_id`, `source`, `date`; None if unknown.
+
+    A preset answers to its name, in any case, and to its hub id.
+    """
+    if file := FILES.get(name.lower()):
+        return json.loads(file.read_text(encoding="utf-8"))
+    ids = {preset(known)["hub_id"]: known for known in FILES} if name.count("/") == 1 else {}
+    return preset(ids[name]) if name in ids else None
+
+
+def config_of(source: str | Path) -> dict:
+    """The configuration behind a preset, a folder, a config.json, or a hub id.
+
+    A name without a separator is a preset: a folder is written with one, as ./gpt2. Raises
+    ModelUnavailable, naming what there is, when it is none of these or cannot be had.
+    """
+    if known := preset(str(source)):
+        return known["config"]
+    if file := _local_file(source):
+        return _read(file)
+    if str(source).count("/") != 1:
+        raise ModelUnavailable(
+            f"unknown model {str(source)!r}: choose {', '.join(PRESETS)}, a hub id such as"
+            " owner/model, a local folder such as ./my-model, or a config.json"
+        )
+    return _read(_from_hub(str(source)))
+
+
+def _local_file(source: str | Path) -> Path | None:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelUnavailable(
+                f"{path.name} has no config.json: give a folder that a model was saved in"
+            )
+        return path / "config.json"
+    return path if path.is_file() else None
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        try:
+            return Path(hf_hub_download(hub_id, "config.json", local_files_only=True))
+        except LocalEntryNotFoundError:
+            if not hub_answers():
+                raise
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelUnavailable(
+            f"cannot fetch the config.json of {hub_id} ({type(error).__name__}): download it once,"
+            f" give its file or folder, or choose {', '.join(PRESETS)}"
+        ) from error
+
+
+@lru_cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; asked once a process, within three seconds."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=BUSY_S)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _read(file: Path) -> dict:
+    if file.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes: no configuration has")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} holds no configuration: it must be a JSON object")
+    return found
+
+
+@lru_cache(maxsize=256)
+def _of_name(source: str, stamp: float) -> ModelShape:
+    shape = _of_config(config_of(source), _short_name(source))
+    known = preset(source)
+    return shape if not known else replace(shape, name=_short_name(source))
+
+
+def _short_name(source: str) -> str:
+    if source.lower() in FILES:
+        return source.lower()
+    local = source.rstrip("/\\")
+    if source.count("/") == 1 and not Path(source).exists():
+        return source
+    return Path(local).parent.name if local.endswith("config.json") else Path(local).name
+
+
+def shape_of(source, name: str | None = None) -> ModelShape:
+    """The shape of a preset, folder, config.json, hub id, or configuration (mapping or object).
+
+    Raises ValueError, in one sentence, for what cannot be had or is no decoder of transformers.
+    """
+    if isinstance(source, str | Path):
+        file = None if preset(str(source)) else _local_file(source)
+        shape = _of_name(str(source), file.stat().st_mtime if file else 0.0)
+        return replace(shape, name=name) if name else shape
+    config = source if isinstance(source, Mapping) else source.to_dict()
+    return _of_config(config, name or "model")
+
+
+def _of_config(config: Mapping, name: str) -> ModelShape:
+    _check_sizes(config)
+    noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    bare = {k: v for k, v in config.items() if k not in noise}
+    text = json.dumps(bare, sort_keys=True, default=str)
+    key = f"{SCHEMA} {importlib.metadata.version('transformers')} {text}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return replace(_kept(digest, text), name=name)
+
+
+@lru_cache(maxsize=256)
+def _kept(digest: str, config: str) -> ModelShape:
+    file = cache_dir() / "shapes" / f"{digest}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return from_json(file.read_text(encoding="utf-8"))
+    from llmperf.models import meta
+
+    plain = json.loads(config)
+    word = declared_word(plain)
+    declared = plain.pop("quantization_config", None) or {}
+    kept_plain = tuple(declared.get("modules_to_not_convert") or ())
+    shape = meta.read(as_object(plain), "model", word, kept_plain)
+    with suppress(OSError):  # a read-only cache costs time, not the answer
+        save_whole(file, to_json(shape))
+    return shape
+
+
+def as_object(config: Mapping):
+    """The transformers configuration of a mapping. Raises ValueError for a type not known there."""
+    from transformers import AutoConfig
+
+    fields = dict(config)
+    kind = fields.pop("model_type", None)
+    if fields.get("auto_map"):
+        raise ValueError(
+            f"the model ({kind}) brings its own Python code, which is never run here: use one that"
+            " transformers knows"
+        )
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # its validators raise errors of many kinds
+        first = (str(error).splitlines() or [""])[0][:120]
+        raise ValueError(f"transformers refuses the configuration of a {kind}: {first}") from error
+
+
+def _check_sizes(config: Mapping) -> None:
+    """Raise ValueError for counts that no model has, before anything is built."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = next((n for word, n in LIMITS.items() if word in key), LARGEST)
+            if "token_id" not in key and abs(value) > most:
+                raise ValueError(f"{key} is {value:,}: at most {most:,} can be")
+
+
+def declared_word(config: Mapping) -> str | None:
+    """The word for what a checkpoint declares, as `awq-4-g128`; see `quantization.scheme`."""
+    declared = config.get("quantization_config")
+    if not declared:
+        return None
+    method = str(declared.get("quant_method", "")).lower()
+    if method == "bitsandbytes":
+        double = "-double" if declared.get("bnb_4bit_use_double_quant") else ""
+        return "bnb-8" if declared.get("load_in_8bit") else f"bnb-4{double}"
+    if method in ("awq", "gptq"):
+        return f"{method}-{declared.get('bits', 4)}-g{declared.get('group_size', 128)}"
+    if method == "fp8":
+        block = declared.get("weight_block_size") or [0]
+        return f"fp8-b{block[0]}"
+    return method or "unknown"

@@ -1,0 +1,222 @@
+"""Read a decoder's shape from the module itself, built on torch's meta device without memory.
+
+Parameters and buffers are those of the module. Three short forward passes without data show what
+its cache holds and count the FLOPs of each kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
+from transformers import initialization as initialisation
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from llmperf.models.shape import CacheLayer, ModelShape, Tensor
+
+ROWS = 3  # of the passes; a dimension of the cache that is this long is the batch
+FOLLOWS = torch.bfloat16  # the dtype of the passes: tensors that have it follow the model's dtype
+ROLES = (  # of a parameter by its path in the module; the first that is found
+    ("router", r"router|shared_expert_gate|(^|\.)gate$"),
+    ("expert", r"(^|\.)experts(\.|$)"),
+    ("norm", r"norm|(^|\.)ln_|layernorm"),
+    ("attention", r"attn|attention"),
+    ("feed-forward", r"mlp|ffn|feed_forward|shared_expert|moe|(^|\.)fc\d|dense|c_fc|block_sparse"),
+)
+
+
+def module_of(config):
+    """The causal language model of a configuration, on the meta device, in `FOLLOWS`.
+
+    Raises ValueError, in one sentence, for what is no decoder of transformers.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder: use a decoder-only model")
+    try:
+        with torch.device("meta"), initialisation.no_init_weights():
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=FOLLOWS, experts_implementation="batched_mm"
+            )
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"transformers cannot build a decoder of type {config.model_type!r}"
+            f" ({_first_line(error)}): use a decoder-only model with a complete configuration"
+        ) from error
+    module.tie_weights()  # the meta device skips it with the initialisation
+    return module.eval()
+
+
+def read(config, name: str, quantization: str | None, unquantized: tuple[str, ...]) -> ModelShape:
+    """The shape of a transformers configuration (without its quantization_config)."""
+    logging.set_verbosity_error()
+    module = module_of(config)
+    text = config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    tensors = tuple(_tensors(module, text.hidden_size))
+    try:
+        cache, heads, flops = _passes(module, config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"a forward pass of {config.model_type!r} cannot be followed without data"
+            f" ({_first_line(error)}): its memory and time cannot be predicted"
+        ) from error
+    output = module.get_output_embeddings()
+    head = 2 * output.weight.numel() if output is not None else 0
+    token, pair, past = _split(flops, any(c.row_elements + c.row_bytes for c in cache))
+    experts, per_token = _experts(tensors, token - head)
+    query_heads = getattr(text, "num_attention_heads", None)
+    query_heads = query_heads if isinstance(query_heads, int) else heads[0]
+    return ModelShape(
+        name=name,
+        family=config.model_type,
+        architecture=type(module).__name__,
+        hidden=text.hidden_size,
+        layers=layers,
+        heads=query_heads,
+        kv_heads=heads[0],
+        head_dim=heads[1] or text.hidden_size // max(1, query_heads),
+        vocab=text.vocab_size,
+        max_positions=_positions(text),
+        tied_embeddings=output is not None
+        and output.weight is module.get_input_embeddings().weight,
+        experts=experts,
+        experts_per_token=per_token,
+        token_flops=token - head,
+        pair_flops=pair,
+        past_flops=past,
+        tensors=tensors,
+        buffers=tuple(
+            (b.numel(), 0 if b.dtype == FOLLOWS else b.element_size()) for b in module.buffers()
+        ),
+        cache=cache,
+        quantization=quantization,
+        unquantized=unquantized,
+    )
+
+
+def cache_argument(module) -> str:
+    """What the forward pass calls its cache: newer releases of transformers renamed it."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+def _positions(config) -> int:
+    """Longest text. A model without such a limit (state spaces) gets a million tokens."""
+    names = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
+    return next((n for k in names if isinstance(n := getattr(config, k, None), int)), 1 << 20)
+
+
+def _tensors(module, hidden: int) -> Iterator[Tensor]:
+    """Every parameter once, in the order of registration."""
+    head = module.get_output_embeddings()
+    inputs = module.get_input_embeddings()
+    owners = dict(module.named_modules())
+    strict = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+    for name, p in module.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        owner = owners[path]
+        layer = re.search(r"\.(\d+)\.", name)
+        linear = isinstance(owner, torch.nn.Linear | Conv1D) and leaf == "weight"
+        size = list(p.shape) or [1]
+        if isinstance(owner, torch.nn.Embedding):
+            learned = owner is not inputs and re.search(r"pos|wpe", path)
+            role = "position" if learned else "embedding"
+        elif owner is head:
+            role, linear = "head", False
+        else:
+            found = (r for r, pattern in ROLES if re.search(pattern, path, re.I))
+            role = next(found, "other")
+        count = size[0] if len(size) == 3 else 1
+        rows, columns = size[-2:] if len(size) > 1 else (size[0], 1)
+        if isinstance(owner, Conv1D) and len(size) == 2:
+            rows, columns = columns, rows  # it holds (in, out)
+        down = "down" in leaf
+        if len(size) == 3 and role == "expert" and (rows if down else columns) != hidden:
+            rows, columns = columns, rows  # gpt-oss holds (experts, in, out)
+        if len(size) > 3 or (len(size) == 3 and role != "expert"):
+            count, rows, columns = 1, size[0], p.numel() // size[0]
+        fp32 = any(re.search(rf"(^|\.){re.escape(s)}(\.|$)", name) for s in strict)
+        item = 4 if fp32 else 0 if p.dtype == FOLLOWS else p.element_size()
+        index = int(layer[1]) if layer else None
+        yield Tensor(name, role, index, rows, columns, count, linear, item)
+
+
+def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], list[float]]:
+    """Two tokens, then one, then one: the cache, its (heads, head size), FLOPs a row of each."""
+    cache, flops, seen = DynamicCache(config=config), [], []
+    for new in (2, 1, 1):
+        ids = torch.zeros(ROWS, new, dtype=torch.long, device="meta")
+        past = len(flops) + 1 if flops else 0
+        inputs = {"input_ids": ids, cache_argument(module): cache, "use_cache": True}
+        inputs |= {"position_ids": (torch.arange(new, device="meta") + past).expand(ROWS, new)}
+        counter, quiet = FlopCounterMode(display=False), warnings.catch_warnings()
+        with torch.no_grad(), counter, quiet:
+            warnings.simplefilter("ignore")  # of kernels that meta tensors do not have
+            out = module(**inputs)
+        flops.append(counter.get_total_flops() / ROWS)
+        seen.append([dict(_cached_tensors(layer)) for layer in cache.layers])
+    if not isinstance(getattr(out, "past_key_values", None), Cache):
+        raise ValueError("it is an encoder, or it keeps its state outside transformers' cache")
+    before, after = seen[-2:]
+    found = tuple(_cache_layer(*both) for both in zip(cache.layers, before, after, strict=True))
+    keys = (t["keys"].shape for t in after if "keys" in t and t["keys"].dim() == 4)
+    heads = next(((s[1], s[3]) for s in keys), (1, 0))
+    return found, heads, flops
+
+
+def _cached_tensors(layer) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in vars(layer).items():
+        inside = value.items() if isinstance(value, dict) else [("", value)]
+        for key, tensor in inside:
+            if isinstance(tensor, torch.Tensor):
+                yield f"{name}{key}", tensor
+
+
+def _cache_layer(layer, before: dict, after: dict) -> CacheLayer:
+    """From the cached tensors at three and at four tokens."""
+    token, row, fixed = [0, 0], [0, 0], 0
+    for name, tensor in after.items():
+        own = tensor.dtype != FOLLOWS
+        size = tensor.element_size() if own else 1
+        grown = tensor.numel() - before[name].numel()
+        if grown:
+            token[own] += grown // ROWS * size
+        elif tensor.dim() and tensor.shape[0] == ROWS:
+            row[own] += tensor.numel() // ROWS * size
+        else:
+            fixed += tensor.nbytes
+    return CacheLayer(*token, *row, fixed, getattr(layer, "sliding_window", None))
+
+
+def _split(flops: list[float], states: bool) -> tuple[float, float, float]:
+    """FLOPs of a token, of a pair of query and key, and of a cached token in each step.
+
+    A pass over n tokens after p cached ones takes n token + n (n + p) pair + p past. Linear
+    attention works in chunks when it prefills, so there only the steps are used.
+    """
+    first, second, third = flops
+    slope = third - second  # pair + past
+    pair = slope if states else max(0.0, (first - 2 * second + 4 * slope) / 2)
+    return second - 2 * slope - pair, pair, slope - pair
+
+
+def _experts(tensors: tuple[Tensor, ...], token_flops: float) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token passes, by the FLOPs that it takes."""
+    stacks = [t for t in tensors if t.role == "expert" and t.columns > 1]
+    if not stacks:
+        return 0, 0
+    numbered = {m[1] for t in stacks if (m := re.search(r"experts\.(\d+)\.", t.name))}
+    experts = max(len(numbered), *(t.count for t in stacks))
+    dense = sum(t.numel for t in tensors if t.linear and t.role != "expert")
+    dense += sum(t.numel for t in tensors if t.role == "router" and not t.linear and t.columns > 1)
+    share = (token_flops / 2 - dense) / sum(t.numel for t in stacks)
+    return experts, min(experts, max(1, round(share * experts)))

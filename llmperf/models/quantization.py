@@ -1,0 +1,148 @@
+"""Fewer bits a weight, as words and bytes, without torch: see `quantize` for the layers.
+
+Only the matrices of linear layers are quantised; embeddings, head, norms, biases and experts in
+stacks stay as they are. `int8` and `int4` run on torch's own kernels, `bnb-8` and `bnb-4` on
+bitsandbytes (optional extra `bnb`), a checkpoint in `awq` or `gptq` on gptqmodel (extra `awq`).
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from llmperf.models.embedded import ModelUnavailable
+from llmperf.models.shape import ModelShape, Tensor
+
+OURS, BNB, CHECKPOINT = ("int8", "int4"), ("bnb-8", "bnb-4"), ("awq", "gptq")
+QUANTIZATIONS = ("none", *OURS, *BNB, *CHECKPOINT)
+ALIASES = {"nf4": "bnb-4", "bnb-nf4": "bnb-4", "bnb-int8": "bnb-8"}
+GROUP = 64  # inputs that share a scale, in int4 and bnb-4
+NESTED = 256  # scales of bnb-4 that share a scale, with double quantisation
+NEEDS = {"bnb": "bitsandbytes", "awq": "gptqmodel"}  # {our optional extra: its module}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A quantisation. `group` counts the inputs that share a scale; of fp8 the side of a block."""
+
+    method: str  # int, bnb, awq, gptq, fp8, mxfp4
+    bits: int
+    group: int
+    double: bool = False  # the scales are quantised as well (bnb-4)
+
+
+def canonical(word: str | None) -> str | None:
+    """The one word of several that mean the same: nf4 is bnb-4."""
+    return ALIASES.get(word, word)
+
+
+def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
+    """The quantisation asked for, or else the one that the checkpoint declares.
+
+    Words: those of `QUANTIZATIONS`, `mxfp4`, and forms with sizes: `gptq-8-g64`, `bnb-4-double`,
+    `fp8-b128`. Raises ValueError for a word it does not know.
+    """
+    word = canonical(quantization) or shape.quantization
+    if word in (None, "none"):
+        return None
+    if word in ("int8", "int4"):
+        return Scheme("int", int(word[-1]), GROUP)
+    if match := re.fullmatch(r"bnb-([48])(-double)?", word):
+        return Scheme("bnb", int(match[1]), GROUP, bool(match[2]))
+    if match := re.fullmatch(r"fp8(?:-b(\d+))?", word):
+        return Scheme("fp8", 8, int(match[1] or 0))
+    if word == "mxfp4":
+        return Scheme("mxfp4", 4, 32)
+    match = re.fullmatch(r"(awq|gptq)(?:-([248]))?(?:-g(-?\d+))?", word)
+    if not match:
+        raise ValueError(
+            f"unknown quantization {word!r}: choose none, int8, int4, bnb-8, bnb-4, awq or gptq "
+            "(the last two also as gptq-8-g64)"
+        )
+    return Scheme(match[1], int(match[2] or 4), int(match[3] or 128))
+
+
+def converted(shape: ModelShape, t: Tensor, how: Scheme) -> bool:
+    """Whether a scheme converts this tensor of the model."""
+    if any(kept in t.name for kept in shape.unquantized if "*" not in kept):
+        return False
+    if how.method in ("fp8", "mxfp4") and t.role == "expert":
+        return t.columns > 1
+    return t.linear and t.role != "head" and how.method != "mxfp4"
+
+
+def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
+    """Bytes of the tensors that replace one matrix of `rows` outputs and `columns` inputs."""
+    if how.method == "int":  # int8: a scale a row; int4: scale and zero a group, padded to whole
+        groups = ceil(t.columns / how.group)
+        yield t.numel if how.bits == 8 else t.rows * groups * how.group // 2
+        yield item * t.rows * (1 if how.bits == 8 else 2 * groups)
+        return
+    yield t.numel * how.bits // 8
+    if how.method == "bnb" and how.bits == 8:  # one fp32 scale a row
+        yield 4 * t.rows
+    elif how.method == "bnb":  # an absmax a block of 64, and the table of 16 fp32 values
+        blocks = ceil(t.numel / how.group)
+        yield blocks if how.double else 4 * blocks
+        yield 4 * 16
+        if how.double:  # the absmax in int8, with its own absmax, table of 256, and offset
+            yield from (4 * ceil(blocks / NESTED), 4 * 256, 4)
+    elif how.method == "fp8":  # one fp32 scale a square block, or one for all
+        side = how.group
+        yield 4 * t.count * (ceil(t.rows / side) * ceil(t.columns / side) if side else 1)
+    elif how.method == "mxfp4":  # one 8-bit exponent for 32 inputs
+        yield t.numel // how.group
+    else:
+        groups = ceil(t.columns / how.group) if how.group > 0 else 1
+        yield groups * t.rows * how.bits // 8  # zero points, packed like the weights
+        yield groups * t.rows * 2  # scales, always fp16
+        if how.method == "gptq":
+            yield 4 * t.columns  # the group of each input, int32
+
+
+def check(word: str | None, dtype: str, device: str) -> str | None:
+    """The canonical word. Raises ValueError for one that is unknown or cannot run in `dtype` on
+    `device`, and ModelUnavailable where the library that it needs is not installed."""
+    word = canonical(word)
+    if word is None:
+        return None
+    if word not in QUANTIZATIONS:
+        known = ", ".join((*QUANTIZATIONS, *ALIASES))
+        raise ValueError(f"unknown quantization {word!r}: leave it None, or choose {known}")
+    if word == "int4" and device != "cpu":
+        raise ValueError("int4 has torch's kernel for CPUs only: use bnb-4 on a GPU")
+    if word == "int4" and dtype != "bf16":
+        raise ValueError(f"int4 computes in bf16, and dtype is {dtype}: use dtype bf16")
+    if word in BNB + CHECKPOINT:
+        require(word)
+    return word
+
+
+def require(word: str) -> None:
+    """Raise ModelUnavailable unless the library that runs the word is installed."""
+    extra = "bnb" if word in BNB else "awq"
+    if importlib.util.find_spec(NEEDS[extra]) is None:
+        raise ModelUnavailable(
+            f"{word} needs {NEEDS[extra]}, which is not installed here: install the"
+            f" optional extra with pip install 'llmperf-study[{extra}]', or choose another"
+            " quantization"
+        )
+
+
+def word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
+    """What to load a checkpoint with: the word asked for, held against what it declares.
+
+    `declared` may carry sizes (awq-4-g128). Raises ValueError where they differ, and
+    ModelUnavailable where the library is not installed.
+    """
+    if declared is None:
+        if word in CHECKPOINT:
+            raise ValueError(f"these weights are not quantised by {word}: leave quantization None")
+        return None if word == "none" else word
+    method = next((w for w in (*BNB, *CHECKPOINT) if declared.startswith(w)), declared)
+    if word not in (None, method):
+        raise ValueError(f"these weights are quantised by {method}: leave quantization None")
+    if method in BNB + CHECKPOINT:
+        require(method)
+    return method

@@ -1,0 +1,137 @@
+"""A decoder as plain data: its tensors, buffers, cache and arithmetic, without torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter tensor of a module.
+
+    `role`: embedding, position, head, attention, feed-forward, expert, router, norm, other.
+    A matrix is (rows, columns) = (out, in); an expert stack has `count` of them. `linear` marks
+    the weight of a linear layer, which a quantisation may convert. `item_bytes` is 0 where the
+    tensor has the model's dtype.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    rows: int
+    columns: int = 1
+    count: int = 1
+    linear: bool = False
+    item_bytes: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What one layer caches. Elements have the model's dtype, bytes have a dtype of their own.
+
+    `token_*` grow with the tokens of a row up to `window`, `row_*` do not grow (states of linear
+    attention), `fixed_bytes` are there once whatever the batch (index tensors).
+    """
+
+    token_elements: int
+    token_bytes: int
+    row_elements: int
+    row_bytes: int
+    fixed_bytes: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that decides a decoder's bytes and arithmetic. Sizes are counts of elements.
+
+    `token_flops` are the FLOPs of one token in all layers, attention and head left out;
+    `pair_flops` those of one query that attends to one key in all layers; `past_flops` those that
+    each cached token costs again in every step (latent attention expands it). `quantization` is
+    what the checkpoint declares. `buffers` are (elements, bytes an element; 0: the model's dtype).
+    """
+
+    name: str
+    family: str
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    tied_embeddings: bool
+    experts: int
+    experts_per_token: int
+    token_flops: float
+    pair_flops: float
+    past_flops: float
+    tensors: tuple[Tensor, ...] = field(hash=False, repr=False)
+    buffers: tuple[tuple[int, int], ...] = field(hash=False, repr=False)
+    cache: tuple[CacheLayer, ...] = field(hash=False, repr=False)
+    quantization: str | None = None
+    unquantized: tuple[str, ...] = ()  # modules that the checkpoint leaves as they are
+
+    def parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(t.numel for t in self.tensors)
+
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window in tokens of each layer that attends to cached tokens, or None."""
+        return tuple(c.window for c in self.cache if c.token_elements or c.token_bytes)
+
+    @property
+    def learned_positions(self) -> bool:
+        return any(t.role == "position" for t in self.tensors)
+
+    @property
+    def latent(self) -> bool:
+        """Whether the cache holds latents that each step expands (DeepSeek, arXiv:2405.04434)."""
+        return self.past_flops > 0
+
+    @cached_property
+    def intermediate(self) -> int:
+        """Width of the widest feed-forward part that one token passes."""
+        return max((columns for _, columns in self.widths("feed-forward", "expert")), default=0)
+
+    def widths(self, *roles: str) -> set[tuple[int, int]]:
+        """Of each block of these roles: outputs of all its linear layers but the last, and the
+        inputs of the last. Experts count as often as a token passes one."""
+        blocks: dict[tuple, list[Tensor]] = {}
+        for t in self.tensors:
+            if t.role in roles and (t.linear or t.role == "expert") and t.columns > 1:
+                blocks.setdefault((t.layer, t.role), []).append(t)
+        found = set()
+        for block in blocks.values():
+            each = self.experts_per_token if block[0].role == "expert" else 1
+            first = block[:2] if each > 1 and block[0].count == 1 else block[:-1]
+            found.add((each * sum(t.rows for t in first), each * block[-1].columns))
+        return found
+
+
+def to_json(shape: ModelShape) -> str:
+    """The shape as JSON; `from_json` reads it."""
+    plain = {f.name: getattr(shape, f.name) for f in fields(shape)}
+    for name in ("tensors", "cache"):
+        plain[name] = [list(asdict(x).values()) for x in plain[name]]
+    return json.dumps(plain)
+
+
+def from_json(text: str) -> ModelShape:
+    """Raises ValueError or TypeError for anything but the text of `to_json`."""
+    plain: Mapping = json.loads(text)
+    return ModelShape(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        | {
+            "tensors": tuple(Tensor(*row) for row in plain["tensors"]),
+            "cache": tuple(CacheLayer(*row) for row in plain["cache"]),
+            "buffers": tuple((n, size) for n, size in plain["buffers"]),
+        }
+    )

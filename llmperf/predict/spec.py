@@ -1,0 +1,67 @@
+"""`RunSpec`: the run that a prediction is about."""
+
+from dataclasses import dataclass
+
+from llmperf.decoding.requests import LOOPS, WINDOW
+from llmperf.machine import DTYPE_BYTES
+from llmperf.models import ModelShape
+
+PLATFORMS = ("linux", "wsl2", "windows", "cpu")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run as numbers: the model, how it is held, and what goes through it.
+
+    `rows` share a step, padded to `prompt_tokens`. `processes` each hold their own model;
+    `threads` are the worker threads of a process that run at the same time (0: only the main
+    thread). `platform` is `machine.platform_word`, `hopper` compute capability 9 or later. `masks`:
+    the mask or cosine buffers of transformers 4 (see `buffers_bytes`). `attention` eager keeps the
+    scores, sdpa does not. Raises ValueError for words and sizes that cannot be.
+    """
+
+    shape: ModelShape
+    dtype: str = "fp16"
+    quantization: str | None = None
+    rows: int = 1
+    prompt_tokens: int = 32
+    new_tokens: int = 128
+    loop: str = "cached"
+    processes: int = 1
+    threads: int = 0
+    platform: str = "linux"
+    hopper: bool = False
+    masks: bool = False
+    attention: str = "sdpa"
+
+    def __post_init__(self):
+        for name, known in (
+            ("dtype", DTYPE_BYTES),
+            ("platform", PLATFORMS),
+            ("loop", LOOPS),
+            ("attention", ("sdpa", "eager")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose {', '.join(known)}")
+        for name in ("rows", "prompt_tokens", "new_tokens", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}: it must not be negative")
+
+    @property
+    def concurrent(self) -> int:
+        """Batches that run at the same time in one process."""
+        return max(1, self.threads)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row that the cache holds at the end; a static one has room for all."""
+        return self.prompt_tokens + self.new_tokens - (self.loop != "compiled")
+
+    @property
+    def seen(self) -> int:
+        """Tokens of a row in the largest forward pass."""
+        if self.loop == "recompute":
+            return min(WINDOW, self.prompt_tokens + self.new_tokens - 1)
+        return self.prompt_tokens
