@@ -1,4 +1,4 @@
-"""Tiny random models of every family that `shapes` knows, for tests that count tensors."""
+"""Tiny random models of many decoders of transformers, as data, for tests that count tensors."""
 
 SMALL = dict(
     vocab_size=101,
@@ -49,6 +49,75 @@ CONFIGS = {
         dict(LATENT, q_lora_rank=10, n_group=2, topk_group=1, attention_bias=True),
     ),
 }
+
+# For every decoder: those of these fields that its configuration has.
+COMMON = dict(
+    SMALL,
+    num_local_experts=4,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    sliding_window=8,
+    head_dim=8,
+    ffn_dim=48,
+    d_model=32,
+    n_layers=4,
+    n_heads=4,
+    n_embd=32,
+    n_layer=4,
+    n_head=4,
+    n_positions=64,
+    max_seq_len=64,
+    d_ff=48,
+    rotary_dim=4,
+    word_embed_proj_dim=32,
+    state_size=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    n_routed_experts=4,
+    n_group=2,
+    topk_group=1,
+    num_heads=4,
+    num_layers=4,
+)
+USUAL = """
+afmoe apertus arcee aria_text bitnet bloom codegen cohere cohere2 cwm diffllama doge ernie4_5
+ernie4_5_moe exaone exaone4 exaone_moe falcon falcon_mamba flex_olmo gemma gemma2 gemma3_text glm
+glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 iquestcoder jais2 lfm2 llama
+llama4_text mamba mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder
+mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2
+qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2
+vaultgemma xglm
+"""
+SSM = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1)
+# Type → fields that differ from COMMON.
+DECODERS = {
+    **dict.fromkeys(USUAL.split(), {}),
+    "bamba": dict(SSM, attn_layer_indices=[1, 3]),
+    "deepseek_v2": dict(LATENT, q_lora_rank=None, topk_method="greedy"),
+    "deepseek_v3": dict(LATENT, q_lora_rank=10, n_group=2, topk_group=1),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=8),
+    "granitemoehybrid": dict(SSM, layer_types=["mamba", "attention"] * 2),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, mamba_dt_rank=4),
+    "mamba2": dict(num_heads=4, head_dim=16, expand=2, n_groups=1),
+}
+
+
+def config_of(kind: str, fields: dict):
+    """The configuration of a tiny decoder; the fields of COMMON that it has, and `fields`."""
+    from transformers import AutoConfig
+
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    usual = AutoConfig.for_model(kind)
+    known = {*usual.to_dict(), *type(usual).attribute_map}
+    common = {k: v for k, v in COMMON.items() if k in known and not set(SMALL) <= set(fields)}
+    if "sliding_window" in common and not usual.sliding_window:
+        del common["sliding_window"]
+    return AutoConfig.for_model(kind, **{**common, **fields, **ids})
 
 
 def build(case: str):

@@ -118,11 +118,12 @@ def cached(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
     padded = batch.padded
     position = positions(batch.mask)
     given = with_cache(model.module, DynamicCache(config=model.module.config))
+    attends = bool(model.shape.windows)  # without attention a step has no past to mask
     ids = batch.ids
     for step in range(batch.steps):
         out = model.module(
             input_ids=ids,
-            attention_mask=mask[:, : columns + step] if padded else None,
+            attention_mask=mask[:, : columns + step] if padded and (attends or not step) else None,
             position_ids=position,
             logits_to_keep=last_column(ids),
             **given,

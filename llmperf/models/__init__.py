@@ -10,6 +10,7 @@ __getattr__, __all__ = lazy_face(
         "embedded": "ModelUnavailable",
         "quantization": "CHECKPOINT QUANTIZATIONS converted scheme stored",
         "quantize": "layer",
+        "meta": "cache_argument cached_tensors",
         "shape": "CacheLayer ModelShape Tensor",
     },
 )

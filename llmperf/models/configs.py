@@ -174,20 +174,27 @@ def _kept(digest: str, config: str) -> ModelShape:
 
 def as_object(config: Mapping):
     """The transformers configuration of a mapping. Raises ValueError for a type not known there."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    fields = dict(config)
-    kind = fields.pop("model_type", None)
-    if fields.get("auto_map"):
+    kind = config.get("model_type")
+    if config.get("auto_map") and kind not in CONFIG_MAPPING:
         raise ValueError(
             f"the model ({kind}) brings its own Python code, which is never run here: use one that"
             " transformers knows"
         )
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model of type {kind!r}: update it, or use another")
     try:
-        return AutoConfig.for_model(kind, **fields)
+        plain = {k: v for k, v in config.items() if k != "auto_map"}
+        return CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(plain), object_hook=_infinity))
     except Exception as error:  # its validators raise errors of many kinds
         first = (str(error).splitlines() or [""])[0][:120]
         raise ValueError(f"transformers refuses the configuration of a {kind}: {first}") from error
+
+
+def _infinity(value: dict) -> dict | float:
+    """transformers saves an infinite number as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _check_sizes(config: Mapping) -> None:

@@ -48,6 +48,8 @@ def module_of(config):
             f"transformers cannot build a decoder of type {config.model_type!r}"
             f" ({_first_line(error)}): use a decoder-only model with a complete configuration"
         ) from error
+    for part in (config, config.get_text_config(decoder=True)):
+        part.pad_token_id = None  # some models look for padding in the data that there is not
     module.tie_weights()  # the meta device skips it with the initialisation
     return module.eval()
 
@@ -163,7 +165,7 @@ def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], li
             warnings.simplefilter("ignore")  # of kernels that meta tensors do not have
             out = module(**inputs)
         flops.append(counter.get_total_flops() / ROWS)
-        seen.append([dict(_cached_tensors(layer)) for layer in cache.layers])
+        seen.append([dict(cached_tensors(layer)) for layer in cache.layers])
     if not isinstance(getattr(out, "past_key_values", None), Cache):
         raise ValueError("it is an encoder, or it keeps its state outside transformers' cache")
     before, after = seen[-2:]
@@ -173,7 +175,7 @@ def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], li
     return found, heads, flops
 
 
-def _cached_tensors(layer) -> Iterator[tuple[str, torch.Tensor]]:
+def cached_tensors(layer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in vars(layer).items():
         inside = value.items() if isinstance(value, dict) else [("", value)]
         for key, tensor in inside:

