@@ -102,7 +102,7 @@ def test_a_peer_is_predicted_with_the_rows_that_it_runs_together(tiny, made_up):
 
 @pytest.mark.parametrize("word", [None, "int8"])
 def test_the_real_rates_name_every_product_of_the_model(tiny, word, monkeypatch):
-    monkeypatch.setattr("llmperf.machine.timing.past_caches_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr("llmperf.machine.rates.past_caches_bytes", lambda device: 1 << 16)
     model = replace(tiny, quantization=word)
     rates = expected.rates(Condition(model, prompt_tokens=8, new_tokens=4), 2)
     assert {(r["n"], r["k"]) for r in rates} == set(predict.matmul_shapes(tiny.shape))

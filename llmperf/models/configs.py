@@ -21,7 +21,7 @@ from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, from_json, to_json
 
-SCHEMA = 1  # of the kept shapes
+SCHEMA = 2  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 LARGEST_FILE = 1 << 20  # bytes of a config.json

@@ -22,6 +22,7 @@ from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.machine.units import DTYPES
 from llmperf.models import configs, embedded, quantize
 from llmperf.models.embedded import ModelUnavailable
+from llmperf.models.meta import stays_fp32
 from llmperf.models.quantization import CHECKPOINT, OURS, QUANTIZATIONS, check, word_of_checkpoint
 from llmperf.models.shape import ModelShape
 
@@ -275,7 +276,11 @@ def _random(name: str, spec: LoadSpec, word: str | None, seed: int):
         return quantize.random_module(config, word, dtype, spec.device, seed), word
     torch.manual_seed(seed)
     with torch.device(spec.device):  # a folder's configuration may name another dtype
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), None
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for tensor_name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if stays_fp32(module, tensor_name):  # as `from_pretrained` does
+            tensor.data = tensor.data.float()
+    return module, None
 
 
 def byte_tokenizer():

@@ -49,7 +49,7 @@ def module_of(config):
             f" ({_first_line(error)}): use a decoder-only model with a complete configuration"
         ) from error
     for part in (config, config.get_text_config(decoder=True)):
-        part.pad_token_id = None  # some models look for padding in the data that there is not
+        vars(part)["pad_token_id"] = None  # else some look for padding in data that is not there
     module.tie_weights()  # the meta device skips it with the initialisation
     return module.eval()
 
@@ -93,9 +93,7 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
         pair_flops=pair,
         past_flops=past,
         tensors=tensors,
-        buffers=tuple(
-            (b.numel(), 0 if b.dtype == FOLLOWS else b.element_size()) for b in module.buffers()
-        ),
+        buffers=tuple((b.numel(), _item_bytes(module, n, b)) for n, b in module.named_buffers()),
         cache=cache,
         quantization=quantization,
         unquantized=unquantized,
@@ -122,7 +120,6 @@ def _tensors(module, hidden: int) -> Iterator[Tensor]:
     head = module.get_output_embeddings()
     inputs = module.get_input_embeddings()
     owners = dict(module.named_modules())
-    strict = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
     for name, p in module.named_parameters():
         path, _, leaf = name.rpartition(".")
         owner = owners[path]
@@ -146,10 +143,21 @@ def _tensors(module, hidden: int) -> Iterator[Tensor]:
             rows, columns = columns, rows  # gpt-oss holds (experts, in, out)
         if len(size) > 3 or (len(size) == 3 and role != "expert"):
             count, rows, columns = 1, size[0], p.numel() // size[0]
-        fp32 = any(re.search(rf"(^|\.){re.escape(s)}(\.|$)", name) for s in strict)
-        item = 4 if fp32 else 0 if p.dtype == FOLLOWS else p.element_size()
         index = int(layer[1]) if layer else None
-        yield Tensor(name, role, index, rows, columns, count, linear, item)
+        yield Tensor(name, role, index, rows, columns, count, linear, _item_bytes(module, name, p))
+
+
+def _item_bytes(module, name: str, tensor: torch.Tensor) -> int:
+    """Bytes of an element; 0 where it has the model's dtype."""
+    if stays_fp32(module, name):
+        return 4
+    return 0 if tensor.dtype == FOLLOWS else tensor.element_size()
+
+
+def stays_fp32(module, name: str) -> bool:
+    """Whether loading leaves a parameter or buffer in fp32 whatever the model's dtype."""
+    kept = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+    return any(re.search(rf"(^|\.){re.escape(k)}(\.|$)", name) for k in kept)
 
 
 def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], list[float]]:

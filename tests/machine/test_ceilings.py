@@ -6,9 +6,11 @@ import torch
 from llmperf.machine import (
     card_specs,
     ceilings,
+    description,
     overhead,
+    rates,
+    timing,
 )
-from llmperf.machine import timing as timed
 from llmperf.machine.run_tool import Unknown
 
 MIB = 1 << 20
@@ -22,18 +24,16 @@ def half_a_second(monkeypatch):
         run()
         return [0.5] * repeats
 
-    monkeypatch.setattr(ceilings, "seconds_of", seconds_of)
-    monkeypatch.setattr(timed, "seconds_of", seconds_of)
+    monkeypatch.setattr(rates, "seconds_of", seconds_of)
 
 
 @pytest.fixture
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(ceilings, "past_caches_bytes", lambda device: 4 * MIB)
-    monkeypatch.setattr(timed, "past_caches_bytes", lambda device: 4 * MIB)
+    monkeypatch.setattr(rates, "past_caches_bytes", lambda device: 4 * MIB)
 
 
 def test_spread():
-    assert timed.spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {
+    assert timing.spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {
         "median": 3.0,
         "mad": 1.0,
         "samples": [1.0, 2.0, 3.0, 4.0, 100.0],
@@ -51,36 +51,36 @@ def test_seconds_waits_before_it_reads_the_clock_and_drops_the_first(monkeypatch
         events.append("wait")
         now[0] += 2.0
 
-    monkeypatch.setattr(timed.time, "perf_counter", lambda: now[0])
-    assert timed.seconds_of(run, wait, repeats=5, budget_s=1.0) == [3.0, 3.0, 3.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert timing.seconds_of(run, wait, repeats=5, budget_s=1.0) == [3.0, 3.0, 3.0]
     assert events == ["run", "wait"] * 4
 
 
 def test_read_bandwidth_counts_the_bytes_of_the_buffer(half_a_second, small_buffer):
-    rate = ceilings.read_bandwidth()
+    rate = rates.read_bandwidth()
     assert rate["median"] == 4 * MIB / 0.5
     assert rate["buffer_bytes"] == 4 * MIB
     assert rate["method"] in ("sum", "dot", "norm")
 
 
 def test_the_buffer_is_past_the_caches_and_leaves_memory_free(monkeypatch):
-    monkeypatch.setitem(timed.PROBES, "ram_available_bytes", lambda: 64 << 30)
-    monkeypatch.setitem(timed.PROBES, "last_level_cache_bytes", lambda: 96 * MIB)
-    assert timed.past_caches_bytes("cpu") == 8 * 96 * MIB
-    monkeypatch.setitem(timed.PROBES, "ram_available_bytes", lambda: 1 << 30)
-    assert timed.past_caches_bytes("cpu") == 128 * MIB
+    monkeypatch.setitem(rates.PROBES, "ram_available_bytes", lambda: 64 << 30)
+    monkeypatch.setitem(rates.PROBES, "last_level_cache_bytes", lambda: 96 * MIB)
+    assert rates.past_caches_bytes("cpu") == 8 * 96 * MIB
+    monkeypatch.setitem(rates.PROBES, "ram_available_bytes", lambda: 1 << 30)
+    assert rates.past_caches_bytes("cpu") == 128 * MIB
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_matmul_flops_counts_two_per_multiply_add(half_a_second, dtype):
-    rate = ceilings.matmul_flops(dtype)
+    rate = rates.matmul_flops(dtype)
     assert rate["size"] == 256  # half a second is long: no larger size is tried
     assert rate["median"] == 2 * 256**3 / 0.5
 
 
 def test_launch_latency(monkeypatch):
-    monkeypatch.setattr(ceilings, "TINY_OPS", 50)
-    launch = ceilings.launch_latency(repeats=3)
+    monkeypatch.setattr(rates, "TINY_OPS", 50)
+    launch = rates.launch_latency(repeats=3)
     assert 0 < launch["enqueue"]["median"] <= launch["drained"]["median"] < 0.01
     assert len(launch["drained"]["samples"]) == 3
 
@@ -95,7 +95,7 @@ def test_matmul_rates_reads_its_weights_from_memory(half_a_second, small_buffer)
 
         return run
 
-    rows = ceilings.matmul_rates([(64, 128), (64, 128)], "bf16", batches=(1, 4), product=product)
+    rows = rates.matmul_rates([(64, 128), (64, 128)], "bf16", batches=(1, 4), product=product)
     weight = 64 * 128 * 2
     copies = 2 * MIB // weight  # so that no cache holds them all
     assert len({pointer for _, _, pointer in seen}) == copies
@@ -127,8 +127,8 @@ def test_measure_is_json_and_says_why_a_type_is_missing(monkeypatch, half_a_seco
             raise RuntimeError("no kernel for Half\nand a long trace")
         return {"median": 1.0}
 
-    monkeypatch.setattr(ceilings, "matmul_flops", refuse)
-    monkeypatch.setattr(ceilings, "TINY_OPS", 10)
+    monkeypatch.setattr(rates, "matmul_flops", refuse)
+    monkeypatch.setattr(rates, "TINY_OPS", 10)
     result = ceilings.measure("cpu")
     assert json.loads(json.dumps(result)) == result
     assert result["flops_per_s"]["fp16"] is None
@@ -142,7 +142,7 @@ def test_measure_is_json_and_says_why_a_type_is_missing(monkeypatch, half_a_seco
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
-    monkeypatch.setattr(ceilings.machine, "busy", lambda: None)
+    monkeypatch.setattr(description, "busy", lambda: None)
     calls, warnings = [], [None]
 
     def measure(device):
@@ -180,10 +180,10 @@ def test_cached_survives_a_torn_or_old_file(counted):
 def test_what_was_measured_on_a_busy_machine_is_measured_again_when_idle(counted, monkeypatch):
     _, warnings, _ = counted
     warnings[0] = "others were busy"
-    monkeypatch.setattr(ceilings.machine, "busy", lambda: "still busy")
+    monkeypatch.setattr(description, "busy", lambda: "still busy")
     assert ceilings.cached("cpu")["n"] == ceilings.cached("cpu")["n"] == 1
     warnings[0] = None
-    monkeypatch.setattr(ceilings.machine, "busy", lambda: None)
+    monkeypatch.setattr(description, "busy", lambda: None)
     assert ceilings.cached("cpu")["n"] == 2
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmperf import machine
-from llmperf.machine import gpu, probe_text, run_tool
+from llmperf.machine import description, gpu, probe_text, run_tool
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -90,54 +90,31 @@ def test_container_kind(kind, cgroup, files, variables):
 
 
 MIB = 1 << 20
-SCREENS = {  # name, driver, cuda, model, used, total MiB, limit W, utilisation, processes
-    "windows_a2000": ("NVIDIA RTX A2000 Laptop GPU", "537.58", "12.2", "WDDM", 548, 4096, 70, 0, 9),
-    "wsl2_3090": ("NVIDIA GeForce RTX 3090", "546.29", "12.3", None, 2541, 24576, 380, 0, 1),
-    "wsl2_3060ti": ("NVIDIA GeForce RTX 3060 Ti", "546.33", "12.3", None, 3384, 8192, 220, 28, 1),
-    "windows_tcc_t4": ("Tesla T4", "522.06", "11.8", "TCC", 0, 15360, 70, 0, 0),
-    "windows_wddm_r443": ("Tesla T4", "443.05", "10.2", "WDDM", 435, 15360, None, 1, 2),
-    "windows_r550": ("NVIDIA GeForce RTX 4090", "560.94", "12.6", "WDDM", 1219, 24564, 450, 3, 0),
-    "linux_a10g": ("NVIDIA A10G", "535.247.01", "12.2", None, 8722, 23028, 300, 0, 1),
-}
 
 
-@pytest.mark.parametrize("screen", SCREENS)
-def test_smi_screen(screen):
-    name, driver, cuda, model, used, total, limit, util, count = SCREENS[screen]
-    (card,) = gpu.from_screen(recorded(f"smi_{screen}.txt"))
-    assert (card["name"], card["driver"], card["cuda"]) == (name, driver, cuda)
-    assert card["driver_model"] == model
-    assert card["memory_used_bytes"] == used * MIB
-    assert card["memory_total_bytes"] == total * MIB
-    assert card["power_limit_w"] == limit
-    assert card["utilization_percent"] == util
-    assert len(card["processes"]) == count
+def query(monkeypatch, text):
+    """The cards that an nvidia-smi with this output lists."""
+    monkeypatch.setattr(gpu, "run_tool", lambda *command: text)
+    return gpu.queried("nvidia-smi")
+
+
+A2000 = "0, NVIDIA RTX A2000 Laptop GPU, 537.58, WDDM, 4096, 548, 3548, [N/A], 0\n"
+A10G = "0, NVIDIA A10G, 535.247.01, [N/A], 23028, 8722, 14306, 300.00, 0\n"
+
+
+def test_the_query_of_nvidia_smi(monkeypatch):
+    (card,) = query(monkeypatch, A2000)
+    assert (card["name"], card["driver"]) == ("NVIDIA RTX A2000 Laptop GPU", "537.58")
+    assert (card["index"], card["driver_model"], card["utilization_percent"]) == (0, "WDDM", 0)
+    assert (card["memory_total_bytes"], card["memory_used_bytes"]) == (4096 * MIB, 548 * MIB)
+    assert card["power_limit_w"] is None
     assert set(gpu.FIELDS) <= set(card)
     assert all(card["reasons"][k] for k in gpu.FIELDS if card[k] is None)
-
-
-def test_smi_processes_have_no_folders_and_no_zero_for_unknown_memory():
-    (card,) = gpu.from_screen(recorded("smi_windows_a2000.txt"))
-    names = [p["name"] for p in card["processes"]]
-    assert names[:2] == ["WindowsTerminal.exe", "chrome.exe"]
-    assert all(p["used_bytes"] is None and p["type"] == "C+G" for p in card["processes"])
-    (card,) = gpu.from_screen(recorded("smi_linux_a10g.txt"))
-    assert card["processes"][0]["used_bytes"] == 8716 * MIB
-
-
-def test_two_cards_on_one_screen_keep_their_processes_apart():
-    text = recorded("smi_linux_a10g.txt")
-    card = "\n".join(line for line in text.splitlines() if "A10G" in line or "MiB /" in line)
-    second = card.replace("|   0  NVIDIA", "|   1  NVIDIA")
-    one, two = gpu.from_screen(text.replace(card.splitlines()[0], second + "\n" + card, 1))
-    assert {one["index"], two["index"]} == {0, 1}
-    by_index = {c["index"]: len(c["processes"]) for c in (one, two)}
-    assert by_index == {0: 1, 1: 0}
-
-
-def test_a_screen_without_a_card_is_unknown():
-    with pytest.raises(run_tool.Unknown):
-        gpu.from_screen("NVIDIA-SMI has failed because it could not talk to the driver.")
+    two = query(monkeypatch, A10G + A10G.replace("0,", "1,", 1))
+    assert [c["index"] for c in two] == [0, 1]
+    assert two[0]["power_limit_w"] == 300 and two[0]["driver_model"] is None
+    with pytest.raises(run_tool.Unknown, match="names no card"):
+        query(monkeypatch, "NVIDIA-SMI has failed because it could not talk to the driver.")
 
 
 # --- NVML, played by a stand-in ------------------------------------------------------------------
@@ -300,16 +277,17 @@ def test_describe_survives_probes_that_fail_or_hang(monkeypatch):
 
     monkeypatch.setitem(machine.PROBES, "power_plan", broken)
     monkeypatch.setitem(machine.PROBES, "gpus", lambda: time.sleep(9))
-    monkeypatch.setitem(machine.SLOW_S, "gpus", 0.05)
+    monkeypatch.setitem(description.SLOW_S, "gpus", 0.05)
     env = machine.describe()
     assert env["power_plan"] is None and "KeyError" in env["reasons"]["power_plan"]
     assert env["gpus"] == [] and "no answer" in env["reasons"]["gpus"]
     assert env["os"]
 
 
-def test_importing_machine_and_ceilings_does_not_import_torch():
-    code = "import sys, llmperf.machine.ceilings; sys.exit('torch' in sys.modules)"
-    root = Path(machine.__file__).parent.parent
+def test_describing_a_machine_imports_no_torch():
+    code = "import sys; from llmperf.machine import describe, gpu, overhead;"
+    code += " sys.exit('torch' in sys.modules)"
+    root = Path(machine.__file__).parent.parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     assert (
         subprocess.run(
@@ -336,13 +314,14 @@ def test_slug_and_caption(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert machine.slug(made_up()) == "linux-2core-epyc"
     assert machine.caption(made_up()) == "AMD EPYC 9354, 2 cores, Linux, torch 2.13, no GPU"
-    (card,) = gpu.from_screen(recorded("smi_windows_r550.txt"))
+    card = {"name": "NVIDIA GeForce RTX 4090", "driver": "560.94", "driver_model": "WDDM"}
+    card["memory_total_bytes"] = 24564 * MIB
     windows = made_up(os="Windows", gpus=[card], cores_logical=32, cores_allowed=32)
     assert machine.slug(windows) == "rtx-4090-windows"
     assert machine.caption(windows) == (
         "AMD EPYC 9354, 32 cores, Windows, torch 2.13, RTX 4090 24 GB, driver 560.94, WDDM"
     )
-    (card,) = gpu.from_screen(recorded("smi_wsl2_3060ti.txt"))
+    card = card | {"name": "NVIDIA GeForce RTX 3060 Ti"}
     assert machine.slug(made_up(os="WSL2", gpus=[card])) == "rtx-3060-ti-wsl2"
     assert machine.slug(made_up(cpu_model="Apple M2 Pro", os="macOS", cores_allowed=None)) == (
         "macos-2core-apple-m2-pro"
@@ -357,9 +336,10 @@ def test_cores_respects_the_quota_of_a_container(monkeypatch):
 
 
 def test_busy_warning():
-    (linux,) = gpu.from_screen(recorded("smi_linux_a10g.txt"))
-    (desktop,) = gpu.from_screen(recorded("smi_windows_a2000.txt"))
-    (shared,) = gpu.from_screen(recorded("smi_wsl2_3060ti.txt"))
+    process = {"pid": 3402470, "type": "C"}
+    linux = {"name": "NVIDIA A10G", "processes": [process]}
+    desktop = {"driver_model": "WDDM", "processes": [process | {"type": "C+G"}]}
+    shared = {"name": "NVIDIA GeForce RTX 3060 Ti", "utilization_percent": 28}
     assert machine.busy_warning(5.0, [], set()) is None
     assert "54 % of the CPU" in machine.busy_warning(54.0, [], set())
     assert "compute on NVIDIA A10G" in machine.busy_warning(0.0, [linux], set())
@@ -401,3 +381,10 @@ def test_a_real_card_is_described(env):
     card = env["gpus"][0]
     assert card["name"] and card["driver"] and card["cuda"]
     assert 0 < card["memory_used_bytes"] < card["memory_total_bytes"]
+
+
+def test_one_word_for_a_platform():
+    words = {"Windows": "windows", "WSL2": "wsl2", "macOS": "macos", "Linux": "linux"}
+    words |= {"WSL1": "linux"}
+    assert {system: machine.platform_word("cuda:0", system) for system in words} == words
+    assert machine.platform_word("cpu", "Windows") == "cpu"

@@ -18,6 +18,15 @@ def test_there_are_at_least_sixty_types():
     assert len(DECODERS) >= 60
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, and those of other tests may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=DECODERS)
 def decoder(request, tmp_path_factory):
     """A tiny model with random weights, loaded from its folder."""
@@ -51,6 +60,17 @@ def test_tokens_are_those_of_generate(decoder):
             requests = [Request(i, row, NEW) for i, row in enumerate(rows)]
             steps = decoding.decode(decoder, requests, loop=loop, sampling=GREEDY)
             assert [list(row) for row in zip(*steps, strict=True)] == expected, (loop, len(rows))
+
+
+def test_bytes_in_bf16_are_exact_for_trained_and_random_weights(decoder):
+    """Some routers and states stay in fp32."""
+    for weights in ("trained", "random"):
+        model = models.load(decoder.name, dtype="bf16", device="cpu", weights=weights)
+        held = [
+            sum(t.nbytes for t in ts) for ts in (model.module.parameters(), model.module.buffers())
+        ]
+        assert predict.weights_bytes(model.shape, "bf16") == held[0], weights
+        assert predict.buffers_bytes(model.shape, "bf16") == held[1], weights
 
 
 def test_bytes_are_exact_and_flops_are_those_of_torchs_counter(decoder):

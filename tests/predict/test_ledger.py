@@ -1,23 +1,24 @@
 """The ledger, the allocator's rules, the published memory figures, and what fits a card."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from tiny_models import CONFIGS
 
-from llmperf import predict
+from llmperf import REFERENCE, predict
 from llmperf.findings import published_audit
-from llmperf.models import shapes
-from llmperf.predict import ledger
+from llmperf.models import shape_of
+from llmperf.predict import RunSpec
 from llmperf.predict.allocator import MIB, place, rounded
 
-GIB = 2**30
-GPT2, YI_34B = shapes.preset("gpt2"), shapes.preset("yi-34b-chat-4bits")
+GIB = predict.GIB
+GPT2, YI_34B = shape_of("gpt2"), shape_of("yi-34b-chat-4bits")
 
 
 def tiny(case):
     family, fields = CONFIGS[case]
-    return shapes.from_config({"model_type": family, **fields})
+    return shape_of({"model_type": family, **fields})
 
 
 # The allocator
@@ -87,7 +88,7 @@ def test_published_reserved_lies_between_the_bounds():
     of ten, and what that had reserved was still there)."""
     checked = 0
     for r in published_audit.audited():
-        threads = int(r["concurrency"]) if r["strategy"] == "threads" else 1
+        threads = int(r["concurrency"]) if r["strategy"] == "threads" else 0
         if r["strategy"] not in ("batch", "sequential", "threads"):
             continue
         if threads > 1 and (r["model"] != "GPT2" or r["row"] != "total"):
@@ -96,10 +97,11 @@ def test_published_reserved_lies_between_the_bounds():
             continue
         shape, dtype = _published(r["model"])
         rows = int(r["batch_size"]) if r["strategy"] == "batch" else 1
-        bounds = predict.memory(
-            shape, dtype, batch=rows, prompt_tokens=16, new_tokens=256, strategy=r["strategy"],
-            workers=threads, platform="wsl2", loop="recompute", masks=True,
-        ).at("reserved")  # fmt: skip
+        spec = RunSpec(
+            shape, dtype, rows=rows, prompt_tokens=16, new_tokens=256, threads=threads,
+            platform="wsl2", loop="recompute", masks=True,
+        )  # fmt: skip
+        bounds = predict.memory(spec).at("reserved")
         assert bounds[0] <= float(r["reserved_gb"]) * GIB <= bounds[1], r["line"]
         checked += 1
     assert checked > 60
@@ -111,7 +113,7 @@ def _published(name):
         "Yi-6B-Chat": ("yi-6b-chat", "fp16"),
         "Yi-34B-Chat-4bits": ("yi-34b-chat-4bits", "fp16"),
     }[name]
-    return shapes.preset(known), dtype
+    return shape_of(known), dtype
 
 
 def test_yi_deployment_implies_lengths_within_the_models_positions():
@@ -132,11 +134,10 @@ def test_yi_deployment_implies_lengths_within_the_models_positions():
 
 
 def test_lines_add_up_and_levels_nest():
-    for strategy, workers in (("sequential", 1), ("threads", 4), ("processes", 3)):
-        for platform in ledger.PLATFORMS:
-            book = predict.memory(
-                GPT2, "fp32", batch=2, strategy=strategy, workers=workers, platform=platform
-            )
+    for threads, processes in ((0, 1), (4, 1), (0, 3)):
+        for platform in predict.PLATFORMS:
+            how = {"threads": threads, "processes": processes, "platform": platform}
+            book = predict.memory(RunSpec(GPT2, "fp32", rows=2, **how))
             levels = [book.at(level) for level in predict.LEVELS]
             assert levels == sorted(levels)
             assert all(0 <= line.low <= line.high and line.explanation for line in book.lines)
@@ -146,23 +147,23 @@ def test_lines_add_up_and_levels_nest():
 
 def test_what_grows_with_what():
     def line(name, **run):
-        return predict.memory(GPT2, **{"dtype": "fp32", "batch": 2, **run}).line(name)
+        return predict.memory(RunSpec(GPT2, "fp32", rows=2, **run)).line(name)
 
     assert line("weights").low == 4 * GPT2.parameters()
-    assert line("weights", strategy="threads", workers=3).low == 4 * GPT2.parameters()
-    assert line("weights", strategy="processes", workers=3).low == 12 * GPT2.parameters()
-    one = line("kv cache", prompt_tokens=[5, 30, 7], new_tokens=11)
-    # padded to 30; the last token is not fed back: 40 entries
+    assert line("weights", threads=3).low == 4 * GPT2.parameters()
+    assert line("weights", processes=3).low == 12 * GPT2.parameters()
+    one = line("kv cache", prompt_tokens=30, new_tokens=11)
+    # the last token is not fed back: 40 entries
     assert one.low == one.high == predict.kv_bytes(GPT2, 2, 40, "fp32")
-    for strategy in ("threads", "processes"):
-        many = line("kv cache", prompt_tokens=30, new_tokens=11, strategy=strategy, workers=3)
+    for workers in ("threads", "processes"):
+        many = line("kv cache", prompt_tokens=30, new_tokens=11, **{workers: 3})
         assert many.low == 3 * one.low
     assert line("kv cache", loop="recompute").low == 0
     assert line("kv cache", loop="compiled", prompt_tokens=30, new_tokens=11).low > one.low
     assert line("workspaces").low == 8_519_680
     assert line("workspaces", hopper=True).low == 32 * MIB
-    assert line("workspaces", strategy="threads", workers=10).low == 11 * 8_519_680
-    assert line("workspaces", strategy="processes", workers=3).low == 3 * 8_519_680
+    assert line("workspaces", threads=10).low == 11 * 8_519_680
+    assert line("workspaces", processes=3).low == 3 * 8_519_680
     positions = line("logits", loop="recompute", prompt_tokens=50, new_tokens=40)
     assert positions.low == 2 * 89 * GPT2.vocab * 4
     assert line("logits", prompt_tokens=50, new_tokens=40).low == 2 * GPT2.vocab * 4
@@ -172,8 +173,8 @@ def test_what_grows_with_what():
 
 def test_a_large_cache_later_covers_what_the_prefill_needs_now():
     """What a prefill of 400 tokens needs is less than what 299 more tokens of cache take."""
-    run = {"dtype": "fp32", "batch": 2, "prompt_tokens": 400}
-    short, long = (predict.memory(GPT2, **run, new_tokens=n) for n in (1, 300))
+    spec = RunSpec(GPT2, "fp32", rows=2, prompt_tokens=400)
+    short, long = (predict.memory(replace(spec, new_tokens=n)) for n in (1, 300))
     growth = long.line("kv cache").low - short.line("kv cache").low
     wide = 2 * 400 * (2 * 768 + 2 * 3072) * 4  # residual, normed copy, two intermediates, fp32
     assert short.line("activations").low == wide - short.line("logits").low
@@ -184,10 +185,12 @@ def test_a_large_cache_later_covers_what_the_prefill_needs_now():
 
 def test_a_sliding_prompt_is_held_whole_until_the_first_step():
     """Window 8, prompt 50: right after the prefill each layer still holds 50 tokens."""
-    run = {"dtype": "fp32", "prompt_tokens": 50, "new_tokens": 10}
     full, sliding = tiny("llama"), tiny("mistral")
-    a, b = (predict.memory(s, **run) for s in (full, sliding))
-    assert b.line("kv cache").low == 8 * a.line("kv cache").low // 59
+    a, b = (
+        predict.memory(RunSpec(s, "fp32", prompt_tokens=50, new_tokens=10)) for s in (full, sliding)
+    )
+    index = 4 * 8  # each of four sliding layers holds its window as one int64
+    assert b.line("kv cache").low == 8 * a.line("kv cache").low // 59 + index
     at_prefill = predict.kv_bytes(full, 1, 50, "fp32")
     assert b.line("activations").low > at_prefill - b.line("kv cache").low - b.line("logits").low
 
@@ -197,9 +200,8 @@ def test_measured_overhead_and_idle_use_take_the_place_of_ranges():
         "first": {"total": {"median": 500, "mad": 10}},
         "further": {"total": {"median": 300, "mad": 0}},
     }
-    book = predict.memory(
-        GPT2, strategy="processes", workers=3, overhead=measured, idle_bytes=77, platform="windows"
-    )
+    spec = RunSpec(GPT2, processes=3, platform="windows")
+    book = predict.memory(spec, overhead=measured, idle_bytes=77)
     context, idle = book.line("context and libraries"), book.line("idle use")
     assert (context.low, context.high) == (1100 - 30, 1100 + 30)
     assert (idle.low, idle.high) == (77, 77)
@@ -210,71 +212,73 @@ def test_published_device_use_lies_between_the_bounds():
     """1 to 4 processes of GPT-2, 0.3 GiB in use before; figures rounded to 0.1."""
     import csv
 
-    with (shapes.REFERENCE / "process_vram.csv").open(encoding="utf-8") as file:
+    with (REFERENCE / "process_vram.csv").open(encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if int(r["processes"])]
     assert len(rows) == 8
     for r in rows:
-        book = predict.memory(
-            GPT2, "fp32", batch=1, prompt_tokens=16, new_tokens=256, strategy="processes",
-            workers=int(r["processes"]), platform=r["platform"].lower(), loop="recompute",
-            masks=True, idle_bytes=int(0.3 * GIB),
+        spec = RunSpec(
+            GPT2, "fp32", prompt_tokens=16, new_tokens=256, processes=int(r["processes"]),
+            platform=r["platform"].lower(), loop="recompute", masks=True,
         )  # fmt: skip
+        book = predict.memory(spec, idle_bytes=int(0.3 * GIB))
         assert book.low - 0.05 * GIB <= float(r["device_used_gb"]) * GIB <= book.high + 0.05 * GIB
 
 
 def test_warnings_and_bad_input():
-    assert (
-        "beyond the 1024 positions of gpt2"
-        in predict.memory(GPT2, prompt_tokens=1000, new_tokens=100).warnings[0]
-    )
-    assert not predict.memory(GPT2, prompt_tokens=2000, loop="recompute").warnings
+    long = RunSpec(GPT2, prompt_tokens=1000, new_tokens=100)
+    assert "beyond the 1024 positions of gpt2" in predict.memory(long).warnings[0]
+    assert not predict.memory(RunSpec(GPT2, prompt_tokens=2000, loop="recompute")).warnings
     for wrong, says in (
-        ({"strategy": "magic"}, "unknown strategy 'magic'.*processes"),
         ({"platform": "amiga"}, "unknown platform"),
         ({"loop": "x"}, "unknown loop"),
-        ({"batch": 0}, "batch 0.*at least 1"),
-        ({"prompt_tokens": []}, "prompt 0"),
+        ({"rows": 0}, "rows is 0.*at least 1"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"threads": -1}, "threads is -1"),
         ({"dtype": "fp8"}, "unknown dtype"),
     ):
         with pytest.raises(ValueError, match=says):
-            predict.memory(GPT2, **wrong)
+            RunSpec(GPT2, **wrong)
 
 
 # What fits
 
 
-RUN = dict(dtype="fp16", batch=4, prompt_tokens=1536, new_tokens=512)
+RUN = RunSpec(YI_34B, "fp16", rows=4, prompt_tokens=1536, new_tokens=512)
 
 
 def test_yi_34b_on_an_rtx_3090():
-    said = predict.advise(YI_34B, predict.card("RTX 3090"), **RUN)
+    said = predict.advise(RUN, predict.card("RTX 3090"))
     assert "weights 17.91 + kv cache 1.87" in said[0]
     assert "might fit in 24.00 GiB" in said[0]
     assert any(s.startswith("Batch 3 surely fits") for s in said)
     assert said[-1] == "RTX 5090 (32 GiB) surely holds it."
-    plain = predict.advise(shapes.preset("yi-34b-chat"), predict.card("RTX 3090"), **RUN)
+    whole = replace(RUN, shape=shape_of("yi-34b-chat"))
+    plain = predict.advise(whole, predict.card("RTX 3090"))
     assert "does not fit" in plain[0]
     assert any(s.startswith("With awq weights") and "might fit" in s for s in plain)
 
 
 def test_the_largest_fits_and_one_more_does_not():
     size = 24 * GIB
-    for solve, key in ((predict.largest_batch, "batch"), (predict.most_processes, "workers")):
-        shape = shapes.preset("gpt2") if key == "workers" else YI_34B
-        found = solve(shape, size, **RUN | {"prompt_tokens": 512})
+    short = replace(RUN, prompt_tokens=512)
+    many = replace(short, shape=GPT2)
+    for solve, key, spec in (
+        (predict.largest_batch, "rows", short),
+        (predict.most_processes, "processes", many),
+    ):
+        found = solve(spec, size)
         assert 0 < found.surely < found.at_best
         for n, bound in ((found.surely, "high"), (found.at_best, "low")):
-            run = RUN | {"prompt_tokens": 512, key: n}
-            run |= {"strategy": "processes"} if key == "workers" else {}
-            assert getattr(predict.memory(shape, **run), bound) <= size
-            assert getattr(predict.memory(shape, **run | {key: n + 1}), bound) > size
-    context = predict.longest_context(YI_34B, size, **RUN)
+            assert getattr(predict.memory(replace(spec, **{key: n})), bound) <= size
+            assert getattr(predict.memory(replace(spec, **{key: n + 1})), bound) > size
+    context = predict.longest_context(RUN, size)
     assert 0 < context.surely < context.at_best <= YI_34B.max_positions
-    assert predict.largest_batch(shapes.preset("yi-34b-chat"), size, **RUN).at_best == 0
+    whole = replace(RUN, shape=shape_of("yi-34b-chat"))
+    assert predict.largest_batch(whole, size).at_best == 0
 
 
 def test_refused_beforehand_with_the_arithmetic():
-    book = predict.memory(shapes.preset("yi-6b-chat"), "fp16")
+    book = predict.memory(RunSpec(shape_of("yi-6b-chat")))
     with pytest.raises(predict.DoesNotFit, match=r"weights 11.29 .* does not fit in 8.00 GiB"):
         predict.check_fits(book, 8 * GIB)
     assert predict.check_fits(book, 24 * GIB).verdict == "fits"

@@ -1,22 +1,26 @@
 """Bytes, FLOPs, bounds and the audit: against real modules, by hand, over the published rows."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_models import CONFIGS, build
 
 from llmperf import predict
 from llmperf.findings import published_audit
-from llmperf.models import shapes
-from llmperf.predict import costs
-from llmperf.predict.costs import Cost
-
-GIB = 2**30
+from llmperf.models import cache_argument, cached_tensors, converted, scheme, shape_of, stored
+from llmperf.predict import Cost, RunSpec, forward
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def tiny(request):
     """(shape, module, configuration) of one family."""
     module, config = build(request.param)
-    return shapes.from_config(config.to_dict()), module, config
+    return shape_of(config), module, config
+
+
+def tiny_shape(case):
+    family, fields = CONFIGS[case]
+    return shape_of({"model_type": family, **fields})
 
 
 def _held(tensors) -> int:
@@ -25,16 +29,9 @@ def _held(tensors) -> int:
 
 
 def test_weights_are_exact_to_the_byte(tiny):
-    import torch
-
     shape, module, _ = tiny
     assert predict.weights_bytes(shape, "fp32") == _held(module.parameters())
     assert predict.buffers_bytes(shape, "fp32") == sum(b.nbytes for b in module.buffers())
-    try:
-        module.to(torch.bfloat16)
-        assert predict.weights_bytes(shape, "bf16") == _held(module.parameters())
-    finally:
-        module.to(torch.float32)
 
 
 @pytest.mark.parametrize("prompt, steps", [(5, 1), (12, 3), (3, 9)])
@@ -46,10 +43,10 @@ def test_the_cache_is_exact_to_the_byte(tiny, prompt, steps):
     shape, module, config = tiny
     cache, batch = DynamicCache(config=config), 2
     with torch.no_grad():
-        module(torch.ones(batch, prompt, dtype=torch.long), past_key_values=cache)
+        module(torch.ones(batch, prompt, dtype=torch.long), **{cache_argument(module): cache})
         for step in range(1, steps + 1):
-            module(torch.ones(batch, 1, dtype=torch.long), past_key_values=cache)
-            held = _held(t for layer in cache.layers for t in (layer.keys, layer.values))
+            module(torch.ones(batch, 1, dtype=torch.long), **{cache_argument(module): cache})
+            held = _held(t for layer in cache.layers for _, t in cached_tensors(layer))
             assert predict.kv_bytes(shape, batch, prompt + step, "fp32") == held
 
 
@@ -57,12 +54,12 @@ def test_linear_flops_are_those_of_the_modules_that_ran():
     """2 FLOPs a weight: every linear of a dense model runs once a token, head included."""
     for case in ("llama", "gpt2", "gemma2"):
         module, config = build(case)
-        shape = shapes.from_config(config.to_dict())
+        shape = shape_of(config)
         two_dimensional = sum(p.numel() for n, p in module.named_parameters() if p.dim() == 2)
         looked_up = shape.vocab * shape.hidden * (not shape.tied_embeddings)
         looked_up += shape.max_positions * shape.hidden * shape.learned_positions
         head = 2 * shape.vocab * shape.hidden
-        assert costs.linear_flops(shape) + head == 2 * (two_dimensional - looked_up), case
+        assert shape.token_flops + head == 2 * (two_dimensional - looked_up), case
 
 
 def test_quantized_weights_by_hand():
@@ -76,7 +73,7 @@ def test_quantized_weights_by_hand():
         num_attention_heads=4,
         max_position_embeddings=16,
     )
-    shape = shapes.from_config(config)
+    shape = shape_of(config)
     plain = 2 * (2 * 10 * 256 + 3 * 256)  # embedding, head and three norms in 16 bits
     weights = 4 * 256 * 256 + 3 * 256 * 128
     # AWQ, groups of 128 inputs: for each group and output a 4-bit zero and a 16-bit scale.
@@ -102,44 +99,73 @@ def test_quantized_weights_by_hand():
         predict.weights_bytes(shape, "fp8")
 
 
+def test_schemes_of_checkpoints_by_hand():
+    """Double quantisation, blocks of fp8, and experts in mxfp4; a norm in a list stays as it is."""
+    one = next(t for t in tiny_shape("llama").tensors if t.linear)  # 32 x 32
+    sizes = {
+        "bnb-4-double": [512, 16, 64, 4, 1024, 4],
+        "fp8-b8": [1024, 4 * 16],
+        "fp8": [1024, 4],
+    }
+    shape = tiny_shape("llama")
+    for word, expected in sizes.items():
+        assert list(stored(one, scheme(shape, word), 2)) == expected, word
+    gpt_oss, mxfp4 = shape_of("gpt-oss-20b"), scheme(shape_of("gpt-oss-20b"))
+    kinds = {t.role for t in gpt_oss.tensors if converted(gpt_oss, t, mxfp4)}
+    assert kinds == {"expert"}
+    kept = replace(shape, unquantized=("layers.0.self_attn",))
+    assert not converted(kept, one, scheme(kept, "awq"))
+
+
+def test_experts_that_a_batch_hits_are_read():
+    """8 experts, 2 a token: a quarter at one token, almost all of them at 30."""
+    shape = tiny_shape("deepseek-v3")
+    experts = sum(4 * t.numel for t in shape.tensors if t.role == "expert")
+    one, many = (predict.weights_read(shape, "fp32", None, n) for n in (1, 30))
+    assert many - one == pytest.approx(experts * ((1 - 0.75**30) - 0.25))
+
+
 def test_a_checkpoint_brings_its_own_quantization():
-    shape = shapes.preset("yi-34b-chat-4bits")
+    shape = shape_of("yi-34b-chat-4bits")
     assert predict.weights_bytes(shape, "fp16") == predict.weights_bytes(shape, "fp16", "awq")
     assert predict.weights_bytes(shape, "fp16", "none") == 2 * shape.parameters()
 
 
 def test_a_run_is_the_sum_of_its_forwards():
     for case in ("llama", "mistral", "gemma2", "deepseek-v3"):
-        family, fields = CONFIGS[case]
-        shape = shapes.from_config({"model_type": family, **fields})
-        total = costs.forward(shape, "fp32", 3, 6)
+        spec = RunSpec(tiny_shape(case), "fp32", rows=3, prompt_tokens=6, new_tokens=10)
+        total = forward(spec, 6)
         for past in range(6, 6 + 9):
-            total += costs.forward(shape, "fp32", 3, 1, past)
-        assert predict.run_cost(shape, "fp32", 3, 6, 10) == total
-    window = predict.run_cost(shape, "fp32", 1, 5, 20, loop="recompute", window=8)
-    lengths = [5, 6, 7] + [8] * 17
-    assert window.flops == sum(costs.forward(shape, "fp32", 1, n, logits=n).flops for n in lengths)
+            total += forward(spec, 1, past)
+        whole = predict.run_cost(spec)
+        assert (whole.bytes, whole.flops) == pytest.approx((total.bytes, total.flops), rel=1e-12)
+        assert whole.steps == total.steps == 10
+    spec = RunSpec(spec.shape, "fp32", prompt_tokens=198, new_tokens=20, loop="recompute")
+    lengths = [198, 199] + [predict.WINDOW] * 18
+    expected = sum(forward(spec, n, logits=n).flops for n in lengths)
+    assert predict.run_cost(spec).flops == pytest.approx(expected, rel=1e-12)
 
 
 def test_attention_counts_pairs():
-    shape = shapes.from_config({"model_type": "mistral", **CONFIGS["mistral"][1]})  # window 8
+    shape = tiny_shape("mistral")  # window 8
     pairs = sum(min(8, 5 + i) for i in range(1, 11))  # tokens 6 to 15, each with itself
     width = 2 * shape.heads * 2 * shape.head_dim * shape.layers
-    assert costs.attention_flops(shape, 10, 5) == width * pairs
-    assert costs.attention_flops(shape, 3, 20) == width * 3 * 8
+    assert predict.attention_flops(shape, 10, 5) == width * pairs
+    assert predict.attention_flops(shape, 3, 20) == width * 3 * 8
 
 
 def test_the_decode_bound_by_hand():
     """SmolLM2 in fp32 at 30 GB/s: 134,515,008 x 4 bytes take 17.9 ms, 56 tokens/s."""
-    shape = shapes.preset("smollm2-135m")
-    bound = predict.decode_bound(shape, "fp32", 1, 0, 30e9, 0.33e12)
+    shape = shape_of("smollm2-135m")
+    spec = RunSpec(shape, "fp32")
+    bound = predict.decode_bound(spec, 0, 30e9, 0.33e12)
     # the cache's new entry: 30 layers, keys and values of 3 heads of 64, 4 bytes
     assert bound.bytes == 134_515_008 * 4 + 30 * 2 * 3 * 64 * 4
     assert bound.limit == "bandwidth"
     assert 1 / bound.seconds == pytest.approx(55.7, abs=0.1)
-    assert predict.decode_bound(shape, "fp32", 512, 0, 30e9, 0.33e12).limit == "arithmetic"
+    assert predict.decode_bound(replace(spec, rows=512), 0, 30e9, 0.33e12).limit == "arithmetic"
     with pytest.raises(ValueError, match="bandwidth_bytes_s is 0"):
-        predict.decode_bound(shape, "fp32", 1, 0, 0)
+        predict.decode_bound(spec, 0, 0)
 
 
 def test_audit_says_its_arithmetic():
@@ -204,32 +230,34 @@ CEILINGS = {
 
 
 def test_latency_names_what_limits_a_step():
-    shape = shapes.preset("smollm2-135m")
+    shape = shape_of("smollm2-135m")
 
-    def of(**run):
-        return predict.latency(shape, "fp32", ceilings=CEILINGS, context=64, **run)
+    def of(python_s=None, **run):
+        spec = RunSpec(shape, "fp32", **run)
+        return predict.latency(spec, CEILINGS, context=64, python_s=python_s)
 
-    assert of().decode == predict.decode_bound(shape, "fp32", 1, 64, 100e9, 1e12)
+    assert of().decode == predict.decode_bound(RunSpec(shape, "fp32"), 64, 100e9, 1e12)
     assert of().limit == "bandwidth"
-    assert of(batch=256).limit == "arithmetic"
+    assert of(rows=256).limit == "arithmetic"
     assert of(prompt_tokens=512).prefill.limit == "arithmetic"
     assert of(python_s=0.1).limit == "Python"
     assert of(python_s=1e-6).limit == "bandwidth"
     slow = {**CEILINGS, "launch_s": {"drained": {"median": 1e-4}}}
-    eager = predict.latency(shape, "fp32", ceilings=slow)
+    eager = predict.latency(RunSpec(shape, "fp32"), slow)
     assert eager.limit == "launches"
     assert eager.decode.seconds == pytest.approx(predict.launches(shape) * 1e-4)
-    assert predict.latency(shape, "fp32", ceilings=slow, loop="compiled").limit == "bandwidth"
-    window = predict.latency(shape, "fp32", context=5000, ceilings=CEILINGS, loop="recompute")
-    whole = costs.forward(shape, "fp32", 1, 200, 0, None, False, logits=200)
-    assert window.decode.flops == whole.flops
+    compiled = RunSpec(shape, "fp32", loop="compiled")
+    assert predict.latency(compiled, slow).limit == "bandwidth"
+    recompute = RunSpec(shape, "fp32", loop="recompute")
+    window = predict.latency(recompute, CEILINGS, context=5000)
+    assert window.decode.flops == forward(recompute, 200, logits=200).flops
     with pytest.raises(ValueError, match="no read_bytes_per_s"):
-        predict.latency(shape, "fp32", ceilings={})
+        predict.latency(recompute, {})
 
 
 def test_latency_expects_what_the_products_took():
     """Each product as often as the model has it, and the rest at its bound."""
-    shape = shapes.from_config({"model_type": "llama", **CONFIGS["llama"][1]})
+    shape = tiny_shape("llama")
     products = predict.matmul_shapes(shape)
     # 4 layers: q and o 32 x 32; k and v 16 x 32; gate and up 48 x 32; down 32 x 48; one head
     assert products == {(32, 32): 8, (16, 32): 8, (48, 32): 8, (32, 48): 4, (101, 32): 1}
@@ -238,10 +266,10 @@ def test_latency_expects_what_the_products_took():
         for n, k in products
         for batch in (2, 12)
     ]
-    run = dict(batch=2, prompt_tokens=6, ceilings=CEILINGS)
-    found = predict.latency(shape, "fp32", rates=rates, **run)
+    spec = RunSpec(shape, "fp32", rows=2, prompt_tokens=6)
+    found = predict.latency(spec, CEILINGS, rates=rates)
     assert found.expected_decode_s == pytest.approx(29 * 2e-3, rel=1e-3)
     assert found.expected_prefill_s == pytest.approx(29 * 12e-3, rel=1e-3)
     assert found.expected_decode_s > 29 * 2e-3  # cache and attention come on top
-    assert predict.latency(shape, "fp32", rates=rates[:-1], **run).expected_prefill_s is None
-    assert predict.latency(shape, "fp32", **run).expected_decode_s is None
+    assert predict.latency(spec, CEILINGS, rates=rates[:-1]).expected_prefill_s is None
+    assert predict.latency(spec, CEILINGS).expected_decode_s is None
