@@ -12,7 +12,7 @@ import pytest
 
 from llmperf import predict
 from llmperf.machine import overhead
-from llmperf.models import shapes
+from llmperf.models import shape_of
 
 CONFIG = dict(
     vocab_size=32_000,
@@ -56,15 +56,15 @@ def folder(tmp_path_factory):
 
 
 def test_the_peak_of_a_batch_sweep_within_ten_percent(folder, capsys):
-    shape, before = shapes.from_folder(folder), overhead.overhead("cpu", repeats=1)
+    shape, before = shape_of(folder), overhead.overhead("cpu", repeats=1)
     command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(SWEEP)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr
     for (batch, prompt, new), peak in zip(SWEEP, json.loads(done.stdout), strict=True):
-        low, high = predict.memory(
-            shape, "fp32", batch=batch, prompt_tokens=prompt, new_tokens=new, strategy="batch",
-            platform="cpu", overhead=before,
-        ).at("process")  # fmt: skip
+        spec = predict.RunSpec(
+            shape, "fp32", rows=batch, prompt_tokens=prompt, new_tokens=new, platform="cpu"
+        )
+        low, high = predict.memory(spec, overhead=before).at("process")
         middle = (low + high) / 2
         print(f"{batch} x {prompt} + {new}: {peak / 2**20:.0f} MiB, predicted {middle / 2**20:.0f}")
         assert abs(middle / peak - 1) < 0.10, capsys.readouterr().out

@@ -69,7 +69,8 @@ def test_recompute_multiplies_as_many_rows_as_it_sees(tiny, made_up):
     found = beside.predict_beside(condition, trace(0.02), expect=True)
     assert {batches for _, _, batches in made_up} == {(2 * (8 + 2 + 1),)}
     cached = beside.predict_beside(replace(condition, loop="cached"), trace(0.02))
-    least = predict.latency(tiny.shape, "fp32", None, 2, 8, 10, LIMITS | {"launch_s": None})
+    spec = predict.RunSpec(tiny.shape, "fp32", rows=2, prompt_tokens=8)
+    least = predict.latency(spec, LIMITS | {"launch_s": None}, context=10)
     assert cached["bound_tpot_ms"] == least.decode.seconds * 1e3
     assert found["bound_tpot_ms"] != cached["bound_tpot_ms"]
 

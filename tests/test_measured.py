@@ -5,7 +5,7 @@ from tiny_models import CONFIGS, build
 
 from llmperf import memory, predict
 from llmperf.memory import Channel, Window, measured
-from llmperf.models import shapes
+from llmperf.models import shape_of
 
 GIB = 2**30
 
@@ -29,15 +29,14 @@ def sizes(rows):
 @pytest.mark.parametrize("case", CONFIGS)
 def test_weights_and_cache_to_the_byte_as_predicted(case):
     module, config = build(case)
-    shape = shapes.from_config(config.to_dict())
+    shape = shape_of(config)
     found = sizes(measured.ledger(module, generated(module)))
     assert found["weights"] == predict.weights_bytes(shape, "fp32")
     assert found["buffers"] == predict.buffers_bytes(shape, "fp32")
-    if not shape.windows:
+    if not any(shape.windows):
         assert found["kv cache"] == predict.kv_bytes(shape, 2, 23, "fp32")
     else:  # a sliding layer keeps a view of the tensor that the last step appended to
-        full = predict.kv_bytes(shapes.from_config({**config.to_dict(), "sliding_window": None}),
-                                2, 23, "fp32")  # fmt: skip
+        full = 2 * 23 * 4 * sum(layer.token_elements for layer in shape.cache)
         assert predict.kv_bytes(shape, 2, 23, "fp32") <= found["kv cache"] <= full
 
 
@@ -49,7 +48,7 @@ def test_a_static_cache_is_held_whole():
     cache = StaticCache(config=config, max_cache_len=40)
     with torch.inference_mode():
         module(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
-    shape = shapes.from_config(config.to_dict())
+    shape = shape_of(config)
     expected = predict.kv_bytes(shape, 2, 40, "fp32")
     # the static layers also count their tokens, in a tensor of one or a few integers
     assert expected <= sizes(measured.ledger(module, cache))["kv cache"] < expected + 1000
@@ -105,8 +104,9 @@ def test_on_a_gpu_each_level_is_a_row_beyond_the_one_inside():
 
 def test_beside_the_prediction():
     module, config = build("llama")
-    shape = shapes.from_config(config.to_dict())
-    book = predict.memory(shape, "fp32", batch=2, prompt_tokens=20, new_tokens=4, platform="cpu")
+    shape = shape_of(config)
+    spec = predict.RunSpec(shape, "fp32", rows=2, prompt_tokens=20, new_tokens=4, platform="cpu")
+    book = predict.memory(spec)
     rows = measured.ledger(module, generated(module))
     table = {t["name"]: t for t in measured.beside(rows, book.to_dict()["lines"])}
     for name in ("weights", "buffers", "kv cache"):

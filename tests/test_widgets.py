@@ -10,7 +10,6 @@ import matplotlib.pyplot as plt
 import pytest
 
 from llmperf import predict
-from llmperf.models import shapes
 from llmperf.show import widgets
 from llmperf.show.widgets import Question
 
@@ -112,6 +111,5 @@ def test_a_context_beyond_the_positions_is_noted():
 
 def test_context_counts_prompt_and_answer():
     run = Question(context=2048).run()
-    assert run["prompt_tokens"] + run["new_tokens"] == 2048
-    shape = shapes.preset("gpt2")
-    assert predict.memory(shape, **Question(model="gpt2").run()).line("kv cache").low > 0
+    assert run.prompt_tokens + run.new_tokens == 2048
+    assert predict.memory(Question(model="gpt2").run()).line("kv cache").low > 0
