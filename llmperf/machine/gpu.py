@@ -7,7 +7,7 @@ containers some queries work and others do not, and which ones depends on the dr
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llmperf.machine import probe_text
 from llmperf.machine.run_tool import Unknown, run_tool
@@ -50,15 +50,11 @@ def _text(value) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
 # name → query(pynvml, handle); a query that fails leaves None and its reason
 FIELDS = {
     "name": lambda n, h: _text(n.nvmlDeviceGetName(h)),
     "driver": lambda n, h: _text(n.nvmlSystemGetDriverVersion()),
-    "cuda": lambda n, h: _version(n.nvmlSystemGetCudaDriverVersion_v2()),
+    "cuda": lambda n, h: "{}.{}".format(*divmod(n.nvmlSystemGetCudaDriverVersion_v2() // 10, 100)),
     "driver_model": lambda n, h: DRIVER_MODELS.get(n.nvmlDeviceGetCurrentDriverModel(h)),
     "compute_capability": lambda n, h: "{}.{}".format(*n.nvmlDeviceGetCudaComputeCapability(h)),
     "memory_total_bytes": lambda n, h: memory(n, h)["total"],
@@ -123,16 +119,11 @@ def processes(pynvml, handle) -> list[dict]:
         for row in rows:
             entry = found.setdefault(row.pid, {"pid": row.pid, "type": ""})
             entry["type"] = kind if not entry["type"] else "C+G"
-            entry["used_bytes"] = row.usedGpuMemory
-            entry["name"] = _process_name(pynvml, row.pid)
+            entry |= {"used_bytes": row.usedGpuMemory, "name": None}
+            with suppress(pynvml.NVMLError):
+                name = _text(pynvml.nvmlSystemGetProcessName(row.pid))
+                entry["name"] = probe_text.program_name(name)
     return list(found.values())
-
-
-def _process_name(pynvml, pid: int) -> str | None:
-    try:
-        return probe_text.program_name(_text(pynvml.nvmlSystemGetProcessName(pid)))
-    except pynvml.NVMLError:
-        return None
 
 
 def cards() -> list[dict]:

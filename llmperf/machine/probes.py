@@ -27,6 +27,13 @@ POWER_KEY = r"HKLM\SYSTEM\CurrentControlSet\Control\Power\User\PowerSchemes"
 CPU_KEY = r"HKLM\HARDWARE\DESCRIPTION\System\CentralProcessor\0"
 
 
+def _known(value, otherwise: str):
+    """The value, unless there is none: then `Unknown` with the reason."""
+    if not value:
+        raise Unknown(otherwise)
+    return value
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
@@ -59,9 +66,7 @@ def _os_version() -> str:
 def _kernel() -> str:
     """Only the number: people name the kernels that they build after their machines."""
     number = re.match(r"[\d.]*\d", platform.release())
-    if number is None:
-        raise Unknown("the kernel gives no version number")
-    return number[0]
+    return _known(number, "the kernel gives no version number")[0]
 
 
 def _container() -> str:
@@ -74,30 +79,18 @@ def _container() -> str:
 
 def _cpu_model() -> str:
     if sys.platform == "win32":
-        name = probe_text.registry_value(
-            run_tool("reg.exe", "query", CPU_KEY, "/v", "ProcessorNameString"),
-            "ProcessorNameString",
-        )
+        key = "ProcessorNameString"
+        name = probe_text.registry_value(run_tool("reg.exe", "query", CPU_KEY, "/v", key), key)
     elif sys.platform == "darwin":
         name = run_tool("sysctl", "-n", "machdep.cpu.brand_string")
-    else:
-        name = probe_text.proc_cpuinfo(_read("/proc/cpuinfo"))["model"] or _lscpu_model()
-    if not name:
-        raise Unknown("the system gives no name")
-    return probe_text.cpu_name(str(name))
+    elif not (name := _cpuinfo("model")):  # ARM kernels leave it out; lscpu knows the part numbers
+        found = re.search(r"^Model name:\s*(\S.*)$", run_tool("lscpu"), re.M)
+        name = found and found[1]
+    return probe_text.cpu_name(str(_known(name, "the system gives no name")))
 
 
-def _lscpu_model() -> str | None:  # ARM kernels leave the name out, lscpu knows the part numbers
-    found = re.search(r"^Model name:\s*(\S.*)$", run_tool("lscpu"), re.M)
-    return found and found[1]
-
-
-def _cpu_isa() -> list[str]:
-    return probe_text.proc_cpuinfo(_read("/proc/cpuinfo"))["isa"]
-
-
-def _virtual() -> bool:
-    return probe_text.proc_cpuinfo(_read("/proc/cpuinfo"))["virtual"]
+def _cpuinfo(key: str):
+    return probe_text.proc_cpuinfo(_read("/proc/cpuinfo"))[key]
 
 
 def _affinity() -> int:
@@ -107,20 +100,6 @@ def _affinity() -> int:
         return len(psutil.Process().cpu_affinity())
     except AttributeError:
         raise Unknown("macOS has no processor affinity") from None
-
-
-def _quota() -> float:
-    cores = probe_text.cpu_max_cores(_read("/sys/fs/cgroup/cpu.max"))
-    if cores is None:
-        raise Unknown("no limit is set")
-    return cores
-
-
-def _physical_cores() -> int:
-    cores = psutil.cpu_count(logical=False)
-    if cores is None:
-        raise Unknown("the system does not tell physical from logical cores")
-    return cores
 
 
 def _last_level_cache() -> int:
@@ -138,9 +117,7 @@ def _last_level_cache() -> int:
         level = int(_read(str(size.parent / "level")))
         shared = _read(str(size.parent / "shared_cpu_list"))
         caches.setdefault(level, {})[shared] = probe_text.cache_size(_read(str(size)))
-    if not caches:
-        raise Unknown("the kernel lists no caches")
-    return sum(caches[max(caches)].values())
+    return sum(_known(caches, "the kernel lists no caches")[max(caches)].values())
 
 
 def _power_plan() -> str:
@@ -150,16 +127,13 @@ def _power_plan() -> str:
     elif _os() == "Linux":
         files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
         plan = ", ".join(sorted({_read(str(file)).strip() for file in files}))
-        if not plan:
-            raise Unknown("no frequency governor, as is usual in a virtual machine")
+        _known(plan, "no frequency governor, as is usual in a virtual machine")
     else:
         plan = probe_text.power_plan(_host_tool("powercfg", "/getactivescheme"))
         query = ("query", POWER_KEY, "/v", "ActiveOverlayAcPowerScheme")
         mode = probe_text.power_mode(ask(lambda: _host_tool("reg", *query))[0] or "")
         plan = f"{plan}, {mode}" if plan and mode else plan
-    if not plan:
-        raise Unknown("the system names none")
-    return plan
+    return _known(plan, "the system names none")
 
 
 def _on_battery() -> bool:
@@ -196,10 +170,6 @@ def _host_gpu() -> list[dict]:
         raise Unknown("asked under WSL2 only")
     keys = ("index", "name", "driver_model", "memory_used_bytes")
     return [{k: card[k] for k in keys} for card in gpu.queried("nvidia-smi.exe")]
-
-
-def _gil() -> bool:
-    return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def _packages() -> dict[str, str | None]:
@@ -243,13 +213,17 @@ PROBES = {
     "kernel": _kernel,
     "architecture": platform.machine,
     "container": _container,
-    "virtual_machine": _virtual,
+    "virtual_machine": lambda: _cpuinfo("virtual"),
     "cpu_model": _cpu_model,
-    "cpu_isa": _cpu_isa,
-    "cores_physical": _physical_cores,
+    "cpu_isa": lambda: _cpuinfo("isa"),
+    "cores_physical": lambda: _known(
+        psutil.cpu_count(logical=False), "the system does not tell physical from logical cores"
+    ),
     "cores_logical": psutil.cpu_count,
     "cores_allowed": _affinity,
-    "cores_quota": _quota,
+    "cores_quota": lambda: _known(
+        probe_text.cpu_max_cores(_read("/sys/fs/cgroup/cpu.max")), "no limit is set"
+    ),
     "last_level_cache_bytes": _last_level_cache,
     "ram_total_bytes": lambda: psutil.virtual_memory().total,
     "ram_available_bytes": lambda: psutil.virtual_memory().available,
@@ -262,7 +236,7 @@ PROBES = {
     "hags": _hags,
     "mps_daemon": _mps,
     "python": platform.python_version,
-    "gil_enabled": _gil,
+    "gil_enabled": getattr(sys, "_is_gil_enabled", lambda: True),
     "switch_interval_s": sys.getswitchinterval,
     "packages": _packages,
 }

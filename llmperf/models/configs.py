@@ -21,7 +21,7 @@ from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, from_json, to_json
 
-SCHEMA = 2  # of the kept shapes
+SCHEMA = 3  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 LARGEST_FILE = 1 << 20  # bytes of a config.json
@@ -116,40 +116,28 @@ def _read(file: Path) -> dict:
     return found
 
 
-@lru_cache(maxsize=256)
-def _of_name(source: str, stamp: float) -> ModelShape:
-    shape = _of_config(config_of(source), _short_name(source))
-    known = preset(source)
-    return shape if not known else replace(shape, name=_short_name(source))
-
-
-def _short_name(source: str) -> str:
-    if source.lower() in FILES:
-        return source.lower()
-    local = source.rstrip("/\\")
-    if source.count("/") == 1 and not Path(source).exists():
-        return source
-    return Path(local).parent.name if local.endswith("config.json") else Path(local).name
-
-
 def shape_of(source, name: str | None = None) -> ModelShape:
     """The shape of a preset, folder, config.json, hub id, or configuration (mapping or object).
 
     Raises ValueError, in one sentence, for what cannot be had or is no decoder of transformers.
     """
-    if isinstance(source, str | Path):
-        file = None if preset(str(source)) else _local_file(source)
-        shape = _of_name(str(source), file.stat().st_mtime if file else 0.0)
-        return replace(shape, name=name) if name else shape
-    config = source if isinstance(source, Mapping) else source.to_dict()
-    return _of_config(config, name or "model")
+    if not isinstance(source, str | Path):
+        config = source if isinstance(source, Mapping) else source.to_dict()
+        return _of_config(config, name or "model")
+    text = str(source)
+    if preset(text):
+        usual = text.lower() if text.lower() in FILES else text
+    else:
+        file = _local_file(source)
+        usual = file.resolve().parent.name if file else text
+    return _of_config(config_of(source), name or usual)
 
 
 def _of_config(config: Mapping, name: str) -> ModelShape:
     _check_sizes(config)
     noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    bare = {k: v for k, v in config.items() if k not in noise}
-    text = json.dumps(bare, sort_keys=True, default=str)
+    said = {k: v for k, v in config.items() if k not in noise}
+    text = json.dumps(said, sort_keys=True, default=str)
     key = f"{SCHEMA} {importlib.metadata.version('transformers')} {text}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     return replace(_kept(digest, text), name=name)

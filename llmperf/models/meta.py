@@ -120,6 +120,7 @@ def _tensors(module, hidden: int) -> Iterator[Tensor]:
     head = module.get_output_embeddings()
     inputs = module.get_input_embeddings()
     owners = dict(module.named_modules())
+    decoder = {id(p) for p in (*module.get_decoder().parameters(), *head.parameters())}
     for name, p in module.named_parameters():
         path, _, leaf = name.rpartition(".")
         owner = owners[path]
@@ -134,6 +135,8 @@ def _tensors(module, hidden: int) -> Iterator[Tensor]:
         else:
             found = (r for r, pattern in ROLES if re.search(pattern, path, re.I))
             role = next(found, "other")
+        if id(p) not in decoder:
+            role = "tower"
         count = size[0] if len(size) == 3 else 1
         rows, columns = size[-2:] if len(size) > 1 else (size[0], 1)
         if isinstance(owner, Conv1D) and len(size) == 2:

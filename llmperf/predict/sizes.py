@@ -47,7 +47,8 @@ def weights_read(
         hit = 1 - (1 - shape.experts_per_token / shape.experts) ** tokens
     total = 0.0
     for t, size in tensors(shape, dtype, quantization):
-        looked_up = t.role == "position" or (t.role == "embedding" and not shape.tied_embeddings)
+        looked_up = t.role in ("position", "tower")
+        looked_up |= t.role == "embedding" and not shape.tied_embeddings
         total += 0 if looked_up else size * (hit if t.role == "expert" else 1)
     return total
 

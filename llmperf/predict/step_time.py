@@ -100,7 +100,7 @@ def matmul_shapes(shape: ModelShape, joined: bool = False) -> Counter:
     together: Counter = Counter()
     for t in shape.tensors:
         module = t.name.removesuffix(".weight").rpartition(".")
-        if t.columns == 1 or t.role in ("head", "embedding", "position"):
+        if t.columns == 1 or t.role in ("head", "embedding", "position", "tower"):
             continue
         if t.role == "expert":
             found[t.rows, t.columns] += shape.experts_per_token * t.count / shape.experts

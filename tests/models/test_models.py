@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmperf import models
-from llmperf.models import ModelUnavailable, configs, embedded, loading
+from llmperf.models import ModelUnavailable, configs, embedded, loading, quantization
 
 
 def test_the_embedded_model_is_the_published_one(embedded):
@@ -127,14 +127,24 @@ def test_a_checkpoint_must_have_every_tensor_and_no_other(tiny_folder, tmp_path)
             models.load(copied(tiny_folder, tmp_path / str(i), change), device="cpu")
 
 
-def test_a_quantised_checkpoint_is_never_run_on_random_weights(tiny_folder, tmp_path):
-    """The plain tensors of this folder are not those that its configuration promises."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "bnb")
+def test_a_checkpoints_own_quantization_is_left_to_the_loader(tiny_folder, tmp_path, monkeypatch):
+    """`quantization_config=None` would wipe it, and the layers would be new and random."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "awq")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError):  # without its library; with it, its tensors are missing
+    asked = {}
+
+    def from_pretrained(folder, **how):
+        asked.update(how)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(quantization, "require", lambda word: None)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="awq cannot be loaded: seen enough"):
         models.load(str(folder), device="cpu", weights="trained")
+    assert "quantization_config" not in asked and asked["output_loading_info"]
+    assert asked["config"].quantization_config["quant_method"] == "awq"
 
 
 @pytest.mark.parametrize("named", ["weights.bin", "../outside.safetensors", "a\\b.safetensors"])

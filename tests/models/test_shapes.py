@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_models import CONFIGS, SMALL
 
-from llmperf import models
+from llmperf import models, predict
 from llmperf.models import configs
 
 PUBLISHED = {  # parameters, from the model cards and papers; a tied head once
@@ -144,3 +144,16 @@ def test_a_kept_shape_needs_no_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_vision_part_of_a_multimodal_model_is_held_but_not_read():
+    family, text = CONFIGS["gemma3"]
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    vision |= dict(image_size=28, patch_size=14)
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    whole, alone = models.shape_of(config), models.shape_of({"model_type": family, **text})
+    tower = sum(t.numel for t in whole.tensors if t.role == "tower")
+    assert whole.parameters() == alone.parameters() + tower and tower > 0
+    assert whole.windows == alone.windows
+    reads = [predict.weights_read(shape, "fp32") for shape in (whole, alone)]
+    assert reads[0] == reads[1]
