@@ -117,8 +117,10 @@ def cached(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
     mask = torch.cat((batch.mask, batch.mask.new_ones(rows, batch.steps)), dim=1)
     padded = batch.padded
     position = positions(batch.mask)
-    given = with_cache(model.module, DynamicCache(config=model.module.config))
-    attends = bool(model.shape.windows)  # without attention a step has no past to mask
+    kept = DynamicCache(config=model.module.config)
+    given = with_cache(model.module, kept)
+    # Without attention (Mamba) a step has no past to mask.
+    attends = any(hasattr(layer, "keys") for layer in kept.layers)
     ids = batch.ids
     for step in range(batch.steps):
         out = model.module(
