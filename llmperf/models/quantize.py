@@ -54,7 +54,7 @@ def _fill(module, child, device: str) -> None:
     """Give one layer its storage and the weights that its family starts with."""
     own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
     tied = child is module.get_output_embeddings() and module.config.tie_word_embeddings
-    if own and not tied:
+    if own and not (tied and len(own) == 1):
         child.to_empty(device=device, recurse=False)
         module._init_weights(child)
 

@@ -21,10 +21,11 @@ def tensors(
     item, how = dtype_bytes(dtype), scheme(shape, quantization)
     found = []
     for t in shape.tensors:
+        own = t.item_bytes or item
         if how and converted(shape, t, how):
-            found += [(t, size) for size in stored(t, how, item)]
+            found += [(t, size) for size in stored(t, how, own)]
         else:
-            found.append((t, t.numel * (t.item_bytes or item)))
+            found.append((t, t.numel * own))
     return tuple(found)
 
 

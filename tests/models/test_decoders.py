@@ -63,14 +63,15 @@ def test_tokens_are_those_of_generate(decoder):
 
 
 def test_bytes_in_bf16_are_exact_for_trained_and_random_weights(decoder):
-    """Some routers and states stay in fp32."""
+    """Some routers and states stay in fp32; int8 converts linear layers, but no stacked experts."""
     for weights in ("trained", "random"):
-        model = models.load(decoder.name, dtype="bf16", device="cpu", weights=weights)
-        held = [
-            sum(t.nbytes for t in ts) for ts in (model.module.parameters(), model.module.buffers())
-        ]
-        assert predict.weights_bytes(model.shape, "bf16") == held[0], weights
-        assert predict.buffers_bytes(model.shape, "bf16") == held[1], weights
+        for word in ("none", "int8"):
+            how = {"weights": weights, "quantization": word}
+            model = models.load(decoder.name, dtype="bf16", device="cpu", **how)
+            held = sum(p.nbytes for p in model.module.parameters())
+            assert predict.weights_bytes(model.shape, "bf16", word) == held, (weights, word)
+            buffers = sum(b.nbytes for b in model.module.buffers())
+            assert predict.buffers_bytes(model.shape, "bf16") == buffers, (weights, word)
 
 
 def test_bytes_are_exact_and_flops_are_those_of_torchs_counter(decoder):
