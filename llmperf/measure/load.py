@@ -7,19 +7,17 @@ next request when an answer has come, and so hides the queue that it causes. Eve
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Trace
-from llmperf.measure import Condition, metrics
+from llmperf.measure import metrics
+from llmperf.measure.condition import Condition
 
 KINDS = ("poisson", "gamma", "even", "closed")
 RESAMPLES = 2_000  # of the bootstrap behind a rate's interval
@@ -53,8 +51,7 @@ def arrival_times(
 
 def arriving(work: Workload, kind: str, **options) -> Workload:
     """The same requests, each with its scheduled time; `options` are those of `arrival_times`."""
-    times = arrival_times(kind, len(work.requests), **options)
-    return scheduled(work, times)
+    return scheduled(work, arrival_times(kind, len(work.requests), **options))
 
 
 def scheduled(work: Workload, times: Sequence[float]) -> Workload:
@@ -65,53 +62,6 @@ def scheduled(work: Workload, times: Sequence[float]) -> Workload:
         raise ValueError("a scheduled time is negative or not a number: give seconds from 0 on")
     requests = (replace(r, arrival_s=float(t)) for r, t in zip(work.requests, times, strict=True))
     return replace(work, requests=tuple(requests))
-
-
-def lengths(
-    n: int, median: float, spread: float = 0.5, *, low: int = 1, high: int, seed: int = 0
-) -> tuple[int, ...]:
-    """`n` log-normal lengths in tokens within [low, high]; `spread` is the sigma of their log.
-
-    As real prompts and answers have it: most are short, a few are long.
-    """
-    if not (0 < low <= median <= high and spread >= 0):
-        raise ValueError(
-            f"lengths with low {low}, median {median}, high {high}, spread {spread}: they must rise"
-            " from above 0, and the spread must be at least 0"
-        )
-    drawn = np.random.default_rng(seed).lognormal(math.log(median), spread, n)
-    return tuple(int(x) for x in np.clip(np.rint(drawn), low, high))
-
-
-def from_file(path: Path | str, tokenizer, *, speedup: float = 1.0, **options) -> Workload:
-    """A workload from a CSV trace with the columns `arrival_s,prompt_tokens,new_tokens`.
-
-    Prompts are the kit's own, cut to length; `speedup` 2 halves all gaps; `options` go to
-    `workload.build`. Raises ValueError that names the line when a value cannot be.
-    """
-    columns = ("arrival_s", "prompt_tokens", "new_tokens")
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in columns if c not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{Path(path).name} has no column {missing[0]!r}: name all three")
-        rows = []
-        for row in reader:
-            try:
-                at, prompt, new = (float(row[c]) for c in columns)
-                if not (0 <= at < math.inf and prompt >= 1 and new >= 1):
-                    raise ValueError
-                rows.append((at / speedup, int(prompt), int(new)))
-            except (ValueError, TypeError):
-                raise ValueError(
-                    f"{Path(path).name}, line {reader.line_num}: give seconds from 0 on, and whole"
-                    f" numbers of tokens from 1 on, not {list(row.values())}"
-                ) from None
-    if not rows:
-        raise ValueError(f"{Path(path).name} has no rows: a load needs at least one request")
-    rows.sort()
-    at, prompt, new = zip(*rows, strict=True)
-    return scheduled(workload.build(tokenizer, len(rows), prompt, new, **options), at)
 
 
 @dataclass(frozen=True)
@@ -139,13 +89,10 @@ class Arriving(Condition):
         short = super().shortened(new_tokens).take(few)
         return scheduled(short, [0.0] * len(short.requests))
 
-    def alone(self, level: int) -> Condition:
-        """The reference for the tokens: when they arrive makes no difference."""
+    def reference(self, level: int) -> Condition:
+        """Without arrivals: they make no difference to the tokens."""
         plain = {f: getattr(self, f) for f in Condition.__dataclass_fields__}
-        return Condition(**plain).alone(level)
-
-
-# The highest rate at which a service level holds.
+        return Condition(**plain).reference(level)
 
 
 @dataclass(frozen=True)
