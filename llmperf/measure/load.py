@@ -38,13 +38,10 @@ def arrival_times(
     for name, value in (("rate_per_s", rate_per_s), ("burstiness", burstiness)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: it must be a number above 0")
-    dice = np.random.default_rng(seed)
-    gaps = {
-        "poisson": lambda: dice.exponential(1.0, n),
-        "gamma": lambda: dice.gamma(burstiness, 1 / burstiness, n),
-        "even": lambda: np.ones(n),
-        "closed": lambda: np.zeros(n),
-    }[kind]()
+    if kind == "closed":
+        return np.zeros(n)
+    shape = {"poisson": 1.0, "gamma": burstiness}.get(kind)
+    gaps = np.random.default_rng(seed).gamma(shape, 1 / shape, n) if shape else np.ones(n)
     times = np.cumsum(gaps) / rate_per_s
     return times - times[0]
 
@@ -118,10 +115,10 @@ class Probe:
 class HighestRate:
     """`rate_per_s` is the estimate, `low` and `high` its 95 % interval; None when not found."""
 
-    rate_per_s: float | None
-    low: float | None
-    high: float | None
     probes: tuple[Probe, ...]
+    rate_per_s: float | None = None
+    low: float | None = None
+    high: float | None = None
     reason: str | None = None
 
 
@@ -176,18 +173,18 @@ def highest_rate(
 
     if not holds(low):
         why = f"at the lowest rate tried, {low:g}/s, {probes[0].attained:.0%} met the limits"
-        return HighestRate(None, None, None, tuple(probes), why)
+        return HighestRate(tuple(probes), reason=why)
     if holds(high):
         why = f"the limits still hold at the highest rate tried, {high:g}/s"
-        return HighestRate(high, None, None, tuple(probes), why)
+        return HighestRate(tuple(probes), high, reason=why)
     for _ in range(steps):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     ordered = tuple(sorted(probes, key=lambda p: p.rate_per_s))
     crossings = _bootstrap(ordered, share, seed)
-    edges = np.quantile(crossings, (0.025, 0.975))
+    edges = np.quantile(crossings, (0.025, 0.975)).tolist()
     estimate = _crossing(ordered, [p.attained for p in ordered], share)
-    return HighestRate(estimate, float(min(low, edges[0])), float(max(high, edges[1])), ordered)
+    return HighestRate(ordered, estimate, min(low, edges[0]), max(high, edges[1]))
 
 
 def _bootstrap(probes: Sequence[Probe], share: float, seed: int) -> np.ndarray:
@@ -205,13 +202,6 @@ def _bootstrap(probes: Sequence[Probe], share: float, seed: int) -> np.ndarray:
 
 def _crossing(probes: Sequence[Probe], attained: Sequence[float], share: float) -> float:
     """The rate at which attainment, made to fall with the rate, first passes below `share`."""
-    falling = np.minimum.accumulate(attained)
-    logs = np.log([p.rate_per_s for p in probes])
-    below = np.flatnonzero(falling < share)
-    if not len(below):
-        return float(np.exp(logs[-1]))
-    i = below[0]
-    if i == 0:
-        return float(np.exp(logs[0]))
-    part = (falling[i - 1] - share) / (falling[i - 1] - falling[i])
-    return float(np.exp(logs[i - 1] + part * (logs[i] - logs[i - 1])))
+    falling = np.minimum.accumulate(attained)[::-1]
+    logs = np.log([p.rate_per_s for p in probes])[::-1]
+    return float(np.exp(np.interp(share - 1e-12, falling, logs)))

@@ -70,13 +70,12 @@ def measure(
     with sampler or Sampler() as watching, strategies.session(), bar:
         for done in range(1, most + 1):
             session.round(done - 1, watching, bar)
-            if width is None or done < repeats or not session.alive:
-                continue
-            wide = results.wide(session.alive_records(), width)
-            if not wide:
+            alive = session.alive_records() if width is not None and done >= repeats else []
+            wide = results.wide(alive, width)
+            if alive and not wide:
                 stopped = f"every interval is within {width:.0%} after {done} repeats"
                 break
-            if done == most:
+            if wide and done == most:
                 stopped += f"; not within {width:.0%}: {', '.join(wide)}"
     return Results(tuple(results.with_warnings(session.records())), stopped)
 
@@ -104,20 +103,10 @@ class _Session:
         prediction.cap_allocator(self.conditions[0].model)
         self.busy: str | None = None  # what other programs did as the round began
 
-    @property
-    def alive(self) -> bool:
-        """Whether a condition is left that neither failed nor was refused."""
-        return len(self.failed | self.refused) < len(self.conditions)
-
     def _failed_before(self) -> dict[int, str]:
         """Conditions that failed before this call for a reason of their own: not tried again."""
-        failed = {
-            condition_key(r): f"{r.status}: {r.reason}"
-            for r in self.store.read()
-            if r.experiment == self.experiment
-            and r.kind == "measure"
-            and r.status in ("oom", "error")
-        }
+        bad = [r for r in self.records() if r.kind == "measure" and r.status in ("oom", "error")]
+        failed = {condition_key(r): f"{r.status}: {r.reason}" for r in bad}
         return {i: failed[c.key] for i, c in enumerate(self.conditions) if c.key in failed}
 
     def round(self, repeat: int, sampler: Sampler, bar) -> None:
@@ -138,15 +127,22 @@ class _Session:
         """The record of one run, whatever came of it; a condition that failed is not run again.
 
         A failure that says nothing about the condition gets the kind `failed`, so that its place
-        stays open; None where it happened earlier in this session.
+        stays open for a resume; None where it happened earlier in this session.
         """
-        if i in self.refused:
-            return replace(bare, status="skipped", reason=self.refused[i])
-        if i in self.gone:
-            return None
-        if i in self.failed:
-            return replace(bare, status="skipped", reason=f"failed before: {self.failed[i]}")
-        record, lasting = self.attempt(i, bare, sampler)
+        if why := self.refused.get(i) or (i in self.failed and f"failed before: {self.failed[i]}"):
+            return None if i in self.gone else replace(bare, status="skipped", reason=why)
+        condition, lasting = self.conditions[i], False
+        try:
+            self.prepare(i)
+            with sampler.window(without=condition.ready()) as window:
+                on_step = None if condition.model.device == "cpu" else window.step
+                trace = condition.run(on_step=on_step)
+            record = self.complete(bare, i, trace, window)
+        except Exception as error:  # a record with a status, and the sweep goes on
+            _raise_interrupt(error)
+            status, reason = _classify(error)
+            lasting = status == "oom" or isinstance(error, LASTING)
+            record = replace(bare, status=status, reason=reason)
         if record.status == "ok":
             return record
         self.failed[i] = f"{record.status}: {record.reason}"
@@ -155,22 +151,6 @@ class _Session:
             return record
         self.gone.add(i)
         return replace(record, kind="failed")
-
-    def attempt(self, i: int, bare: Record, sampler: Sampler) -> tuple[Record, bool]:
-        """Warm up if this condition is new here and run it; the record, and whether a failure would
-        come again."""
-        condition = self.conditions[i]
-        try:
-            self.prepare(i)
-            with sampler.window(without=condition.ready()) as window:
-                on_step = None if condition.model.device == "cpu" else window.step
-                trace = condition.run(on_step=on_step)
-            return self.complete(bare, i, trace, window), False
-        except Exception as error:  # a record with a status, and the sweep goes on
-            _raise_interrupt(error)
-            status, reason = _classify(error)
-            lasting = status == "oom" or isinstance(error, LASTING)
-            return replace(bare, status=status, reason=reason), lasting
 
     def bare(self, condition: Condition, repeat: int, kind: str = "measure") -> Record:
         """A record with nothing measured in it yet."""
@@ -244,7 +224,7 @@ class _Session:
         )
 
     def alive_records(self) -> list[Record]:
-        """The records of conditions that neither failed nor were refused."""
+        """The records of the conditions that neither failed nor were refused."""
         dead = self.failed | self.refused
         alive = {c.key for i, c in enumerate(self.conditions) if i not in dead}
         return [r for r in self.records() if condition_key(r) in alive]
