@@ -44,40 +44,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run the study and write its report")
-    run.add_argument("--profile", default="quick", help="a name, or a YAML file (default: quick)")
-    run.add_argument(
-        "--only", action="append", default=[], metavar="NN", help="one notebook, by number"
-    )
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="values")
-    run.add_argument("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
-    run.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")
-    run.add_argument(
-        "--no-notebooks", action="store_true", help="records only, on machines without Jupyter"
-    )
-    run.set_defaults(call=_run)
+    def command(name: str, call, text: str):
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(call=call)
+        return added.add_argument
 
-    machine = commands.add_parser("machine", help="describe this machine")
-    machine.set_defaults(call=_machine)
-    models = commands.add_parser("models", help="list the presets")
-    models.set_defaults(call=_models)
-
-    compare = commands.add_parser("compare", help="put runs side by side, from any machines")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
-    compare.add_argument(
-        "--quantity", default="output_tokens_per_s", help="any metric, for instance ttft_ms.median"
-    )
-    compare.add_argument("--published", action="store_true", help="the published tables too")
-    compare.set_defaults(call=_compare)
-
-    share = commands.add_parser("share", help="pack a run into one file without names or paths")
-    share.add_argument("run", metavar="RUN")
-    share.add_argument("--to", metavar="FILE", help="default: the machine's name.jsonl.gz, here")
-    share.set_defaults(call=_share)
-
-    report = commands.add_parser("report", help="write a run's report again")
-    report.add_argument("folder", metavar="DIR")
-    report.set_defaults(call=_report)
+    add = command("run", _run, "run the study and write its report")
+    add("--profile", default="quick", help="a name, or a YAML file (default: quick)")
+    add("--only", action="append", default=[], metavar="NN", help="one notebook, by number")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="values")
+    add("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
+    add("--resume", metavar="DIR", help="go on with a run that was interrupted")
+    add("--no-notebooks", action="store_true", help="records only, on machines without Jupyter")
+    command("machine", _machine, "describe this machine")
+    command("models", _models, "list the presets")
+    add = command("compare", _compare, "put runs side by side, from any machines")
+    add("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
+    add("--quantity", default="output_tokens_per_s", help="any metric, e.g. ttft_ms.median")
+    add("--published", action="store_true", help="the published tables too")
+    add = command("share", _share, "pack a run into one file without names or paths")
+    add("run", metavar="RUN")
+    add("--to", metavar="FILE", help="default: the machine's name.jsonl.gz, here")
+    add = command("report", _report, "write a run's report again")
+    add("folder", metavar="DIR")
     return parser
 
 

@@ -38,6 +38,12 @@ th:first-child, td:first-child { text-align: left }
 .holds { color: #0b6b3a } .fails { color: #a40e26 } .open { color: #57606a }
 details > summary { cursor: pointer }
 """
+HEAD = (
+    "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    f"<title>llmperf</title><style>{STYLE}</style></head><body><main>"
+)
 CLASSES = {"holds": "holds", "does not hold": "fails"}
 UNTESTED = "not testable here"
 SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg"}
@@ -58,15 +64,11 @@ def write(folder: Path, state) -> Path:
         note = "" if outcome == "ok" else f' <span class="failed">{html.escape(outcome)}</span>'
         links.append(f'<li><a href="#{stem}">{stem}</a>{note}</li>')
         sections.append(_section(folder, stem, note))
+    asked = f"Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}."
     page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>llmperf: {html.escape(state.profile)}</title><style>{STYLE}</style></head><body>"
-        "<main><h1>What decides how fast a language model answers on this machine</h1>"
-        f"{_first_screen(folder)}"
-        f"<p>Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}.</p>"
-        f"<nav><ol start='0'>{''.join(links)}</ol></nav>{''.join(sections)}</main></body></html>"
+        f"{HEAD}<h1>What decides how fast a language model answers on this machine</h1>"
+        f"{_first_screen(folder)}<p>{asked}</p><nav><ol start='0'>{''.join(links)}</ol></nav>"
+        f"{''.join(sections)}</main></body></html>"
     )
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8")
