@@ -64,22 +64,20 @@ def compare(
     a, b = _measured(a_records), _measured(b_records)
     _check_comparable(a, b, (allow,) if isinstance(allow, str) else tuple(allow))
     higher_is_better = _higher_is_better(quantity)
-    notes = [*_warned("a", a), *_warned("b", b)]
     x, y = _by_round(a, quantity), _by_round(b, quantity)
-    whole = len(x) == len(a) and len(y) == len(b)
+    whole = len(x) == len(a) and len(y) == len(b) and None not in (*x.values(), *y.values())
     if paired and not whole:
         raise ValueError(f"pairs need one record with {quantity} a round: use paired=False")
     if paired is None:
         paired = whole and x.keys() == y.keys() and all(run for run, _ in x)
+    left, right = ([v for r in side if (v := _value(r, quantity)) is not None] for side in (a, b))
     if paired:
         left, right = zip(*((x[i], y[i]) for i in x if i in y), strict=True)
-    else:
-        left, right = ([v for r in side for v in _value(r, quantity)] for side in (a, b))
     found = ratio_interval(left, right, confidence, paired)
     verdict = "cannot tell"
     if found.low is not None and (found.low > 1 or found.high < 1):
         verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
-    notes += [found.reason] if found.reason else []
+    notes = [*_warned("a", a), *_warned("b", b), *filter(None, [found.reason])]
     interval, n = (found.value, found.low, found.high), (len(left), len(right))
     return Comparison(quantity, verdict, *interval, confidence, n, tuple(notes))
 
@@ -124,18 +122,17 @@ def _higher_is_better(quantity: str) -> bool:
     return name.endswith(("_per_s", "_per_user"))
 
 
-def _value(record: Mapping, quantity: str) -> list[float]:
-    """The quantity as a list of one, or none where the record lacks it."""
+def _value(record: Mapping, quantity: str) -> float | None:
     value = record.get("metrics") or {}
     for name in quantity.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     if isinstance(value, Mapping):
         raise ValueError(f"{quantity} is a block; name a number in it: {quantity}.median")
-    return [] if value is None else [value]
+    return value
 
 
-def _by_round(records: list[Mapping], quantity: str) -> dict[tuple, float]:
-    return {(r.get("run_id", ""), r.get("repeat")): v for r in records for v in _value(r, quantity)}
+def _by_round(records: list[Mapping], quantity: str) -> dict[tuple, float | None]:
+    return {(r.get("run_id", ""), r.get("repeat")): _value(r, quantity) for r in records}
 
 
 def _warned(name: str, records: list[Mapping]) -> list[str]:
