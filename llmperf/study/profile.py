@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ NOTEBOOKS = ROOT / "notebooks"
 PROFILES = DATA / "profiles"
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 RESERVED = ("records",)  # parameters that the study itself sets
-MOST_CHARACTERS, MOST_VALUES, MOST_DEPTH = 100_000, 10_000, 8
+MOST_CHARACTERS, MOST_DEPTH = 100_000, 8
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,14 @@ class Profile:
         """From a mapping as YAML gives it. Raises ValueError for another form."""
         forms = {"name": str, "description": str, "timeout_s": int}
         forms |= {"parameters": dict, "notebooks": dict}
-        if not isinstance(data, dict):
-            raise ValueError(f"{what} is not a mapping: write `parameters:` and `notebooks:`")
-        if unknown := sorted(map(str, set(data) - set(forms))):
-            raise ValueError(f"{what}: unknown entry {', '.join(unknown)}")
-        values = [*data.items()]
-        if isinstance(data.get("notebooks"), dict):
-            values += data["notebooks"].items()
-        for key, value in values:
+        if not isinstance(data, dict) or (unknown := sorted(set(data) - set(forms))):
+            known = ", ".join(forms)
+            found = ", ".join(unknown) if isinstance(data, dict) else repr(data)
+            raise ValueError(
+                f"{what}: unknown entry {found:.60}; a profile is a mapping of {known}"
+            )
+        nested = data.get("notebooks")
+        for key, value in [*data.items(), *(nested.items() if isinstance(nested, dict) else ())]:
             wanted = forms.get(key, dict)
             if type(value) is not wanted:
                 raise ValueError(f"{what}: {key} is {value!r:.60}; it must be a {wanted.__name__}")
@@ -74,27 +73,21 @@ def read_yaml(text: str, what: str) -> object:
 def check_data(value: object, what: str) -> None:
     """Raise ValueError unless `value` is made of text, finite numbers, true, false, null, lists and
     mappings with text keys: papermill writes any other type into a notebook as code."""
-    left, seen = [(value, 0)], 0
-    while left:
-        item, depth = left.pop()
-        seen += 1
-        if depth > MOST_DEPTH or seen > MOST_VALUES:
-            raise ValueError(f"{what} is too large: {MOST_DEPTH} levels, {MOST_VALUES:,} values")
-        if type(item) is dict:
-            if bad := [key for key in item if type(key) is not str]:
-                raise ValueError(f"{what} has the key {bad[0]!r:.60}: keys must be text")
-            left += [(inner, depth + 1) for inner in item.values()]
-        elif type(item) is list:
-            left += [(inner, depth + 1) for inner in item]
-        elif not (item is None or type(item) in (str, bool, int) or _finite(item)):
-            raise ValueError(
-                f"{what} holds {item!r:.60}, a {type(item).__name__}: use text, finite numbers,"
-                " true, false, null, lists and mappings"
-            )
+    try:
+        text = json.dumps(value, allow_nan=False)
+        plain = len(text) <= MOST_CHARACTERS and json.loads(text) == value
+    except (TypeError, ValueError, RecursionError):
+        plain = False
+    if not plain or _depth(value) > MOST_DEPTH:
+        raise ValueError(
+            f"{what} is {value!r:.60}: use text, finite numbers, true, false, null, lists, and"
+            f" mappings with text keys, {MOST_DEPTH} levels deep at most"
+        )
 
 
-def _finite(item: object) -> bool:
-    return type(item) is float and math.isfinite(item)
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner)) if inner else 0
 
 
 def profiles() -> list[str]:

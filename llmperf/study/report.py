@@ -12,32 +12,11 @@ import io
 import re
 from pathlib import Path
 
+from llmperf import show
 from llmperf.study import answer as answers
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem 1.25rem 6rem; overflow-wrap: anywhere }
-nav { background: #f3f5f7; padding: .75rem 1rem; border-radius: 8px }
-nav li { margin: .15rem 0 }
-h1 { line-height: 1.2 }
-section { border-top: 1px solid #d0d7de; padding: .6rem 0 }
-img { max-width: 100%; height: auto }
-pre { background: #f6f8fa; padding: .6rem .8rem; border-radius: 6px; overflow-x: auto;
-  font-size: 13px }
-table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; display: block;
-  overflow-x: auto; overflow-wrap: normal }
-th, td { border: 1px solid #d0d7de; padding: .25rem .6rem; text-align: right }
-th:first-child, td:first-child { text-align: left }
-.failed { color: #a40e26; font-weight: 600 }
-.anchor-link, .jp-InputPrompt, .prompt { display: none }
-.lead { font-size: 1.15rem; margin: .3rem 0 }
-.findings :is(th, td) { text-align: left; vertical-align: top }
-.findings td:nth-child(2) { font-weight: 600 }
-.holds { color: #0b6b3a } .fails { color: #a40e26 } .open { color: #57606a }
-details > summary { cursor: pointer }
-"""
+STYLE = (Path(show.__file__).parent / "web" / "report.css").read_text(encoding="utf-8")
 HEAD = (
     "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

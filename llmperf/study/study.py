@@ -10,6 +10,7 @@ import datetime
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
     A notebook that fails is noted and the others go on. Ctrl-C leaves a state that `--resume`
     reads. Raises ValueError while another process runs this study; its lock ends with it.
     """
+    from llmperf.study import answer
+
     load_state(folder)
     try:
         lock = FileLock(folder / "run.lock").acquire(timeout=0)
@@ -97,50 +100,36 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
         raise ValueError(f"another process runs the study in {folder.name}: wait for it") from None
     with lock:
         state = load_state(folder)
-        left, past = [s for s in state.steps if state.done.get(s) != "ok"], _past_seconds()
+        left = [stem for stem in state.steps if state.done.get(stem) != "ok"]
         for i, stem in enumerate(left):
-            say(f"[{i + 1}/{len(left)}] {stem}{_time_left(left[i:], past)}")
+            say(f"[{i + 1}/{len(left)}] {stem}{_time_left(left[i:])}")
             began = time.monotonic()
             state.done[stem] = _run_one(folder, stem, state, use_notebooks)
             took = time.monotonic() - began
             state.seconds[stem] = round(state.seconds.get(stem, 0) + took, 1)
             state.save(folder)
-            say(f"    {took:.0f} s, {state.done[stem]}. {_answer_of(folder, stem)}".rstrip())
+            said = f"    {took:.0f} s, {state.done[stem]}."
+            with suppress(ValueError):  # a notebook that keeps no records
+                said += f" {answer.of_notebook(folder, stem)}"
+            say(said.rstrip())
         if use_notebooks:
             write_report(folder)
     return state
 
 
-def _past_seconds() -> dict[str, float]:
-    """Seconds that each notebook took when it last ended ok, in any run under data/runs."""
-    found: dict[str, float] = {}
+def _time_left(stems: list[str]) -> str:
+    """By the last run under data/runs that has each notebook; nothing where one never ran here."""
+    past: dict[str, float] = {}
     for path in sorted(RUNS.glob("*/run.yaml")):
-        try:
+        with suppress(ValueError):
             state = load_state(path.parent)
-        except ValueError:
-            continue
-        found |= {s: t for s, t in state.seconds.items() if state.done.get(s) == "ok"}
-    return found
-
-
-def _time_left(stems: list[str], past: dict[str, float]) -> str:
-    """From past runs; nothing where one of the notebooks never ran here."""
-    if not all(stem in past for stem in stems):
+            past |= {s: t for s, t in state.seconds.items() if state.done.get(s) == "ok"}
+    if not past.keys() >= set(stems):
         return ""
     seconds = sum(past[stem] for stem in stems)
     return (
         f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
     )
-
-
-def _answer_of(folder: Path, stem: str) -> str:
-    """What a notebook's records say, in one sentence; nothing for one that keeps no records."""
-    from llmperf.study import answer
-
-    try:
-        return answer.of_notebook(folder, stem)
-    except ValueError:
-        return ""
 
 
 def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:

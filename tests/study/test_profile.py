@@ -41,9 +41,9 @@ def test_a_plan_gives_each_notebook_what_it_has(shelf):
         (Profile("p", parameters={"level": "4"}), "'4', a str: it must be a int"),
         (Profile("p", parameters={"level": True}), "True, a bool: it must be a int"),
         (Profile("p", parameters={"records": "x"}), "set by the study itself"),
-        (Profile("p", parameters={"sizes": [b"x"]}), "holds b'x', a bytes"),
-        (Profile("p", parameters={"sizes": [{1: 2}]}), "the key 1: keys must be text"),
-        (Profile("p", parameters={"sizes": [float("inf")]}), "holds inf, a float"),
+        (Profile("p", parameters={"sizes": [b"x"]}), r"is \[b'x'\]: use text"),
+        (Profile("p", parameters={"sizes": [{1: 2}]}), "mappings with text keys"),
+        (Profile("p", parameters={"sizes": [float("inf")]}), r"is \[inf\]: use text"),
     ],
 )
 def test_bad_profiles_are_refused_before_anything_runs(shelf, asked, sentence):
@@ -64,17 +64,16 @@ BOMB = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[!!binary aGVsbG8=]", "a bytes"),
-        ("!!set {a, b}", "a set"),
-        ("2024-01-01", "a date"),
-        (".nan", "holds nan"),
+        ("[!!binary aGVsbG8=]", "hello.*: use text"),
+        ("!!set {a, b}", "use text"),
+        ("2024-01-01", "datetime.date"),
+        (".nan", "is nan"),
         ("!!python/object/apply:os.system [true]", "is not plain YAML"),
         (BOMB, "an alias .* is not allowed"),
-        ("[" * 10 + "]" * 10, "8 levels"),
+        ("[" * 10 + "]" * 10, "8 levels deep"),
         ("[" * 40_000, "is not plain YAML"),
         ("a" * 100_001, "at most 100,000"),
-        ("[" + "1," * 10_001 + "]", "10,000 values"),
-        ("{1: 2}", "keys must be text"),
+        ("{1: 2}", "text keys"),
         ("a: [", "is not plain YAML"),
     ],
 )
@@ -92,7 +91,7 @@ def test_plain_data_passes_as_it_is():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[1]", "is not a mapping"),
+        ("[1]", "a profile is a mapping"),
         ("parameters: 4", "parameters is 4; it must be a dict"),
         ("notebooks: {03-batch: 4}", "03-batch is 4; it must be a dict"),
         ("timeout_s: soon", "timeout_s is 'soon'; it must be a int"),

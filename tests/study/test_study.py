@@ -96,7 +96,7 @@ DAMAGED = {
     ),
     "code": (
         "profile: p\nsteps: {00-first: {level: !!binary aGk=}}\ntimeout_s: 1",
-        "holds b'hi', a bytes",
+        "b'hi'",
     ),
 }
 
@@ -186,7 +186,7 @@ Store(records).append(Record("00-first", condition, 1, metrics={"output_tokens_p
         (["run", "--only", "42"], "there is no notebook '42'"),
         (["run", "--set", "no_such=4"], "unknown parameter 'no_such' for any notebook: choose"),
         (["run", "--set", "repeats"], "write NAME=VALUE"),
-        (["run", "--set", "repeats=[!!binary aGk=]"], "holds b'hi', a bytes"),
+        (["run", "--set", "repeats=[!!binary aGk=]"], "b'hi'"),
         (["run", "--set", "repeats=many"], "'many', a str: it must be a int"),
         (["run", "--resume", "nowhere"], "holds no run"),
         (["run", "--resume", "x", "--out", "y"], "--resume takes everything from the run's folder"),
