@@ -33,7 +33,7 @@ TINY = 16  # width of the tensors on which the overhead of an operation is measu
 
 
 def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -> dict:
-    """`expected_tpot_ms`, its range, and `limit`, which is Python where operations take longest.
+    """`expected_tpot_ms`, its range, and `limit`: Python or launches where operations take longest.
 
     None with a reason for engines and weights whose step is not this sum.
     """
@@ -56,7 +56,8 @@ def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -
     draw_s = sampling_s(m.shape.vocab, m.dtype, m.device, rows, condition.sampling)
     whole = (step_s + operations_s + draw_s) * 1e3
     found = {"expected_low_ms": RANGE[0] * whole, "expected_high_ms": RANGE[1] * whole}
-    found |= {"limit": "Python"} if operations_s > step_s else {}
+    if operations_s > max(step_s, bound_s):
+        found["limit"] = "Python" if on_cpu and loop != "compiled" else "launches"
     return {"expected_tpot_ms": whole, **found}
 
 
