@@ -51,7 +51,7 @@ def of_run(folder: Path | str) -> Answer:
     alike = [
         r for r in counted if all(r.condition.get(k) == best[0].condition.get(k) for k in SAME)
     ]
-    alone = [r for r in alike if r.condition["strategy"] == "sequential"]
+    alone = [r for r in alike if max(_at_once(r.condition)) == 1]
     least = min(r.condition["level"] for r in alike)
     one = _fastest(alone or [r for r in alike if r.condition["level"] == least])
     count = Counter(v.verdict for v in findings.judge_all(run.records))
@@ -105,11 +105,16 @@ def _alone(runs: Sequence[Record]) -> str:
     return f"{text} of at most {1e3 / found['bound_tpot_ms']:.3g}; its limit is {found['limit']}."
 
 
-def _why(condition: Mapping) -> str:
-    """What the strategy does more of at the same time; nothing for one request at a time."""
+def _at_once(condition: Mapping) -> tuple[int, int, int]:
+    """Rows of a step, processes and threads of a condition."""
     known = STRATEGIES[condition["strategy"]]
     how = (condition["level"], condition.get("options") or {})
-    counts = (known.rows_per_step(*how), known.processes(*how), known.threads(*how))
+    return known.rows_per_step(*how), known.processes(*how), known.threads(*how)
+
+
+def _why(condition: Mapping) -> str:
+    """What the strategy does more of at the same time; nothing for one request at a time."""
+    counts = _at_once(condition)
     texts = [text.format(n) for text, n in zip(BECAUSE, counts, strict=True) if n > 1]
     return f", because {texts[0]}" if texts else ""
 
