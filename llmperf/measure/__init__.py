@@ -5,10 +5,11 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "beside": "environment",
         "condition": "Condition",
+        "load": "Arriving",
+        "prediction": "platform_of predict_run",
         "records": "Record Store open_store",
-        "results": "Results",
-        "session": "measure",
+        "results": "Results paired",
+        "session": "environment measure",
     },
 )

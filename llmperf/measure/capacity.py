@@ -1,14 +1,12 @@
-"""How far one card carries, and how many a load needs: a queueing simulation.
+"""How many cards a load needs: a queueing simulation from the measured times of batches (`Curve`).
 
-It knows one thing of a card: how long a batch takes, measured (`Curve`). Arrivals, grouping into
-batches and the choice of card are those of the server. What comes out is a Trace, so that a
-simulated run is scored like a measured one, and checked against it.
+Arrivals, grouping into batches and the choice of card are those of the server. The result is a
+Trace, so that a simulated run is scored like a measured one, and checked against it.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,12 +60,39 @@ def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     return float(np.interp(x, xs, ys))
 
 
-@dataclass
 class _Card:
-    waiting: deque
-    busy_until: float = 0.0
-    outstanding: int = 0
-    due: float | None = None  # when its next batch is to be looked at
+    """A queue of requests and the batches that a card makes of it."""
+
+    def __init__(self, curve: Curve, max_batch: int, window_s: float):
+        self.curve, self.max_batch, self.window_s = curve, max_batch, window_s
+        self.waiting: list[Request] = []
+        self.done: list[RequestTrace] = []
+        self.busy_until = 0.0
+
+    def advance(self, now: float) -> None:
+        """Start every batch that is due before `now`: when full, or when its first one waited."""
+        while self.waiting:
+            due = self.waiting[0].arrival_s + self.window_s
+            if len(self.waiting) >= self.max_batch:
+                due = min(due, self.waiting[self.max_batch - 1].arrival_s)
+            start = max(self.busy_until, due)
+            if start >= now:
+                return
+            batch = [r for r in self.waiting[: self.max_batch] if r.arrival_s <= start]
+            del self.waiting[: len(batch)]
+            first, step = self.curve.batch_s(len(batch))
+            self.busy_until = start + first + step * (max(r.max_new_tokens for r in batch) - 1)
+            self.done += [_answered(r, start, first, step) for r in batch]
+
+    def unanswered(self, now: float) -> int:
+        recent = self.done[-self.max_batch :]  # older batches have ended
+        return len(self.waiting) + sum(r.token_s[-1] >= now for r in recent)
+
+
+def _answered(r: Request, start: float, first: float, step: float) -> RequestTrace:
+    times = tuple(start + first + step * k for k in range(r.max_new_tokens))
+    tokens = (0,) * len(times)
+    return RequestTrace(r.id, len(r.prompt_ids), r.arrival_s, r.arrival_s, start, times, tokens)
 
 
 def simulate(
@@ -81,53 +106,17 @@ def simulate(
     """
     if cards < 1 or max_batch < 1:
         raise ValueError(f"{cards} cards with batches of {max_batch}: use at least 1 of each")
-    found = [_Card(deque()) for _ in range(cards)]
-    events = [(r.arrival_s, 0, i, r) for i, r in enumerate(work.requests)]
-    heapq.heapify(events)
-    done: list[RequestTrace] = []
-    count = len(events)
-    while events:
-        now, kind, i, what = heapq.heappop(events)
-        if kind == 0:  # a request arrives
-            card = min(found, key=lambda c: c.outstanding)
-            card.outstanding += 1
-            card.waiting.append(what)
-        elif kind == 1:  # a request has been answered
-            what.outstanding -= 1
-            continue
-        else:  # a card may begin
-            card = what
-            if card.due == now:
-                card.due = None
-        for row in _begin(card, now, curve, max_batch, window_s):
-            done.append(row)
-            count += 1
-            heapq.heappush(events, (row.token_s[-1], 1, count, card))
-        if card.waiting and card.due is None:
-            oldest = card.waiting[0].arrival_s + window_s
-            card.due = max(now, card.busy_until if card.busy_until > now else oldest)
-            count += 1
-            heapq.heappush(events, (card.due, 2, count, card))
+    found = [_Card(curve, max_batch, window_s) for _ in range(cards)]
+    for request in sorted(work.requests, key=lambda r: r.arrival_s):
+        now = request.arrival_s
+        for card in found:
+            card.advance(now)
+        min(found, key=lambda card: card.unanswered(now)).waiting.append(request)
+    for card in found:
+        card.advance(math.inf)
+    done = sorted((r for card in found for r in card.done), key=lambda r: r.id)
     end = max(r.token_s[-1] for r in done)
-    return Trace(tuple(sorted(done, key=lambda r: r.id)), end, {"simulated": True, "cards": cards})
-
-
-def _begin(card: _Card, now: float, curve: Curve, max_batch: int, window_s: float):
-    """The rows of the next batch, if the card is free and the batch is full or has waited."""
-    waited = card.waiting and now >= card.waiting[0].arrival_s + window_s
-    if now < card.busy_until or not (waited or len(card.waiting) >= max_batch):
-        return []
-    batch = [card.waiting.popleft() for _ in range(min(max_batch, len(card.waiting)))]
-    first, step = curve.batch_s(len(batch))
-    card.busy_until = now + first + step * (max(r.max_new_tokens for r in batch) - 1)
-    return [_row(r, now, first, step) for r in batch]
-
-
-def _row(r: Request, now: float, first: float, step: float) -> RequestTrace:
-    times = tuple(now + first + step * k for k in range(r.max_new_tokens))
-    return RequestTrace(
-        r.id, len(r.prompt_ids), r.arrival_s, r.arrival_s, now, times, (0,) * len(times)
-    )
+    return Trace(tuple(done), end, {"simulated": True, "cards": cards})
 
 
 def cards_needed(

@@ -11,13 +11,13 @@ from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Stop, Workload
 from llmperf.decoding.sampling import PUBLISHED, Sampling
 from llmperf.decoding.trace import Trace
-from llmperf.measure import metrics
+from llmperf.measure import metrics, records
 from llmperf.models import Model
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A model, a strategy, and `level` requests in flight."""
+    """A model, a strategy, and `level` requests in flight. Raises ValueError for what cannot be."""
 
     model: Model
     strategy: str = "sequential"
@@ -27,7 +27,7 @@ class Condition:
     new_tokens: int | tuple[int, ...] = 32
     sampling: Sampling = PUBLISHED
     stop: Stop = field(default_factory=Stop)
-    options: Mapping = field(default_factory=dict)  # what only this strategy knows
+    options: Mapping = field(default_factory=dict)  # the strategy's options
     seed: int = 0
 
     def __post_init__(self):
@@ -68,8 +68,18 @@ class Condition:
             "seed": self.seed,
         }
 
+    @cached_property
+    def key(self) -> str:
+        """A short digest of `describe()`, equal for conditions that are the same."""
+        return records.key("", "", self.describe(), 0)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Requests that share one pass over the weights, at the most."""
+        return strategies.STRATEGIES[self.strategy].rows_per_step(self.level, self.options)
+
     def ready(self) -> list[int]:
-        """Start what a run needs before its clock; ids of idle processes that are no part of it."""
+        """Start the processes that a run needs; the ids of other processes, idle in this run."""
         return strategies.ready(self.strategy, self.model, self.level, self.options)
 
     def run(self, work: Workload | None = None, on_step=None) -> Trace:
@@ -77,8 +87,8 @@ class Condition:
         options = {**self.options, "loop": self.loop, "on_step": on_step}
         return strategies.STRATEGIES[self.strategy](self.model, work or self.workload, options)
 
-    def alone(self, level: int) -> Condition:
-        """`level` such requests one after another: what its tokens are compared with."""
+    def reference(self, level: int) -> Condition:
+        """`level` such requests one after another, whose tokens are compared with this run's."""
         return replace(self, strategy="sequential", options={}, level=level)
 
     def summarize(self, trace: Trace) -> dict:
@@ -86,7 +96,7 @@ class Condition:
         return metrics.summarize(trace)
 
     def shortened(self, new_tokens: int) -> Workload:
-        """The same requests with at most `new_tokens` each: what a warm-up runs."""
+        """The same requests with at most `new_tokens` each, for a warm-up."""
         short = [
             replace(r, max_new_tokens=min(r.max_new_tokens, new_tokens))
             for r in self.workload.requests

@@ -7,19 +7,17 @@ next request when an answer has come, and so hides the queue that it causes. Eve
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Trace
-from llmperf.measure import Condition, metrics
+from llmperf.measure import metrics
+from llmperf.measure.condition import Condition
 
 KINDS = ("poisson", "gamma", "even", "closed")
 RESAMPLES = 2_000  # of the bootstrap behind a rate's interval
@@ -40,21 +38,17 @@ def arrival_times(
     for name, value in (("rate_per_s", rate_per_s), ("burstiness", burstiness)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: it must be a number above 0")
-    dice = np.random.default_rng(seed)
-    gaps = {
-        "poisson": lambda: dice.exponential(1.0, n),
-        "gamma": lambda: dice.gamma(burstiness, 1 / burstiness, n),
-        "even": lambda: np.ones(n),
-        "closed": lambda: np.zeros(n),
-    }[kind]()
+    if kind == "closed":
+        return np.zeros(n)
+    shape = {"poisson": 1.0, "gamma": burstiness}.get(kind)
+    gaps = np.random.default_rng(seed).gamma(shape, 1 / shape, n) if shape else np.ones(n)
     times = np.cumsum(gaps) / rate_per_s
     return times - times[0]
 
 
 def arriving(work: Workload, kind: str, **options) -> Workload:
     """The same requests, each with its scheduled time; `options` are those of `arrival_times`."""
-    times = arrival_times(kind, len(work.requests), **options)
-    return scheduled(work, times)
+    return scheduled(work, arrival_times(kind, len(work.requests), **options))
 
 
 def scheduled(work: Workload, times: Sequence[float]) -> Workload:
@@ -65,53 +59,6 @@ def scheduled(work: Workload, times: Sequence[float]) -> Workload:
         raise ValueError("a scheduled time is negative or not a number: give seconds from 0 on")
     requests = (replace(r, arrival_s=float(t)) for r, t in zip(work.requests, times, strict=True))
     return replace(work, requests=tuple(requests))
-
-
-def lengths(
-    n: int, median: float, spread: float = 0.5, *, low: int = 1, high: int, seed: int = 0
-) -> tuple[int, ...]:
-    """`n` log-normal lengths in tokens within [low, high]; `spread` is the sigma of their log.
-
-    As real prompts and answers have it: most are short, a few are long.
-    """
-    if not (0 < low <= median <= high and spread >= 0):
-        raise ValueError(
-            f"lengths with low {low}, median {median}, high {high}, spread {spread}: they must rise"
-            " from above 0, and the spread must be at least 0"
-        )
-    drawn = np.random.default_rng(seed).lognormal(math.log(median), spread, n)
-    return tuple(int(x) for x in np.clip(np.rint(drawn), low, high))
-
-
-def from_file(path: Path | str, tokenizer, *, speedup: float = 1.0, **options) -> Workload:
-    """A workload from a CSV trace with the columns `arrival_s,prompt_tokens,new_tokens`.
-
-    Prompts are the kit's own, cut to length; `speedup` 2 halves all gaps; `options` go to
-    `workload.build`. Raises ValueError that names the line when a value cannot be.
-    """
-    columns = ("arrival_s", "prompt_tokens", "new_tokens")
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in columns if c not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{Path(path).name} has no column {missing[0]!r}: name all three")
-        rows = []
-        for row in reader:
-            try:
-                at, prompt, new = (float(row[c]) for c in columns)
-                if not (0 <= at < math.inf and prompt >= 1 and new >= 1):
-                    raise ValueError
-                rows.append((at / speedup, int(prompt), int(new)))
-            except (ValueError, TypeError):
-                raise ValueError(
-                    f"{Path(path).name}, line {reader.line_num}: give seconds from 0 on, and whole"
-                    f" numbers of tokens from 1 on, not {list(row.values())}"
-                ) from None
-    if not rows:
-        raise ValueError(f"{Path(path).name} has no rows: a load needs at least one request")
-    rows.sort()
-    at, prompt, new = zip(*rows, strict=True)
-    return scheduled(workload.build(tokenizer, len(rows), prompt, new, **options), at)
 
 
 @dataclass(frozen=True)
@@ -139,13 +86,10 @@ class Arriving(Condition):
         short = super().shortened(new_tokens).take(few)
         return scheduled(short, [0.0] * len(short.requests))
 
-    def alone(self, level: int) -> Condition:
-        """The reference for the tokens: when they arrive makes no difference."""
+    def reference(self, level: int) -> Condition:
+        """Without arrivals: they make no difference to the tokens."""
         plain = {f: getattr(self, f) for f in Condition.__dataclass_fields__}
-        return Condition(**plain).alone(level)
-
-
-# The highest rate at which a service level holds.
+        return Condition(**plain).reference(level)
 
 
 @dataclass(frozen=True)
@@ -171,10 +115,10 @@ class Probe:
 class HighestRate:
     """`rate_per_s` is the estimate, `low` and `high` its 95 % interval; None when not found."""
 
-    rate_per_s: float | None
-    low: float | None
-    high: float | None
     probes: tuple[Probe, ...]
+    rate_per_s: float | None = None
+    low: float | None = None
+    high: float | None = None
     reason: str | None = None
 
 
@@ -229,18 +173,18 @@ def highest_rate(
 
     if not holds(low):
         why = f"at the lowest rate tried, {low:g}/s, {probes[0].attained:.0%} met the limits"
-        return HighestRate(None, None, None, tuple(probes), why)
+        return HighestRate(tuple(probes), reason=why)
     if holds(high):
         why = f"the limits still hold at the highest rate tried, {high:g}/s"
-        return HighestRate(high, None, None, tuple(probes), why)
+        return HighestRate(tuple(probes), high, reason=why)
     for _ in range(steps):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     ordered = tuple(sorted(probes, key=lambda p: p.rate_per_s))
     crossings = _bootstrap(ordered, share, seed)
-    edges = np.quantile(crossings, (0.025, 0.975))
+    edges = np.quantile(crossings, (0.025, 0.975)).tolist()
     estimate = _crossing(ordered, [p.attained for p in ordered], share)
-    return HighestRate(estimate, float(min(low, edges[0])), float(max(high, edges[1])), ordered)
+    return HighestRate(ordered, estimate, min(low, edges[0]), max(high, edges[1]))
 
 
 def _bootstrap(probes: Sequence[Probe], share: float, seed: int) -> np.ndarray:
@@ -258,13 +202,6 @@ def _bootstrap(probes: Sequence[Probe], share: float, seed: int) -> np.ndarray:
 
 def _crossing(probes: Sequence[Probe], attained: Sequence[float], share: float) -> float:
     """The rate at which attainment, made to fall with the rate, first passes below `share`."""
-    falling = np.minimum.accumulate(attained)
-    logs = np.log([p.rate_per_s for p in probes])
-    below = np.flatnonzero(falling < share)
-    if not len(below):
-        return float(np.exp(logs[-1]))
-    i = below[0]
-    if i == 0:
-        return float(np.exp(logs[0]))
-    part = (falling[i - 1] - share) / (falling[i - 1] - falling[i])
-    return float(np.exp(logs[i - 1] + part * (logs[i] - logs[i - 1])))
+    falling = np.minimum.accumulate(attained)[::-1]
+    logs = np.log([p.rate_per_s for p in probes])[::-1]
+    return float(np.exp(np.interp(share - 1e-12, falling, logs)))

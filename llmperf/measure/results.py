@@ -1,10 +1,11 @@
-"""What the records of one measurement show together: a table, instability, intervals still wide."""
+"""What the records of one measurement show together: a table, instability, wide intervals."""
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmperf import stats
@@ -13,7 +14,6 @@ from llmperf.measure import records
 from llmperf.measure.records import Record
 
 CLOCK_MOVED = 0.10  # the highest clocks of two runs differ by more than this share
-LEAST_CHANGE = 0.01  # a drift of less is of no account
 CLOCKS = {"gpu_clock": "the GPU's clock", "cpu_clock": "the CPU's fastest clock"}
 
 
@@ -27,7 +27,7 @@ class Results:
     @property
     def frame(self):
         """One row a counted run, as a DataFrame (`records.frame`); failed runs are in it."""
-        return records.frame(r for r in self.records if r.kind == "measure")
+        return records.frame(r for r in self.records if r.kind in ("measure", "failed"))
 
     def traces(self, **wanted) -> list[Trace]:
         """The traces of the counted runs whose condition has these values."""
@@ -39,107 +39,84 @@ class Results:
             and all(r.condition.get(k) == v for k, v in wanted.items())
         ]
 
+    def twin(self, quantity: str = "output_tokens_per_s") -> stats.Comparison:
+        """The same condition twice, paired by round: anything but "cannot tell" is a false alarm.
 
-def wide(found: Iterable[Record], width: float, quantity: str) -> list[str]:
-    """The conditions whose interval of `quantity` is wider than `width` of its median."""
-    values = defaultdict(list)
-    for r in found:
-        if r.kind == "measure" and r.status == "ok":
-            label = f"{r.condition['strategy']} {r.condition['level']}"
-            value = _number(r.metrics, quantity)
-            values[label, _condition(r)] += [] if value is None else [value]
-    return [label for (label, _), v in values.items() if not stats.narrow_enough(v, width)]
+        Of runs measured with `twin=True`.
+        """
+        second = [replace(r, kind="measure") for r in self.records if r.kind == "twin"]
+        keys = {condition_key(r) for r in second}
+        first = [r for r in self.records if _counted(r) and condition_key(r) in keys]
+        return stats.compare(first, second, quantity)
 
 
-def _number(metrics: dict, quantity: str) -> float | None:
-    """`duration_s` or `ttft_ms.median`; ValueError for what is no number in the metrics."""
-    value = metrics
-    for part in quantity.split("."):
-        value = value.get(part, "no such entry") if isinstance(value, dict) else value
-    if isinstance(value, dict | str):
-        raise ValueError(
-            f"{quantity!r} is no number in the metrics: use one such as 'output_tokens_per_s' or"
-            " 'ttft_ms.median'"
-        )
-    return value
+def paired(
+    arms: Mapping[str, Callable[[], Trace]], rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Output tokens/s of every arm in every round; a round has each once, in shuffled order.
+
+    Entries i of two arms ran in one round, so `stats.ratio_interval(..., paired=True)` may compare
+    them. A first round is not counted.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    order, speeds = random.Random(seed), {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name in order.sample(list(arms), len(arms)):
+            trace = arms[name]()
+            speeds[name].append(trace.output_tokens / trace.duration_s)
+    return {name: values[1:] for name, values in speeds.items()}
+
+
+def condition_key(record: Record) -> str:
+    """`Condition.key` of the condition that a record describes."""
+    return records.key("", "", record.condition, 0)
+
+
+def wide(found: Iterable[Record], width: float) -> list[str]:
+    """The conditions whose interval of tokens/s is wider than `width` of its median."""
+    speeds = defaultdict(list)
+    for r in filter(_counted, found):
+        label = f"{r.condition['strategy']} {r.condition['level']}"
+        speeds[label, condition_key(r)].append(r.metrics["output_tokens_per_s"])
+    return [label for (label, _), v in speeds.items() if not stats.narrow_enough(v, width)]
+
+
+def _counted(record: Record) -> bool:
+    speed = record.metrics.get("output_tokens_per_s")
+    return record.kind == "measure" and record.status == "ok" and bool(speed)
 
 
 def with_warnings(found: Sequence[Record]) -> list[Record]:
     """The records, in order of time, with the warnings that only a whole series can show.
 
-    Clocks that moved between the runs of a condition, and throughput that drifted: from the first
-    half of a condition's repeats to the second, or, where the repeats are too few for that, over
-    the rounds of all conditions together. The store is never rewritten: call this on what is read.
+    Clocks that moved between the runs of a condition, and throughput that drifted, over all
+    conditions together. The store is never rewritten: call this on what is read.
     """
-    series = _series(found)
-    noticed = [(s, text) for s in series for text in _clocks([found[i] for i in s])]
-    for s in series:
-        if text := stats.drift(_speeds(found, s)):
-            noticed.append((s, f"throughput, {text}"))
-    for rounds in _few(found, series):
-        if text := _trend([_speeds(found, s) for s in rounds]):
-            noticed.append((sum(rounds, []), f"throughput, {text}"))
+    series = defaultdict(list)  # condition → positions of its counted runs
+    for i, r in enumerate(found):
+        if _counted(r):
+            series[records.key(r.experiment, r.run_id, r.condition, 0)].append(i)
+    noticed = [(members, text) for members in series.values() for text in _clocks(found, members)]
+    speeds = [[found[i].metrics["output_tokens_per_s"] for i in s] for s in series.values()]
+    if text := stats.drift(speeds):
+        noticed.append((sum(series.values(), []), f"throughput, {text}"))
     warned = defaultdict(list)
     for members, text in noticed:
         for i in members:
             warned[i].append(f"unstable: {text}")
-    return [replace(r, warnings=_once([*r.warnings, *warned[i]])) for i, r in enumerate(found)]
+    return [
+        replace(r, warnings=list(dict.fromkeys([*r.warnings, *warned[i]])))
+        for i, r in enumerate(found)
+    ]
 
 
-def _once(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
-
-
-def _series(found: Sequence[Record]) -> list[list[int]]:
-    """The positions of each condition's counted runs."""
-    groups = defaultdict(list)
-    for i, r in enumerate(found):
-        if r.kind == "measure" and r.status == "ok" and r.metrics.get("output_tokens_per_s"):
-            groups[_condition(r)].append(i)
-    return list(groups.values())
-
-
-def _condition(record: Record) -> str:
-    """What the runs of one condition in one study share."""
-    return records.key(record.experiment, record.run_id, record.condition, 0)
-
-
-def _speeds(found: Sequence[Record], members: Iterable[int]) -> list[float]:
-    return [found[i].metrics["output_tokens_per_s"] for i in members]
-
-
-def _few(found: Sequence[Record], series: Iterable[list[int]]) -> list[list[list[int]]]:
-    """The series too short for `stats.drift`, those that ran in the same rounds together."""
-    groups = defaultdict(list)
-    for members in series:
-        if len(members) < stats.DRIFT_LEAST:
-            first = found[members[0]]
-            groups[first.experiment, first.run_id, len(members)].append(members)
-    return list(groups.values())
-
-
-def _trend(speeds: Sequence[Sequence[float]]) -> str | None:
-    """A warning if conditions move with the rounds. speeds: (conditions, rounds), 3 at least.
-
-    Page's test ranks the rounds within each condition, so that conditions of any speed pool. Half
-    of the level goes to either direction, as in `stats.drift`, and a change below 1 % is no matter.
-    """
-    if len(speeds) < 3 or len(speeds[0]) < 3:
-        return None
-    from scipy.stats import page_trend_test
-
-    change = statistics.median(row[-1] / row[0] - 1 for row in speeds)
-    forward = page_trend_test(speeds if change > 0 else [row[::-1] for row in speeds])
-    if abs(change) <= LEAST_CHANGE or forward.pvalue >= stats.DRIFT_LEVEL / 2:
-        return None
-    return f"drift: {change:+.1%} from the first round to the last, over {len(speeds)} conditions"
-
-
-def _clocks(runs: Sequence[Record]) -> list[str]:
+def _clocks(found: Sequence[Record], members: Iterable[int]) -> list[str]:
     """Which clocks moved. A run counts with its highest reading: it begins with an idle clock."""
-    found = []
+    moved = []
     for channel, name in CLOCKS.items():
-        peaks = [r.memory[channel]["max"] for r in runs if "max" in r.memory.get(channel, {})]
+        memory = [found[i].memory.get(channel, {}) for i in members]
+        peaks = [c["max"] for c in memory if "max" in c]
         if peaks and max(peaks) - min(peaks) > CLOCK_MOVED * statistics.median(peaks):
-            found.append(f"{name} moved between {min(peaks):,.0f} and {max(peaks):,.0f} MHz")
-    return found
+            moved.append(f"{name} moved between {min(peaks):,.0f} and {max(peaks):,.0f} MHz")
+    return moved

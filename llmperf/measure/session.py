@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import datetime
-import json
+import gc
 import random
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from llmperf import machine, strategies
 from llmperf.decoding.trace import Trace, agreement
-from llmperf.measure import beside, fits, records, results
-from llmperf.measure.beside import environment
+from llmperf.measure import prediction, results
 from llmperf.measure.condition import Condition
 from llmperf.measure.records import Record, Store
-from llmperf.measure.results import Results
+from llmperf.measure.results import Results, condition_key
 from llmperf.memory import Sampler
-
-__all__ = ["Condition", "Results", "environment", "measure"]
 
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 WARMUP_RUNS = 3  # at most; fewer when two in a row take the same time
 SETTLED = 0.10  # two warm-up runs within 10 % of each other count as settled
 REFERENCE_REQUESTS = 4  # requests of a condition that are compared with `sequential`
 LEAST_FOR_WIDTH = 8  # repeats before an interval may end a measurement (`stats.narrow_enough`)
+# Errors of the condition itself: it fails again however often it is tried.
+LASTING = (ValueError, TypeError, LookupError, NotImplementedError, AssertionError)
 
 
 def measure(
@@ -36,255 +36,234 @@ def measure(
     repeats: int = 3,
     seed: int = 0,
     width: float | None = None,
-    quantity: str = "output_tokens_per_s",
-    max_repeats: int | None = None,
-    budget_s: float | None = None,
-    memory_budget: int | None = None,
+    max_repeats: int = 30,
     expect: bool = False,
-    progress: bool = True,
+    twin: bool = False,
+    progress: bool | None = None,
+    sampler: Sampler | None = None,
+    limits: Mapping | None = None,
 ) -> Results:
     """Run every condition `repeats` times, interleaved, and store a record of each run.
 
     Runs that the store already holds are not repeated, so a killed study goes on where it was. With
-    `width`, rounds are added up to `max_repeats` until every condition's interval of `quantity` (a
-    number in the metrics) is narrower than that share of its median. `budget_s` ends the sweep
-    after the round at work. A condition that fails is a record with a status, and the rest go on;
-    one that surely does not fit is not tried, see `fits.refusal`, which takes `memory_budget`. With
-    `expect` each record says how long a decode step should take, see `expected.beside`.
+    `width`, rounds are added up to `max_repeats` until every condition's interval of tokens/s is
+    narrower than that share of its median. A condition that fails is a record with a status, and
+    the others go on; one that surely does not fit is not tried, see `prediction.refusal`. `expect`
+    predicts the time of a step too. `twin` runs the first condition twice a round, see
+    `Results.twin`. `progress`: a bar (default: on a terminal or in Jupyter). `sampler` and `limits`
+    are for tests: who watches the memory, and the machine's ceilings.
     """
-    rounds = _rounds(repeats, width, max_repeats)
-    if not conditions:
-        raise ValueError(f"{experiment}: there is no condition to measure")
-    if budget_s is not None and not budget_s > 0:
-        raise ValueError(f"budget_s is {budget_s}: it must be above 0 seconds")
-    session = _Session(experiment, conditions, store, seed, memory_budget)
-    session.expect = expect
-    stopped, wide = f"{rounds} repeats", []
-    began = time.perf_counter()
-    bar = _bar(len(conditions) * rounds, experiment, progress)
-    with Sampler() as sampler, strategies.session(), bar:
-        for done in range(1, rounds + 1):
-            session.round(done - 1, sampler, bar)
-            wide = session.wide(width, quantity) if width and done >= repeats else []
-            if width and done >= repeats and not wide and session.alive:
-                stopped = f"every interval is within {width:.0%} after {done} repeats"
-                break
-            if budget_s and time.perf_counter() - began > budget_s and done < rounds:
-                stopped = f"the budget of {budget_s:g} s was spent after {done} repeats"
-                break
-    if wide:
-        stopped += f"; not within {width:.0%}: {', '.join(wide)}"
-    return Results(tuple(results.with_warnings(session.mine())), stopped)
-
-
-def _rounds(repeats: int, width: float | None, max_repeats: int | None) -> int:
-    """The most repeats that may be run; ValueError for numbers that contradict one another."""
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
-    if width is None:
-        return repeats
-    most = max(repeats, max_repeats or 0)
-    if most < LEAST_FOR_WIDTH:
+    most = repeats if width is None else max(repeats, max_repeats)
+    if width is not None and most < LEAST_FOR_WIDTH:
         raise ValueError(
             f"width was given, but at most {most} repeats: an interval can end a measurement from "
             f"{LEAST_FOR_WIDTH} on, so set max_repeats to that or more"
         )
-    return most
+    if not conditions:
+        raise ValueError(f"{experiment}: there is no condition to measure")
+    session = _Session(experiment, conditions, store, seed, twin)
+    session.predict = lambda c: prediction.predict_run(c, expect, limits)
+    stopped = f"{most} repeats"
+    bar = _bar(len(session.slots) * most, experiment, progress)
+    with sampler or Sampler() as watching, strategies.session(), bar:
+        for done in range(1, most + 1):
+            session.round(done - 1, watching, bar)
+            alive = session.alive_records() if width is not None and done >= repeats else []
+            wide = results.wide(alive, width)
+            if alive and not wide:
+                stopped = f"every interval is within {width:.0%} after {done} repeats"
+                break
+            if wide and done == most:
+                stopped += f"; not within {width:.0%}: {', '.join(wide)}"
+    return Results(tuple(results.with_warnings(session.records())), stopped)
+
+
+@cache
+def environment() -> dict:
+    """This machine, asked once a process."""
+    return machine.describe()
 
 
 class _Session:
-    """One call of `measure`: its order, its reference tokens, and the records it made or found."""
+    """One call of `measure`: its order, its reference tokens, and what failed in it."""
 
-    def __init__(self, experiment, conditions, store, seed, memory_budget=None):
-        self.experiment, self.store = experiment, store
-        self.conditions = list(conditions)
-        self.described = [c.describe() for c in self.conditions]
-        self.keys = [records.key("", "", d, 0) for d in self.described]
+    def __init__(self, experiment, conditions, store, seed, twin):
+        self.experiment, self.store, self.conditions = experiment, store, list(conditions)
         self.order = random.Random(seed)
-        self.reference: dict[str, Trace] = {}
-        self.warm: set[int] = set()
+        self.slots = [(i, "measure") for i in range(len(self.conditions))]
+        self.slots += [(0, "twin")] if twin else []
+        self.references: dict[str, Trace] = {}
+        self.predictions: dict[int, dict] = {}
+        refused = ((i, prediction.refusal(c)) for i, c in enumerate(conditions))
+        self.refused = {i: why for i, why in refused if why}
         self.failed = self._failed_before()
-        asked = {i: fits.refusal(c, memory_budget) for i, c in enumerate(self.conditions)}
-        self.refused = {i: why for i, why in asked.items() if why}
-        fits.cap(self.conditions[0], memory_budget)
-        self.expect = False
-        self.noticed: str | None = None  # what else this machine was doing as the round began
-        self.run_id = store.path.parent.name
-
-    @property
-    def alive(self) -> bool:
-        """Whether a condition is left that neither failed nor was refused."""
-        return len(self.failed | self.refused) < len(self.conditions)
+        self.gone: set[int] = set()  # failed here for a reason outside: tried again on resume
+        prediction.cap_allocator(self.conditions[0].model)
+        self.busy: str | None = None  # what other programs did as the round began
 
     def _failed_before(self) -> dict[int, str]:
-        """Conditions that failed in an earlier part of this run: they are not tried again."""
-        failed = {
-            _bare_key(r): f"{r.status}: {r.reason}"
-            for r in self.store.read()
-            if r.experiment == self.experiment and r.status in ("oom", "error")
-        }
-        return {i: failed[key] for i, key in enumerate(self.keys) if key in failed}
+        """Conditions that failed before this call for a reason of their own: not tried again."""
+        bad = [r for r in self.records() if r.kind == "measure" and r.status in ("oom", "error")]
+        failed = {condition_key(r): f"{r.status}: {r.reason}" for r in bad}
+        return {i: failed[c.key] for i, c in enumerate(self.conditions) if c.key in failed}
 
     def round(self, repeat: int, sampler: Sampler, bar) -> None:
-        """Every condition once, in an order of this round's own."""
-        order = self.order.sample(range(len(self.conditions)), len(self.conditions))
-        missing = [i for i in order if self.key(i, repeat) not in self.store]
-        bar.update(len(order) - len(missing))
-        self.noticed = machine.busy() if any(i not in self.failed for i in missing) else None
-        for i in missing:
-            self.store.append(self.one(i, repeat, sampler))
+        """Every condition once, in a new order; what the store holds is not run again."""
+        missing = []
+        for i, kind in self.order.sample(self.slots, len(self.slots)):
+            bare = self.bare(self.conditions[i], repeat, kind)
+            if bare.key not in self.store:
+                missing.append((i, bare))
+        bar.update(len(self.slots) - len(missing))
+        self.busy = machine.busy() if any(i not in self.failed for i, _ in missing) else None
+        for i, bare in missing:
+            if record := self.run(i, bare, sampler):
+                self.store.append(record)
             bar.update()
 
-    def key(self, i: int, repeat: int) -> str:
-        return records.key(self.experiment, "measure", self.described[i], repeat)
+    def run(self, i: int, bare: Record, sampler: Sampler) -> Record | None:
+        """The record of one run, whatever came of it; a condition that failed is not run again.
 
-    def one(self, i: int, repeat: int, sampler: Sampler) -> Record:
-        """The record of one run, whatever came of it; a condition that failed is not run again."""
-        bare = self.record(self.described[i], repeat)
-        if i in self.refused:
-            return replace(bare, status="skipped", reason=self.refused[i])
-        if i in self.failed:
-            return replace(bare, status="skipped", reason=f"failed before: {self.failed[i]}")
-        record = self.tried(bare, i, sampler)
-        if record.status != "ok":
-            self.failed[i] = f"{record.status}: {record.reason}"
-            _release()  # here, where no exception holds the failed run's tensors any more
-        return record
-
-    def tried(self, bare: Record, i: int, sampler: Sampler) -> Record:
-        """Warm up if this condition is new here, run it, and say what happened."""
-        condition = self.conditions[i]
+        A failure that says nothing about the condition gets the kind `failed`, so that its place
+        stays open for a resume; None where it happened earlier in this session.
+        """
+        if why := self.refused.get(i) or (i in self.failed and f"failed before: {self.failed[i]}"):
+            return None if i in self.gone else replace(bare, status="skipped", reason=why)
+        condition, lasting = self.conditions[i], False
         try:
             self.prepare(i)
             with sampler.window(without=condition.ready()) as window:
-                trace = condition.run(on_step=_on_step(condition, window))
-            return self.filled(bare, i, trace, window)
+                on_step = None if condition.model.device == "cpu" else window.step
+                trace = condition.run(on_step=on_step)
+            record = self.complete(bare, i, trace, window)
         except Exception as error:  # a record with a status, and the sweep goes on
+            _raise_interrupt(error)
             status, reason = _classify(error)
-            return replace(bare, status=status, reason=reason)
+            lasting = status == "oom" or isinstance(error, LASTING)
+            record = replace(bare, status=status, reason=reason)
+        if record.status == "ok":
+            return record
+        self.failed[i] = f"{record.status}: {record.reason}"
+        _release()  # here, where no exception holds the failed run's tensors any more
+        if lasting:
+            return record
+        self.gone.add(i)
+        return replace(record, kind="failed")
 
-    def record(self, condition: dict, repeat: int, kind: str = "measure") -> Record:
+    def bare(self, condition: Condition, repeat: int, kind: str = "measure") -> Record:
+        """A record with nothing measured in it yet."""
         return Record(
             experiment=self.experiment,
-            condition=condition,
+            condition=condition.describe(),
             repeat=repeat,
             kind=kind,
-            run_id=self.run_id,
+            run_id=self.store.path.parent.name,
             recorded_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             environment=environment(),
         )
 
     def prepare(self, i: int) -> None:
-        """Once a condition and process: reference tokens, and short runs until times settle."""
-        if i in self.warm:
+        """Once a condition and process: reference, prediction, short runs until times settle."""
+        if i in self.predictions:
             return
         condition = self.conditions[i]
-        self.reference_for(i)
+        self.reference(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
-        while len(times) < WARMUP_RUNS and not _settled(times):
+        for _ in range(WARMUP_RUNS):
             trace = condition.run(short)
             times.append(trace.duration_s)
-        apart = {"warmup_s": times, "compile_s": beside.compile_s(condition)}
-        self.store.append(self.apart(self.described[i], trace, "warmup", apart))
-        self.warm.add(i)
+            if len(times) > 1 and abs(times[-1] - times[-2]) <= SETTLED * times[-2]:
+                break
+        took = {"warmup_s": times, "compile_s": prediction.prepared(condition).seconds}
+        self.keep(condition, trace, "warmup", took)
+        self.predictions[i] = self.predict(condition)
 
-    def reference_for(self, i: int) -> None:
-        """The first requests of the condition, one after another: what `agreement` compares."""
-        condition, signature = self.conditions[i], self.signature(i)
-        if signature in self.reference:
-            return
-        alike = [c.level for j, c in enumerate(self.conditions) if self.signature(j) == signature]
-        level = min(max(alike), REFERENCE_REQUESTS)
-        alone = condition.alone(level)
-        found = [r for r in self.store.read() if r.kind == "reference"]
-        kept = [r for r in found if r.condition == _plain(alone.describe())]
-        trace = kept[0].to_trace() if kept else alone.run()
-        self.reference[signature] = trace
-        self.store.append(self.apart(alone.describe(), trace, "reference"))
+    def reference(self, condition: Condition) -> Trace:
+        """The first requests of a condition one after another. Conditions that differ in strategy,
+        level or arrivals alone share one."""
+        key = condition.reference(1).key
+        if key not in self.references:
+            alike = [c.level for c in self.conditions if c.reference(1).key == key]
+            alone = condition.reference(min(max(alike), REFERENCE_REQUESTS))
+            known = (r for r in self.store.read() if r.kind == "reference")
+            kept = next((r for r in known if condition_key(r) == alone.key), None)
+            self.references[key] = kept.to_trace() if kept else alone.run()
+            self.keep(alone, self.references[key], "reference")
+        return self.references[key]
 
-    def signature(self, i: int) -> str:
-        """Conditions that differ in strategy, level or arrivals alone share one reference."""
-        return records.key("", "", self.conditions[i].alone(1).describe(), 0)
-
-    def apart(self, condition: dict, trace: Trace, kind: str, metrics: dict | None = None):
-        """A record of a run that is kept but never counted."""
-        return replace(
-            self.record(condition, 0, kind),
+    def keep(self, condition: Condition, trace: Trace, kind: str, metrics: dict | None = None):
+        """Store a run that is never counted."""
+        record = replace(
+            self.bare(condition, 0, kind),
             trace=trace.to_dict(),
             token_digest=trace.digest(),
             metrics=metrics or {},
         )
+        self.store.append(record)
 
-    def filled(self, bare: Record, i: int, trace: Trace, window) -> Record:
-        """The record of a run that went through, with everything that stands beside its times."""
+    def complete(self, bare: Record, i: int, trace: Trace, window) -> Record:
+        """The record of a run that went through."""
+        condition = self.conditions[i]
         failed = [r.reason for r in trace.requests if r.status == "error"]
+        loop, why = trace.notes.get("loop"), trace.notes.get("fallback")
+        warnings = [f"{condition.loop} ran as {loop}: {why}"] if why else []
+        warnings += [f"unstable: {self.busy}"] if self.busy else []
         return replace(
             bare,
             status="error" if failed else "ok",
             reason=failed[0] if failed else None,
             trace=trace.to_dict(),
             token_digest=trace.digest(),
-            metrics=self.conditions[i].summarize(trace),
+            metrics=condition.summarize(trace),
             memory=window.summary(),
-            prediction=beside.predict_beside(self.conditions[i], trace, self.expect),
-            agreement=asdict(agreement(trace, self.reference[self.signature(i)])),
-            warnings=beside.fallbacks(trace)
-            + ([f"unstable: {self.noticed}"] if self.noticed else []),
+            prediction=prediction.audit(condition, self.predictions[i], trace),
+            agreement=asdict(agreement(trace, self.reference(condition))),
+            warnings=warnings,
         )
 
-    def wide(self, width: float, quantity: str) -> list[str]:
-        """The conditions, failed ones aside, whose interval of `quantity` is not narrow enough."""
-        alive = {key for i, key in enumerate(self.keys) if i not in self.failed | self.refused}
-        return results.wide([r for r in self.mine() if _bare_key(r) in alive], width, quantity)
+    def alive_records(self) -> list[Record]:
+        """The records of the conditions that neither failed nor were refused."""
+        dead = self.failed | self.refused
+        alive = {c.key for i, c in enumerate(self.conditions) if i not in dead}
+        return [r for r in self.records() if condition_key(r) in alive]
 
-    def mine(self) -> list[Record]:
+    def records(self) -> list[Record]:
         """The records of these conditions, of every kind, from the store."""
+        keys = {c.key for c in self.conditions}
         every = (r for r in self.store.read() if r.experiment == self.experiment)
-        return [r for r in every if _bare_key(r) in self.keys]
+        return [r for r in every if condition_key(r) in keys]
 
 
-def _bare_key(record: Record) -> str:
-    """What the records of one condition share, whatever their kind and repeat."""
-    return records.key("", "", record.condition, 0)
-
-
-def _on_step(condition: Condition, window):
-    """Only a GPU has an allocator to read between two steps."""
-    return None if condition.model.device == "cpu" else window.step
-
-
-def _settled(times: Sequence[float]) -> bool:
-    """Whether the last two warm-up runs took about the same time."""
-    return len(times) > 1 and abs(times[-1] - times[-2]) <= SETTLED * times[-2]
-
-
-def _plain(value):
-    """As it comes back from JSON: tuples are lists."""
-    return json.loads(json.dumps(value))
+def _raise_interrupt(error: BaseException | None) -> None:
+    """Raise the Ctrl-C or SIGTERM during whose clean-up this error came, if there was one."""
+    while error is not None:
+        if not isinstance(error, Exception):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 def _classify(error: Exception) -> tuple[str, str]:
     """A status and one sentence without this machine's paths."""
-    import torch
-
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
     text = f"{type(error).__name__}: {error}".split("\n")[0].replace(str(Path.home()), "~")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text.lower():
-        return "oom", text
-    return "error", text
+    full = isinstance(error, kinds) or "out of memory" in text.lower()
+    return ("oom" if full else "error"), text
 
 
 def _release() -> None:
     """After a failure: give what the failed run held back to the device."""
-    import gc
-
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _bar(total: int, name: str, shown: bool):
+def _bar(total: int, name: str, shown: bool | None):
+    """A progress bar in Jupyter and on a terminal; a log gets no escape codes."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=name, unit="run", leave=False, disable=not shown)
+    wanted = shown is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
+    return tqdm(total=total, desc=name, unit="run", leave=False, disable=not wanted)

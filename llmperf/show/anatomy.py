@@ -1,4 +1,4 @@
-"""One generation, taken apart: how long each phase keeps the processor, and how long the device."""
+"""One generation in phases: how long each keeps the processor, then waits for the device."""
 
 from __future__ import annotations
 

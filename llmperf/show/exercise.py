@@ -8,7 +8,7 @@ def check(
 ) -> None:
     """Print whether `answer` is right: a number within `rel` of `expected`, or the same word.
 
-    None means not tried yet, and says so, so that a notebook runs through unanswered.
+    None is an answer not yet given, so that a notebook runs through unanswered.
     """
     if answer is None:
         print(f"{question}: write your answer above, then run this cell again.")

@@ -1,4 +1,4 @@
-"""Made-up machines on a made-up clock, for notebook 02: what they show is exact and repeatable."""
+"""Simulated machines on a simulated clock for notebook 02: exact and repeatable."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FIRST_RUNS_MS = (600.0, 60.0, 8.0)  # of the first runs: kernels load, memory gr
 
 @dataclass
 class Device:
-    """Works through a queue while the program goes on. `now_ms` is what a clock would read."""
+    """A device that works through a queue while the program goes on; `now_ms` is the clock."""
 
-    launch_ms: float = 0.02  # what handing a piece of work over costs the program
+    launch_ms: float = 0.02  # the program's time for a launch
     now_ms: float = 0.0
-    free_ms: float = 0.0  # when the device will have finished all that was handed over
+    free_ms: float = 0.0  # when the device will have finished its queue
 
     def launch(self, work_ms: float) -> None:
-        """Hand work over and return at once."""
+        """Queue work and return at once."""
         self.now_ms += self.launch_ms
         self.free_ms = max(self.free_ms, self.now_ms) + work_ms
 
@@ -49,10 +49,8 @@ def three_requests() -> Trace:
 
 
 def warming_up(runs: int, steady_ms: float = 40.0) -> np.ndarray:
-    """Milliseconds of each run of a fresh process: the first ones pay for what is then there."""
-    extra = np.zeros(runs)
-    extra[: len(FIRST_RUNS_MS)] = FIRST_RUNS_MS[:runs]
-    return steady_ms + extra
+    """Milliseconds of each run of a fresh process: the first ones load kernels and wake clocks."""
+    return steady_ms + np.resize([*FIRST_RUNS_MS, *np.zeros(runs)], runs)
 
 
 def noisy(rng: np.random.Generator, n, percent: float = 3.0) -> np.ndarray:
@@ -75,12 +73,10 @@ def throttled(
 
 def told_apart(order: str, slower: float, paired: bool = False, trials: int = 200) -> float:
     """The share of trials in which A and B of `throttled` are called different."""
-    rng, different = np.random.default_rng(0), 0
-    for _ in range(trials):
-        _, a, b = throttled(rng, order, slower)
-        found = stats.ratio_interval(a, b, paired=paired)
-        different += not found.low <= 1 <= found.high
-    return different / trials
+    rng = np.random.default_rng(0)
+    pairs = (throttled(rng, order, slower)[1:] for _ in range(trials))
+    found = [stats.ratio_interval(a, b, paired=paired) for a, b in pairs]
+    return sum(not f.low <= 1 <= f.high for f in found) / trials
 
 
 def interval_width(n: int, trials: int = 300, seed: int = 0) -> float | None:
@@ -95,10 +91,10 @@ def interval_width(n: int, trials: int = 300, seed: int = 0) -> float | None:
 def stalling_server(
     requests: int = 100, every_s: float = 0.1, takes_s: float = 0.05, stall=(3.0, 2.0)
 ) -> Trace:
-    """One connection to a server that answers in `takes_s`, but stands still once: (at, for) s.
+    """One connection to a server that answers in `takes_s`, but stalls once: (at, for) s.
 
-    The load is to send a request `every_s`. While the server stands still the one connection is
-    taken, and what was due has to wait to be sent.
+    A request is due `every_s`. While the server stalls, the connection is taken, and the requests
+    that are due wait to be sent.
     """
     rows, free = [], 0.0
     for i in range(requests):

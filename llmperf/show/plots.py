@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from llmperf import machine, stats
 from llmperf.decoding.trace import Trace
 from llmperf.findings import published
-from llmperf.measure.beside import environment
+from llmperf.measure import environment
 from llmperf.predict import Ledger
 
 # Okabe and Ito's palette: told apart with any colour vision. Markers differ too.

@@ -39,14 +39,13 @@ def profile_steps(
     running = decoding.decode(model, [request], loop=loop, sampling=GREEDY)
     for _ in range(3):
         next(running)
-    activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] * (model.device != "cpu")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device != "cpu")
     with _quiet(), profile(activities=activities) as profiler:
         for step in range(steps):
             with record_function(f"{STEP} {step}"):
                 next(running)
     running.close()
-    return _rows(profiler.events())
+    return rows_of(profiler.events())
 
 
 @contextmanager
@@ -63,17 +62,21 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _rows(events) -> pd.DataFrame:
+def rows_of(events) -> pd.DataFrame:
+    """The events of torch.profiler as the rows of `profile_steps`."""
     import pandas as pd
 
-    spans = [e for e in events if e.name.startswith(STEP) and not _on_gpu(e)]
+    def on_gpu(event) -> bool:
+        return "CPU" not in str(event.device_type)
+
+    spans = [e for e in events if e.name.startswith(STEP) and not on_gpu(e)]
     origin = min(e.time_range.start for e in spans)
-    found = [(e, i) for i, span in enumerate(spans) for e in (span, *_parts(span))]
-    # a span is drawn again above its kernels: those are no work
-    found += [(e, None) for e in events if _on_gpu(e) and not e.name.startswith(STEP)]
+    found = [(e, i) for i, span in enumerate(spans) for e in (span, *_operations(span))]
+    # The profiler draws a step again above its kernels: that is no kernel.
+    found += [(e, None) for e in events if on_gpu(e) and not e.name.startswith(STEP)]
     return pd.DataFrame(
         {
-            "where": "GPU" if _on_gpu(event) else "processor",
+            "where": "GPU" if on_gpu(event) else "processor",
             "step": step,
             "name": event.name,
             "kind": STEP if event.name.startswith(STEP) else kind_of(event.name),
@@ -84,16 +87,12 @@ def _rows(events) -> pd.DataFrame:
     )
 
 
-def _on_gpu(event) -> bool:
-    return "CPU" not in str(event.device_type)
-
-
-def _parts(event) -> list:
-    """The outermost operations inside `event`; a compiled graph is no operation but its wrapper."""
+def _operations(event) -> list:
+    """The outermost operations inside `event`, those of a compiled graph instead of the graph."""
     found = []
     for child in event.cpu_children:
-        wraps = "CompiledFxGraph" in child.name or child.name.startswith("Torch-Compiled Region")
-        found += _parts(child) if wraps else [child]
+        graph = "CompiledFxGraph" in child.name or child.name.startswith("Torch-Compiled Region")
+        found += _operations(child) if graph else [child]
     return found
 
 
@@ -105,9 +104,9 @@ def kind_of(name: str) -> str:
 
 
 def shares(rows: pd.DataFrame) -> pd.Series:
-    """Of the processor's time in the steps, the share of each kind; the rest is between them."""
+    """The share of the steps' time on the processor that each kind of operation takes."""
     rows = rows[rows["where"] == "processor"]
-    whole = rows[rows.kind == STEP].ms.sum()
-    found = rows[rows.kind != STEP].groupby("kind").ms.sum() / whole
+    times = rows.groupby("kind").ms.sum()
+    found = times.drop(STEP) / times[STEP]
     found["between operations"] = 1 - found.sum()
     return found

@@ -1,4 +1,4 @@
-"""Two pictures of speed: places under the roofline, and a timeline of decode steps."""
+"""Two figures of speed: points under the roofline, and a timeline of decode steps."""
 
 from __future__ import annotations
 
@@ -41,19 +41,18 @@ def roofline(ax: Axes, limits: Mapping, points: pd.DataFrame) -> None:
 
 
 def timeline(ax: Axes, lanes: Mapping[str, pd.DataFrame]) -> None:
-    """One lane a mapping's entry (rows of `profiling.profile_steps`), a second one for the GPU.
+    """A lane for each entry of `lanes` (rows of `profiling.profile_steps`), another for its GPU.
 
-    Colour and hatch give the kind of operation, thin lines the ends of steps; what is left white is
-    Python, and kernels that have no name.
+    Colour and hatch give the kind of operation, thin lines the ends of steps; white is Python, and
+    kernels that have no name.
     """
-    names, bars = [], []
-    for label, rows in lanes.items():
-        for where in ("processor", "GPU"):
-            found = rows[rows["where"] == where]
-            if len(found):
-                names.append(f"{label}\n{where}")
-                bars.append(found)
-    for lane, found in enumerate(bars):
+    bars = {
+        f"{label}\n{where}": rows[rows["where"] == where]
+        for label, rows in lanes.items()
+        for where in ("processor", "GPU")
+        if (rows["where"] == where).any()
+    }
+    for lane, found in enumerate(bars.values()):
         steps = found[found.kind == profiling.STEP]
         ends = [*steps.start_ms, *(steps.start_ms + steps.ms)]
         ax.vlines(ends, lane - 0.45, lane + 0.45, color="black", linewidth=0.8)
@@ -64,7 +63,7 @@ def timeline(ax: Axes, lanes: Mapping[str, pd.DataFrame]) -> None:
                 spans, (lane - 0.35, 0.7), facecolor=color, hatch=HATCHES[kind],
                 edgecolor="white", linewidth=0, label=kind if not lane else None,
             )  # fmt: skip
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(bars)), list(bars))
     ax.set_xlabel("time since the first step began (ms)")
     ax.invert_yaxis()
     legend(ax)

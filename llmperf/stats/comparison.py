@@ -1,14 +1,15 @@
 """Is one set of records faster than another? A ratio with its interval, or why there is none."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmperf.stats.intervals import ratio_interval
 
-# What two sets of records must share before their speeds say anything about each other.
+# Fields of the condition in which two sets of records must agree before their speeds compare.
 COMPARED = (
     *("model", "weights", "dtype", "quantization"),
     *("prompt_tokens", "new_tokens", "sampling", "output_tokens"),
@@ -52,44 +53,44 @@ def compare(
     quantity: str = "output_tokens_per_s",
     allow: Sequence[str] = (),
     confidence: float = 0.95,
-    paired: bool = False,
-    higher_is_better: bool | None = None,
+    paired: bool | None = None,
 ) -> Comparison:
-    """Is a faster than b in `quantity` (a key of the records' metrics, or e.g. "ttft_ms.median")?
+    """Is a faster than b in `quantity` (a metric with its unit, or e.g. "ttft_ms.median")?
 
-    Records are Record or its dict; only `ok` measured ones count. `paired=True` pairs them by
-    their `repeat`. Raises
-    Incomparable, a ValueError, when a key of COMPARED differs and is not in `allow`.
+    Records are Record or its dict; only `ok` measured ones count. They are paired by round
+    (`repeat`) where both sides ran in the same rounds of one run, or as `paired` says. Raises
+    Incomparable, a ValueError, when a field of COMPARED differs and is not in `allow`.
     """
     a, b = _measured(a_records), _measured(b_records)
-    _check_comparable(a, b, allow)
-    better = _direction(quantity) if higher_is_better is None else higher_is_better
-    notes = [note for name, rows in (("a", a), ("b", b)) for note in _warned(name, rows)]
+    _check_comparable(a, b, (allow,) if isinstance(allow, str) else tuple(allow))
+    higher_is_better = _higher_is_better(quantity)
+    x, y = _by_round(a, quantity), _by_round(b, quantity)
+    whole = len(x) == len(a) and len(y) == len(b) and None not in (*x.values(), *y.values())
+    if paired and not whole:
+        raise ValueError(f"pairs need one record with {quantity} a round: use paired=False")
+    if paired is None:
+        paired = whole and x.keys() == y.keys() and all(run for run, _ in x)
+    left, right = ([v for r in side if (v := _value(r, quantity)) is not None] for side in (a, b))
     if paired:
-        a, b = _pairs(a, b)
-    x, y = _values(a, quantity), _values(b, quantity)
-    if paired and (len(x) != len(a) or len(y) != len(b)):
-        raise ValueError(f"a pair lacks {quantity}; compare with paired=False")
-    found = ratio_interval(x, y, confidence, paired=paired)
+        left, right = zip(*((x[i], y[i]) for i in x if i in y), strict=True)
+    found = ratio_interval(left, right, confidence, paired)
     verdict = "cannot tell"
     if found.low is not None and (found.low > 1 or found.high < 1):
-        verdict = "faster" if (found.low > 1) == better else "slower"
-    notes += [found.reason] if found.reason else []
-    interval = (found.value, found.low, found.high)
-    return Comparison(quantity, verdict, *interval, confidence, (len(x), len(y)), tuple(notes))
+        verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
+    notes = [*_warned("a", a), *_warned("b", b), *filter(None, [found.reason])]
+    interval, n = (found.value, found.low, found.high), (len(left), len(right))
+    return Comparison(quantity, verdict, *interval, confidence, n, tuple(notes))
 
 
-def _measured(records: Iterable) -> list[dict]:
-    rows = [r if isinstance(r, dict) else vars(r) for r in records]
+def _measured(records: Iterable) -> list[Mapping]:
+    rows = [r if isinstance(r, Mapping) else vars(r) for r in records]
     return [
-        r for r in rows if r.get("status", "ok") == "ok" and r.get("kind", "measure") == "measure"
+        r for r in rows if (r.get("status", "ok"), r.get("kind", "measure")) == ("ok", "measure")
     ]
 
 
-def _check_comparable(a: list[dict], b: list[dict], allow: Sequence[str]) -> None:
-    allow = (allow,) if isinstance(allow, str) else tuple(allow)
-    unknown = set(allow) - set(COMPARED)
-    if unknown:
+def _check_comparable(a: list[Mapping], b: list[Mapping], allow: tuple[str, ...]) -> None:
+    if unknown := set(allow) - set(COMPARED):
         raise ValueError(f"allow names {sorted(unknown)}; it may name {', '.join(COMPARED)}")
     differs = {}
     for key in COMPARED[:-1]:
@@ -109,47 +110,36 @@ def _check_comparable(a: list[dict], b: list[dict], allow: Sequence[str]) -> Non
         raise Incomparable(differs)
 
 
-def _tokens(records: list[dict]) -> list[float]:
+def _tokens(records: list[Mapping]) -> list[float]:
     rows = [r.get("metrics") or {} for r in records]
     return [m["output_tokens"] / m["requests_ok"] for m in rows if m.get("requests_ok")]
 
 
-def _direction(quantity: str) -> bool:
-    leaf = [part for part in quantity.split(".") if "_" in part][-1:] or [quantity]
-    if leaf[0].endswith(("_per_s", "_per_user")):
-        return True
-    if leaf[0].endswith(("_ms", "_s")):
-        return False
-    raise ValueError(f"which way of {quantity!r} is better is not known; pass higher_is_better")
+def _higher_is_better(quantity: str) -> bool:
+    name = next((p for p in reversed(quantity.split(".")) if "_" in p), quantity)
+    if not name.endswith(("_per_s", "_per_user", "_ms", "_s")):
+        raise ValueError(f"{quantity!r} is no rate and no time: compare e.g. output_tokens_per_s")
+    return name.endswith(("_per_s", "_per_user"))
 
 
-def _values(records: list[dict], quantity: str) -> list[float]:
-    found = []
-    for record in records:
-        value = record.get("metrics") or {}
-        for part in quantity.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, dict):
-            raise ValueError(f"{quantity} is a block; name a number in it: {quantity}.median")
-        found += [] if value is None else [value]
-    return found
+def _value(record: Mapping, quantity: str) -> float | None:
+    value = record.get("metrics") or {}
+    for name in quantity.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        raise ValueError(f"{quantity} is a block; name a number in it: {quantity}.median")
+    return value
 
 
-def _pairs(a: list[dict], b: list[dict]) -> tuple[list[dict], list[dict]]:
-    left, right = ({r.get("repeat"): r for r in side} for side in (a, b))
-    if len(left) != len(a) or len(right) != len(b):
-        raise ValueError("pairs need one record for each repeat on both sides")
-    shared = sorted(left.keys() & right.keys())
-    return [left[i] for i in shared], [right[i] for i in shared]
+def _by_round(records: list[Mapping], quantity: str) -> dict[tuple, float | None]:
+    return {(r.get("run_id", ""), r.get("repeat")): _value(r, quantity) for r in records}
 
 
-def _warned(name: str, records: list[dict]) -> list[str]:
+def _warned(name: str, records: list[Mapping]) -> list[str]:
     """What the records themselves warn of (instability, an implausible figure), counted."""
     texts = [str(text) for record in records for text in record.get("warnings") or ()]
     for prediction in (record.get("prediction") or {} for record in records):
         if prediction.get("plausible") is False:
             texts.append(f"implausible: {prediction.get('why')}")
-    return [
-        f"{name}: {texts.count(text)} of {len(records)} records warn: {text}"
-        for text in dict.fromkeys(texts)
-    ]
+    found = Counter(texts).items()
+    return [f"{name}: {n} of {len(records)} records warn: {text}" for text, n in found]

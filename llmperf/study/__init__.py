@@ -1,11 +1,12 @@
-"""Profiles, papermill, the report, and the command line."""
+"""Profiles, papermill, the answer and its card, the report, and the command line."""
 
 from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "study": "NOTEBOOKS Profile load_profile load_state notebooks parameters_of plan profiles"
-        " run start write_report",
+        "profile": "Profile load_profile notebooks parameters_of plan profiles read_yaml",
+        "study": "State load_state run start write_report",
+        "answer": "Answer of_run write_card",
     },
 )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 from pathlib import Path
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+STOPS = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,14 +23,19 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ValueError as error:
-        print(f"llmperf: {error}", file=sys.stderr)
+        _say(f"llmperf: {error}", sys.stderr)
         return 2
     except BrokenPipeError:  # whoever reads, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
     except KeyboardInterrupt:
-        print("\nllmperf: interrupted; everything measured so far is on disk", file=sys.stderr)
+        _say("llmperf: interrupted", sys.stderr)
         return 130
+
+
+def _say(text: str, file=None) -> None:
+    """Print without control characters: records, names and errors may come from strangers."""
+    print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), file=file or sys.stdout, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,41 +44,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run the study and write its report")
-    run.add_argument("--profile", default="quick", help="a name, or a YAML file (default: quick)")
-    run.add_argument(
-        "--only", action="append", default=[], metavar="NN", help="one notebook, by number"
-    )
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="values")
-    run.add_argument("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
-    run.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")
-    run.add_argument(
-        "--no-notebooks", action="store_true", help="records only, on machines without Jupyter"
-    )
-    run.set_defaults(call=_run)
+    def command(name: str, call, text: str):
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(call=call)
+        return added.add_argument
 
-    machine = commands.add_parser("machine", help="describe this machine")
-    machine.set_defaults(call=_machine)
-    models = commands.add_parser("models", help="sizes of the presets, or of the models named")
-    models.add_argument("models", nargs="*", help="preset, hub id, folder or config.json")
-    models.set_defaults(call=_models)
-
-    compare = commands.add_parser("compare", help="put runs side by side, from any machines")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
-    compare.add_argument(
-        "--quantity", default="output_tokens_per_s", help="any metric, for instance ttft_ms.median"
-    )
-    compare.add_argument("--published", action="store_true", help="the published tables too")
-    compare.set_defaults(call=_compare)
-
-    share = commands.add_parser("share", help="pack a run into one file without names or paths")
-    share.add_argument("run", metavar="RUN")
-    share.add_argument("--to", metavar="FILE", help="default: the machine's name.jsonl.gz, here")
-    share.set_defaults(call=_share)
-
-    report = commands.add_parser("report", help="write a run's report again")
-    report.add_argument("folder", metavar="DIR")
-    report.set_defaults(call=_report)
+    add = command("run", _run, "run the study and write its report")
+    add("--profile", default="quick", help="a name, or a YAML file (default: quick)")
+    add("--only", action="append", default=[], metavar="NN", help="one notebook, by number")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="values")
+    add("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
+    add("--resume", metavar="DIR", help="go on with a run that was interrupted")
+    add("--no-notebooks", action="store_true", help="records only, on machines without Jupyter")
+    command("machine", _machine, "describe this machine")
+    add = command("models", _models, "sizes of the presets, or of the models named")
+    add("models", nargs="*", help="preset, hub id, folder or config.json")
+    add = command("compare", _compare, "put runs side by side, from any machines")
+    add("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
+    add("--quantity", default="output_tokens_per_s", help="any metric, e.g. ttft_ms.median")
+    add("--published", action="store_true", help="the published tables too")
+    add = command("share", _share, "pack a run into one file without names or paths")
+    add("run", metavar="RUN")
+    add("--to", metavar="FILE", help="default: the machine's name.jsonl.gz, here")
+    add = command("report", _report, "write a run's report again")
+    add("folder", metavar="DIR")
     return parser
 
 
@@ -86,29 +85,51 @@ def _run(arguments) -> int:
     else:
         profile = study.load_profile(arguments.profile)
         folder = study.start(profile, arguments.only, _values(arguments.values), arguments.out)
-    print(f"Run folder: {folder}", flush=True)
+    _say(f"Run folder: {folder}")
+    for name in STOPS:  # as Ctrl-C: children end, and what was measured stays
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
-        state = study.run(folder, use_notebooks=not arguments.no_notebooks)
+        state = study.run(folder, use_notebooks=not arguments.no_notebooks, say=_say)
+        return _ending(folder, state, arguments.no_notebooks)
     except KeyboardInterrupt:
-        print(f"\nTo go on: python -m llmperf run --resume {folder}", file=sys.stderr)
-        raise
+        resume = f"python -m llmperf run --resume {folder}"
+        _say(f"llmperf: interrupted; what was measured is kept. To go on: {resume}", sys.stderr)
+        return 130
+
+
+def _ending(folder: Path, state, records_only: bool) -> int:
+    """The answer, what is not ok, and the path; the exit status."""
+    from llmperf.study import answer
+
     failed = {stem: outcome for stem, outcome in state.done.items() if outcome != "ok"}
     for stem, outcome in failed.items():
-        print(f"Failed: {stem}: {outcome}", file=sys.stderr)
-    name = "records.jsonl" if arguments.no_notebooks else "report.html"
-    print(f"{'Records' if arguments.no_notebooks else 'Report'}: {folder / name}")
-    return 1 if failed else 0
+        _say(f"Failed: {stem}: {outcome}", sys.stderr)
+    bad = None
+    try:
+        found, records = answer.of_run(folder), answer.load(folder)
+        answer.write_card(folder, found)
+        _say("\n".join(("", *found.lines, "")))
+        _say(answer.measured_share(records, sum(state.seconds.values())))
+        bad = answer.not_ok(records)
+        for line in filter(None, (bad, answer.unfit(records))):
+            _say(line, sys.stderr)
+        _say(f"Card: {folder / 'card.png'}")
+    except ValueError as error:
+        _say(f"No answer yet: {error}", sys.stderr)
+    name = "records.jsonl" if records_only else "report.html"
+    _say(f"{'Records' if records_only else 'Report'}: {folder / name}")
+    return 1 if failed or bad else 0
 
 
 def _values(pairs: list[str]) -> dict:
     """`name=value` pairs; a value is read as YAML, so 4, [1, 2] and fp32 all work."""
-    import yaml
+    from llmperf import study
 
     for pair in pairs:
         if "=" not in pair:
             raise ValueError(f"--set {pair!r}: write NAME=VALUE, for instance --set repeats=5")
-    split = (pair.split("=", 1) for pair in pairs)
-    return {name.strip(): yaml.safe_load(value) for name, value in split}
+    split = ((name.strip(), value) for name, value in (pair.split("=", 1) for pair in pairs))
+    return {name: study.read_yaml(value, f"--set {name}") for name, value in split}
 
 
 def _machine(_) -> None:
@@ -137,24 +158,21 @@ def _models(arguments) -> None:
 def _compare(arguments) -> None:
     import gc
 
-    from llmperf.findings import runs
+    from llmperf import findings
 
     gc.disable()  # it would walk through all records again and again, and this process ends soon
-    found = runs.load(arguments.runs)
-    print(
-        runs.compare(
-            [*found, *(runs.published() if arguments.published else [])], arguments.quantity
-        )
-    )
+    found = findings.load_runs(arguments.runs)
+    found += findings.published_runs() if arguments.published else []
+    _say(str(findings.compare(found, arguments.quantity)))
 
 
 def _share(arguments) -> None:
-    from llmperf.findings import runs
+    from llmperf import findings
 
-    print(f"Shared: {runs.share(arguments.run, arguments.to)}")
+    _say(f"Shared: {findings.share(arguments.run, arguments.to)}")
 
 
 def _report(arguments) -> None:
     from llmperf import study
 
-    print(f"Report: {study.write_report(arguments.folder)}")
+    _say(f"Report: {study.write_report(arguments.folder)}")

@@ -1,134 +1,183 @@
-"""The HTML report of a run: one file that opens without a network, the verdict first."""
+"""The HTML report of a run: one file that opens without a network, the verdict first.
+
+A run's folder may come from a stranger: names are escaped, outputs are cleaned, and the page's
+policy lets no script run and nothing be fetched.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
+import io
+import re
 from pathlib import Path
 
-STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem 1.25rem 6rem }
-nav { background: #f3f5f7; padding: .75rem 1rem; border-radius: 8px }
-nav li { margin: .15rem 0 }
-h1 { line-height: 1.2 } section { border-top: 3px solid #d0d7de; margin-top: 3rem }
-img { max-width: 100%; height: auto }
-pre { background: #f6f8fa; padding: .6rem .8rem; border-radius: 6px; overflow-x: auto;
-  font-size: 13px }
-table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; display: block;
-  overflow-x: auto }
-th, td { border: 1px solid #d0d7de; padding: .25rem .6rem; text-align: right }
-th:first-child, td:first-child { text-align: left }
-.failed { color: #a40e26; font-weight: 600 }
-.anchor-link, .jp-InputPrompt, .prompt { display: none }
-.lead { font-size: 1.25rem; margin: .3rem 0 }
-.card :is(th, td) { text-align: left; vertical-align: top }
-.card td:nth-child(2) { font-weight: 600 }
-.holds { color: #0b6b3a } .fails { color: #a40e26 } .open { color: #57606a }
-details > summary { cursor: pointer; color: #57606a; font-size: 13px }
-"""
+from llmperf import show
+from llmperf.study import answer as answers
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = (Path(show.__file__).parent / "web" / "report.css").read_text(encoding="utf-8")
+HEAD = (
+    "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    f"<title>llmperf</title><style>{STYLE}</style></head><body><main>"
+)
+CLASSES = {"holds": "holds", "does not hold": "fails"}
+UNTESTED = "not testable here"
+SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg"}
+TAGS = (
+    "a b blockquote br code dd del details div dl dt em h1 h2 h3 h4 hr i img li ol p pre s span"
+    " strong sub summary sup table tbody td th thead tr ul"
+).split()
+ATTRIBUTES = ("alt", "class", "colspan", "href", "id", "rowspan")
+PROTOCOLS = ("http", "https", "data")
+CODE_ONLY = re.compile(r"<!-- code -->.*?<!-- /code -->", re.DOTALL)  # prose that points to code
 
 
 def write(folder: Path, state) -> Path:
-    """Write `report.html` in a run's folder: the verdict, then every executed notebook."""
+    """Write the report and the card into a run's folder: the answer, then every notebook."""
     links, sections = [], []
     for stem in state.steps:
         outcome = state.done.get(stem, "not run")
         note = "" if outcome == "ok" else f' <span class="failed">{html.escape(outcome)}</span>'
         links.append(f'<li><a href="#{stem}">{stem}</a>{note}</li>')
-        path = folder / "notebooks" / f"{stem}.ipynb"
-        body = _body(path) if path.exists() else ""
-        sections.append(f'<section id="{stem}">{note}{body}</section>')
+        sections.append(_section(folder, stem, note))
+    asked = f"Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}."
     page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>llmperf: {html.escape(state.profile)}</title><style>{STYLE}</style></head><body>"
-        "<main><h1>What decides how fast a language model answers on this machine</h1>"
-        f"{_verdict(folder)}"
-        f"<p>Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}.</p>"
-        f"<nav><ol start='0'>{''.join(links)}</ol></nav>{''.join(sections)}</main></body></html>"
+        f"{HEAD}<h1>What decides how fast a language model answers on this machine</h1>"
+        f"{_first_screen(folder)}<p>{asked}</p><nav><ol start='0'>{''.join(links)}</ol></nav>"
+        f"{''.join(sections)}</main></body></html>"
     )
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
 
 
-def _verdict(folder: Path) -> str:
-    """The first screen: the answer, the machine, one figure, and the scorecard."""
+def _first_screen(folder: Path) -> str:
+    """The card, one figure, and the findings."""
     from llmperf import findings
-    from llmperf.findings import runs, verdict
     from llmperf.show import overview
 
     try:
-        (run,) = runs.load([folder / "records.jsonl"])
+        found = answers.of_run(folder)
+        (run,) = findings.load_runs([folder / "records.jsonl"])
     except ValueError as error:
         return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
-    said = findings.judge_all(run.records)
+    card, _ = answers.write_card(folder, found)
     dirty = "".join(f'<p class="failed">Not clean: {html.escape(x)}</p>' for x in run.dirty)
+    figure, drawn = overview.figure(run.records), io.BytesIO()
+    if figure is not None:
+        figure.savefig(drawn, format="png", dpi=110)
     return (
-        f'<p class="lead">{html.escape(verdict.headline(run.records))}</p>'
+        f"{_image(card.read_bytes(), ' '.join(found.lines))}"
         f"<p>Measured on {html.escape(run.caption)}.</p>{dirty}"
-        f"{_image(overview.figure(run.records))}{_scorecard(said)}"
+        f"{_image(drawn.getvalue(), 'Throughput and waiting of every strategy')}"
+        f"{_findings(findings.judge_all(run.records))}"
     )
 
 
-def _image(figure) -> str:
-    """A figure as a PNG inside the page; nothing when there is none."""
-    import base64
-    import io
+def _image(png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">' if png else ""
 
-    import matplotlib.pyplot as plt
 
-    if figure is None:
-        return ""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
+def _findings(verdicts) -> str:
+    """How many of the published findings hold, those that were judged, and the others folded."""
+    words = ("holds", "does not hold", "cannot tell", UNTESTED)
+    count = ", ".join(f"{sum(v.verdict == w for v in verdicts)} × {w}" for w in words)
+    judged = sorted(
+        (v for v in verdicts if v.verdict != UNTESTED), key=lambda v: words.index(v.verdict)
+    )
+    untested = [v for v in verdicts if v.verdict == UNTESTED]
     return (
-        f'<img alt="Throughput and waiting of every strategy" src="data:image/png;base64,{data}">'
+        f"<h2>Does the published study hold here?</h2><p>Of its {len(verdicts)} findings, on this"
+        f" machine: {count}.</p>{_table(judged)}"
+        f"<details><summary>{UNTESTED}: {len(untested)}</summary>{_table(untested)}</details>"
     )
 
 
-CLASSES = {"holds": "holds", "does not hold": "fails"}
-
-
-def _scorecard(verdicts) -> str:
-    """How many of the published findings hold, then each, what could be judged first."""
-    words = ("holds", "does not hold", "cannot tell", "not testable here")
-    count = {word: sum(v.verdict == word for v in verdicts) for word in words}
+def _table(verdicts) -> str:
+    if not verdicts:
+        return ""
     rows = "".join(
         f"<tr><td>{html.escape(v.claim)}</td>"
         f'<td class="{CLASSES.get(v.verdict, "open")}">{v.verdict}</td>'
-        f"<td>{html.escape('. '.join((v.figures, *v.warnings)))}</td></tr>"
-        for v in sorted(verdicts, key=lambda v: words.index(v.verdict))
+        f"<td>{html.escape('. '.join((v.figures, *v.warnings)))}</td>"
+        f"<td>{html.escape(v.here)}</td></tr>"
+        for v in verdicts
     )
     return (
-        f"<h2>Does the published study hold here?</h2><p>Of its {len(verdicts)} findings,"
-        f" on this machine: {count['holds']} × holds, {count['does not hold']} × does not hold,"
-        f" {count['cannot tell']} × cannot tell (more repeats may), {count['not testable here']} ×"
-        " not testable here (needs another machine or notebook).</p>"
-        "<table class='card'><thead><tr><th>Finding</th>"
-        f"<th>Here</th><th>Figures, or what is lacking</th></tr></thead>{rows}</table>"
+        "<table class='findings'><thead><tr><th>Finding</th><th>Verdict</th>"
+        "<th>Figures, or what is lacking</th><th>What this machine shows of it (never counts)</th>"
+        f"</tr></thead>{rows}</table>"
     )
 
 
-def _body(path: Path) -> str:
-    """One notebook as HTML without scripts: prose and outputs; the code stays in the notebook."""
+def _section(folder: Path, stem: str, note: str) -> str:
+    """One notebook, folded, with its question and what its records say."""
+    path = folder / "notebooks" / f"{stem}.ipynb"
+    if not path.is_file():
+        return f'<section id="{stem}">{stem}{note}</section>'
+    question, body = _body(path)
+    try:
+        said = html.escape(answers.of_notebook(folder, stem))
+    except ValueError:
+        said = ""
+    return (
+        f'<section id="{stem}"><details><summary><b>{stem}</b>{note} {html.escape(question)}'
+        f"</summary>{body}</details>{said and f'<p>{said}</p>'}</section>"
+    )
+
+
+def _body(path: Path) -> tuple[str, str]:
+    """The question of a notebook, and its prose and outputs as HTML; code stays in the notebook."""
+    import bleach
     import nbformat
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, OSError, AttributeError, nbformat.ValidationError) as error:
+        return "", f"<p class='failed'>It cannot be read: {html.escape(str(error)[:200])}</p>"
+    question, heading = "", path.stem
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if _is_static(o)]
-    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_input=True)
+        if cell.cell_type == "markdown":
+            cell.source = CODE_ONLY.sub("", cell.source)
+            question = question or _after(r"\*\*Question\.\*\*", cell.source)
+            heading = _after("#+ ", cell.source) or heading
+        elif cell.cell_type == "code":
+            cell.outputs = [o for o in map(_static, cell.outputs) if o]
+            for output in cell.outputs:  # alternative text of the figures
+                output.setdefault("metadata", {})["image/png"] = {"alt": f"Figure: {heading}"}
+    exporter = HTMLExporter(template_name="basic", embed_images=False, exclude_input=True)
     exporter.exclude_output_prompt = True
-    return exporter.from_notebook_node(notebook)[0]
+    page = exporter.from_notebook_node(notebook)[0]
+    page = re.sub(r"<(style|script)\b.*?</\1\s*>", "", page, flags=re.S | re.I)
+    how = {"tags": TAGS, "attributes": _harmless, "protocols": PROTOCOLS, "strip": True}
+    return question, bleach.clean(page, **how)
 
 
-def _is_static(output) -> bool:
-    """Progress bars and controls need a kernel; a report has none."""
+def _harmless(tag: str, name: str, value: str) -> bool:
+    """Whether an attribute may stay: no handlers, and images from the file itself only."""
+    if name == "src":
+        return tag == "img" and value.startswith("data:image/")
+    return name in ATTRIBUTES and not value.startswith("data:")
+
+
+def _after(mark: str, source: str) -> str:
+    """The paragraph that follows a mark at the start of a line."""
+    found = re.search(rf"^{mark}(.+?)(?:\n\n|\n#|\Z)", source, re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
+
+
+def _static(output):
+    """The output without what needs a kernel or a script; None when nothing is left."""
     if output.output_type == "stream":
-        return output.name == "stdout"
-    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+        return output if output.name == "stdout" else None
+    if output.output_type == "error":
+        return output
+    if any("widget" in mime for mime in output.get("data", {})):
+        return None
+    output.data = {mime: text for mime, text in output.data.items() if mime in SHOWN}
+    return output if output.data else None

@@ -8,7 +8,7 @@ import argparse
 
 from llmperf import machine, models, stats
 from llmperf.decoding.sampling import GREEDY
-from llmperf.measure import Condition, beside
+from llmperf.measure import Condition, paired
 from llmperf.memory import INTERVAL_S, Sampler
 
 
@@ -29,7 +29,7 @@ def main() -> None:
                 return condition.run(on_step=None if model.device == "cpu" else window.step)
 
         arms = {"watched": watched, "unwatched": condition.run}
-        speeds = beside.paired(arms, arguments.pairs)
+        speeds = paired(arms, arguments.pairs)
     found = stats.ratio_interval(speeds["watched"], speeds["unwatched"], paired=True)
     print(f"{machine.caption()}; {model.label()}; busy: {machine.busy() or 'no'}")
     load = f"{arguments.pairs} pairs of {arguments.tokens} tokens"

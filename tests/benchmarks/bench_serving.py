@@ -24,8 +24,7 @@ from llmperf import models, stats, strategies
 from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Request  # noqa: E402
 from llmperf.decoding.sampling import GREEDY  # noqa: E402
-from llmperf.measure import load, metrics  # noqa: E402
-from llmperf.measure.beside import paired  # noqa: E402
+from llmperf.measure import load, metrics, paired  # noqa: E402
 from llmperf.strategies.serving import RequestFailed, Server  # noqa: E402
 
 

@@ -12,7 +12,7 @@ import torch
 
 from llmperf import decoding, models, stats, strategies
 from llmperf.decoding import requests as workload
-from llmperf.measure.beside import paired
+from llmperf.measure import paired
 from llmperf.strategies import STRATEGIES
 
 

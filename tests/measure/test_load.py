@@ -11,7 +11,6 @@ from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.sampling import GREEDY
 from llmperf.decoding.trace import RequestTrace, Trace
 from llmperf.measure import capacity, load, measure, metrics, records
-from llmperf.models import byte_tokenizer
 
 
 def requests(n, new=1):
@@ -52,41 +51,6 @@ def test_arrivals_repeat_with_their_seed_and_stretch_with_the_rate():
 def test_arrivals_that_cannot_be_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         load.arriving(requests(3), **options)
-
-
-def test_lengths_stay_within_bounds_and_near_their_median():
-    drawn = load.lengths(5_000, 100, 0.6, low=10, high=400)
-    assert min(drawn) == 10 and max(drawn) == 400
-    assert np.median(drawn) == pytest.approx(100, rel=0.05)
-    with pytest.raises(ValueError, match="must rise"):
-        load.lengths(5, 100, low=200, high=400)
-
-
-def test_a_trace_file_gives_times_and_lengths(tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text("arrival_s,prompt_tokens,new_tokens\n3,7,2\n1,5,4\n", encoding="utf-8")
-    work = load.from_file(path, byte_tokenizer(), speedup=2)
-    assert [(r.arrival_s, len(r.prompt_ids), r.max_new_tokens) for r in work.requests] == [
-        (0.5, 5, 4),
-        (1.5, 7, 2),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("arrival_s,prompt_tokens\n1,2\n", "no column 'new_tokens'"),
-        ("arrival_s,prompt_tokens,new_tokens\n1,2,3\n-1,2,3\n", "line 3"),
-        ("arrival_s,prompt_tokens,new_tokens\n1,x,3\n", "line 2"),
-        ("arrival_s,prompt_tokens,new_tokens\n1,2\n", "line 2"),
-        ("arrival_s,prompt_tokens,new_tokens\n", "no rows"),
-    ],
-)
-def test_a_broken_trace_file_is_refused_with_its_line(tmp_path, text, says):
-    path = tmp_path / "trace.csv"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=says):
-        load.from_file(path, byte_tokenizer())
 
 
 # Every strategy under arriving load.

@@ -8,7 +8,7 @@ import notebook_rules as rules
 import pytest
 from nbformat import v4
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 PNG = {"image/png": "aGk/tmp/+/home/", "text/plain": "<Figure>"}
 
 

@@ -37,7 +37,7 @@ def test_events_of_a_gpu_get_a_lane_of_their_own():
     step = event("decode step 0", 1000, 5000, children=[linear, wrapper])
     kernel = event("ampere_bf16_gemm", 2000, 4000, device="DeviceType.CUDA")
     span = event("decode step 0", 2000, 4000, device="DeviceType.CUDA")
-    rows = profiling._rows([step, linear, wrapper, inner, kernel, span])
+    rows = profiling.rows_of([step, linear, wrapper, inner, kernel, span])
     assert rows[["where", "kind", "start_ms", "ms"]].values.tolist() == [
         ["processor", profiling.STEP, 0.0, 4.0],
         ["processor", "matrix products", 0.5, 0.1],

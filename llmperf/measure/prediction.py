@@ -1,0 +1,176 @@
+"""The prediction of a run, made before it: bound, expected step, memory, and whether it fits.
+
+This file alone calls `predict` for a condition.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import psutil
+
+from llmperf import decoding, predict, strategies
+from llmperf.decoding.trace import Trace
+from llmperf.machine import ceilings
+from llmperf.machine.probes import PROBES
+from llmperf.measure import step_time
+from llmperf.measure.condition import Condition
+from llmperf.models import Model
+
+SPILLS = ("windows", "wsl2")  # a full card takes system memory there instead of failing
+
+
+def predict_run(condition: Condition, expect: bool = False, limits: Mapping | None = None) -> dict:
+    """What must move and run at least in this run, at this machine's measured ceilings.
+
+    `bound_s` is the least time for all of it, `limit` the ceiling that sets it, `bound_tpot_ms` the
+    least time of a step. `expect` adds how long a step should take: see `step_time`. `limits` are
+    ceilings as `ceilings.measure` gives them (default: this machine's, from the cache).
+    """
+    m, rows = condition.model, condition.rows_per_step
+    limits = limits or ceilings.cached(m.device)
+    bandwidth, flops = _ceilings(limits, m.dtype)
+    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
+    loop = prepared(condition).loop
+    whole = predict.bound(_cost(condition, loop), bandwidth, flops)
+    step = predict.latency(
+        m.shape, m.dtype, m.quantization, rows, prompt, prompt + new // 2,
+        {**limits, "launch_s": None}, loop,
+    ).decode  # fmt: skip
+    found = {
+        "read_bytes_per_s": bandwidth,
+        "flops_per_s": flops,
+        "bound_s": whole.seconds,
+        "limit": whole.limit,
+        "bound_tpot_ms": step.seconds * 1e3,
+        "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
+        "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
+    }
+    if (book := ledger(condition)) is not None:
+        level = "process" if m.device == "cpu" else "reserved"
+        low, high = book.at(level)
+        found |= {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
+    if expect:
+        found |= step_time.expected(condition, loop, step.seconds, limits)
+    return found
+
+
+def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
+    """The prediction with what the run adds: MBU, MFU, `plausible`, and `why` with the arithmetic.
+
+    A rate above a ceiling makes the record implausible. The cost is that of the loop that ran.
+    """
+    ran = trace.notes.get("loop")  # several where threads differ: then the one asked for
+    cost = _cost(condition, ran if ran in decoding.LOOPS else condition.loop)
+    bandwidth, flops = prediction["read_bytes_per_s"], prediction["flops_per_s"]
+    verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
+    found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
+    gaps = [
+        (r.token_s[-1] - r.token_s[0]) / (len(r.token_s) - 1)
+        for r in trace.requests
+        if len(r.token_s) > 1
+    ]
+    if gaps and prediction.get("expected_tpot_ms"):
+        found["explained"] = prediction["expected_tpot_ms"] / 1e3 / statistics.median(gaps)
+    return {**prediction, **found, "why": verdict.sentence}
+
+
+def prepared(condition: Condition) -> decoding.Prepared:
+    """The loop that will run (made ready now, once a model), with why and what that took."""
+    if strategies.STRATEGIES[condition.strategy].foreign or condition.model.module is None:
+        return decoding.Prepared(condition.loop)
+    return decoding.prepare(condition.model, condition.loop)
+
+
+def refusal(condition: Condition) -> str | None:
+    """One sentence with the arithmetic when the run surely does not fit, else None.
+
+    Only the ledger's low bound counts: what might fit is tried. Raises ValueError when no memory is
+    free at all.
+    """
+    book = ledger(condition)
+    if book is None:
+        return None
+    free, held = memory(condition.model)
+    try:
+        predict.check_fits(book, free + held)
+    except predict.DoesNotFit as error:
+        return f"refused beforehand: {error} ({held / predict.GIB:.2f} GiB of it held already)"
+    return None
+
+
+def ledger(condition: Condition) -> predict.Ledger | None:
+    """The predicted ledger of a run, nothing else on the device.
+
+    None where another program holds the memory, or the strategy itself checks that it fits.
+    """
+    m, how = condition.model, (condition.level, condition.options)
+    known = strategies.STRATEGIES[condition.strategy]
+    if known.checks_memory or not known.processes(*how):
+        return None
+    threads = known.threads(*how)
+    new = condition.new_tokens
+    return predict.memory(
+        m.shape, m.dtype, m.quantization, condition.rows_per_step, condition.prompt_tokens,
+        max(new) if isinstance(new, Sequence) else new, "threads" if threads > 1 else "batch",
+        threads, platform_of(m.device), condition.loop, idle_bytes=0,
+    )  # fmt: skip
+
+
+def platform_of(device: str) -> str:
+    """The ledger's word for where a model runs: cpu, linux, wsl2 or windows."""
+    if device == "cpu":
+        return "cpu"
+    known = PROBES["os"]().lower()
+    return known if known in SPILLS else "linux"
+
+
+def cap_allocator(model: Model) -> float | None:
+    """Where a full card spills, let torch's allocator fail before that; the share of the card set.
+
+    Only this process's allocator is told; the card is left as it is. None where nothing is capped.
+    """
+    device = model.device
+    if device == "cpu" or platform_of(device) not in SPILLS:
+        return None
+    import torch
+
+    most = memory(model)[0] + torch.cuda.memory_reserved(device)
+    share = min(1.0, most / torch.cuda.mem_get_info(device)[1])
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    return share
+
+
+def memory(model: Model) -> tuple[int, int]:
+    """Bytes that a run may take further (a margin less where a full card spills), and bytes that
+    this process holds already. Raises ValueError when nothing is free."""
+    device, platform = model.device, platform_of(model.device)
+    if device == "cpu":
+        ram = psutil.virtual_memory()
+        free, total, held = ram.available, ram.total, psutil.Process().memory_info().rss
+    else:
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        # The context is there as well; its low bound, so that nothing is refused for it.
+        context = predict.memory(model.shape, platform=platform)
+        held = torch.cuda.memory_reserved(device) + context.line("context and libraries").low
+    return predict.budget(platform, free, total), held
+
+
+def _cost(condition: Condition, loop: str) -> predict.Cost:
+    """Bytes and FLOPs of the whole run at least."""
+    m, rows = condition.model, condition.rows_per_step
+    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
+    batch = predict.run_cost(m.shape, m.dtype, rows, prompt, new, loop, quantization=m.quantization)
+    return batch * (condition.level / rows)
+
+
+def _ceilings(limits: Mapping, dtype: str) -> tuple[float, float | None]:
+    """Bytes/s that memory gives, and FLOP/s in this dtype where it was measured."""
+    return limits["read_bytes_per_s"]["median"], (limits["flops_per_s"][dtype] or {}).get("median")
+
+
+def _mean(lengths: int | Sequence[int]) -> int:
+    return round(sum(lengths) / len(lengths)) if isinstance(lengths, Sequence) else lengths

@@ -1,0 +1,131 @@
+"""How long a decode step should take: bytes and FLOPs at measured rates, operations at measured
+overhead, and the draw of the next token.
+
+eager loops on a processor   max(bound, products as torch runs them) + operations x overhead + draw
+eager loops on a GPU         max(bound, operations x time of a launch) + draw
+compiled loop                bound + kernels x time of a launch (none on a GPU: one graph) + draw
+
+An eager operation is counted in a real step of the model, so every decoder of transformers has a
+number. What is left out: barriers between threads, elementwise work on long inputs, and that the
+compiled kernels of a processor reach less arithmetic than torch's products, so the sum is low for
+`recompute` and for compiled steps of many rows. `RANGE` bounds one row on an idle machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from statistics import median
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from llmperf import predict, strategies
+from llmperf.decoding.sampling import Sampling, next_tokens
+from llmperf.machine import ceilings
+from llmperf.machine.timing import DTYPES, seconds_of, waiter
+from llmperf.models import Model, quantize
+
+if TYPE_CHECKING:
+    from llmperf.measure.condition import Condition
+
+RANGE = (0.6, 2.0)  # measured over expected
+TINY = 16  # width of the tensors on which the overhead of an operation is measured
+
+
+def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -> dict:
+    """`expected_tpot_ms`, its range, and `limit`: Python or launches where operations take longest.
+
+    None with a reason for engines and weights whose step is not this sum.
+    """
+    m, rows = condition.model, condition.rows_per_step
+    if strategies.STRATEGIES[condition.strategy].foreign:
+        return {"expected_tpot_ms": None, "expected_reason": "the engine has its own step"}
+    if m.shape.quantization or m.quantization in quantize.CHECKPOINT:
+        return {"expected_tpot_ms": None, "expected_reason": "its kernels are not ours to time"}
+    on_cpu, launch_s = m.device == "cpu", limits["launch_s"]["drained"]["median"]
+    step_s, operations_s = bound_s, 0.0
+    if loop == "compiled":
+        operations_s = predict.launches(m.shape) * launch_s if on_cpu else 0.0
+    elif on_cpu:
+        new = 1 if loop == "cached" else _positions(condition)
+        step_s = max(bound_s, products_s(m, rows * new))
+        operations_s = operations(m) * operation_s()
+    else:
+        operations_s = operations(m) * launch_s
+        step_s = max(0.0, bound_s - operations_s)  # kernels run while the next are launched
+    draw_s = sampling_s(m.shape.vocab, m.dtype, m.device, rows, condition.sampling)
+    whole = (step_s + operations_s + draw_s) * 1e3
+    found = {"expected_low_ms": RANGE[0] * whole, "expected_high_ms": RANGE[1] * whole}
+    if operations_s > max(step_s, bound_s):
+        found["limit"] = "Python" if on_cpu and loop != "compiled" else "launches"
+    return {"expected_tpot_ms": whole, **found}
+
+
+def _positions(condition: Condition) -> int:
+    """Positions that `recompute` passes through the model in the middle of an answer."""
+    asked = condition.workload.requests[0]
+    return min(predict.WINDOW, len(asked.prompt_ids) + asked.max_new_tokens // 2 + 1)
+
+
+def products_s(model: Model, rows: int) -> float:
+    """Seconds of all matrix products of a step as torch runs them, weights read from memory."""
+    return _products_s(model.shape, model.dtype, model.quantization, model.device, rows)
+
+
+@cache
+def _products_s(shape, dtype: str, quantization: str | None, device: str, rows: int) -> float:
+    counts = predict.matmul_shapes(shape)
+    packed = {"product": lambda w: quantize.layer(w, quantization)} if quantization else {}
+    rates = ceilings.matmul_rates(list(counts), dtype, device, [rows], repeats=3, **packed)
+    return sum(counts[r["n"], r["k"]] * r["seconds"]["median"] for r in rates)
+
+
+_counted: WeakKeyDictionary = WeakKeyDictionary()  # module → operations
+
+
+def operations(model: Model) -> int:
+    """Operations that one eager step of the module hands to torch, views included."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    if model.module not in _counted:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.torch_device)
+        with torch.inference_mode(), Counter() as counter:
+            model.module(input_ids=ids, use_cache=True, logits_to_keep=1)
+        _counted[model.module] = counter.seen
+    return _counted[model.module]
+
+
+@cache
+def operation_s() -> float:
+    """Seconds that one small eager operation keeps the processor, Python included."""
+    import torch
+
+    layer = torch.nn.Sequential(torch.nn.Linear(TINY, TINY), torch.nn.SiLU(), torch.nn.Identity())
+    x = torch.zeros(1, TINY)
+
+    def run() -> None:
+        y = x
+        for _ in range(100):
+            y = layer(y) + x
+
+    with torch.inference_mode():
+        return median(seconds_of(run, lambda: None, 9)) / 300  # linear, SiLU and the sum
+
+
+@cache
+def sampling_s(vocabulary: int, dtype: str, device: str, rows: int, sampling: Sampling) -> float:
+    """Median seconds from logits (rows, vocabulary) to tokens that the processor can read."""
+    import torch
+
+    logits = torch.randn(rows, vocabulary, device=device).to(getattr(torch, DTYPES[dtype]))
+    uniform = torch.rand(rows, dtype=torch.float64, device=device)
+    draw = lambda: next_tokens(logits, sampling, uniform)  # noqa: E731
+    return median(seconds_of(draw, waiter(device), 9))

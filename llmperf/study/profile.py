@@ -1,0 +1,203 @@
+"""Profiles: papermill parameters as plain data, checked before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from llmperf import DATA, ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+PROFILES = DATA / "profiles"
+TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
+RESERVED = ("records",)  # parameters that the study itself sets
+MOST_CHARACTERS, MOST_DEPTH = 100_000, 8
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Papermill parameters: `parameters` for every notebook that has them, `notebooks` for one."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping = field(default_factory=dict)
+    notebooks: Mapping = field(default_factory=dict)
+    timeout_s: int = 900  # for one cell
+
+    @classmethod
+    def of(cls, data: object, what: str, name: str) -> Profile:
+        """From a mapping as YAML gives it. Raises ValueError for another form."""
+        forms = {"name": str, "description": str, "timeout_s": int}
+        forms |= {"parameters": dict, "notebooks": dict}
+        if not isinstance(data, dict) or (unknown := sorted(set(data) - set(forms))):
+            known = ", ".join(forms)
+            found = ", ".join(unknown) if isinstance(data, dict) else repr(data)
+            raise ValueError(
+                f"{what}: unknown entry {found:.60}; a profile is a mapping of {known}"
+            )
+        nested = data.get("notebooks")
+        for key, value in [*data.items(), *(nested.items() if isinstance(nested, dict) else ())]:
+            wanted = forms.get(key, dict)
+            if type(value) is not wanted:
+                raise ValueError(f"{what}: {key} is {value!r:.60}; it must be a {wanted.__name__}")
+        return cls(**{"name": name, **data})
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, whose expansion may be endless."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not allowed: write the value itself")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str, what: str) -> object:
+    """Plain data from YAML. Raises ValueError, one sentence that begins with `what`, for others."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{what} has {len(text):,} characters: at most {MOST_CHARACTERS:,}")
+    try:
+        data = yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise ValueError(f"{what} is not plain YAML: {' '.join(str(error).split())}") from None
+    check_data(data, what)
+    return data
+
+
+def check_data(value: object, what: str) -> None:
+    """Raise ValueError unless `value` is made of text, finite numbers, true, false, null, lists and
+    mappings with text keys: papermill writes any other type into a notebook as code."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+        plain = len(text) <= MOST_CHARACTERS and json.loads(text) == value
+    except (TypeError, ValueError, RecursionError):
+        plain = False
+    if not plain or _depth(value) > MOST_DEPTH:
+        raise ValueError(
+            f"{what} is {value!r:.60}: use text, finite numbers, true, false, null, lists, and"
+            f" mappings with text keys, {MOST_DEPTH} levels deep at most"
+        )
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner)) if inner else 0
+
+
+def profiles() -> list[str]:
+    """The names of the profiles that come with the kit."""
+    return sorted(p.stem for p in PROFILES.glob("*.yaml"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """A profile by name, or from a YAML file. Raises ValueError for what it does not know."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"unknown profile {str(name)!r}: choose {', '.join(profiles())}, or a file"
+        )
+    what = f"profile {path.name}"
+    return Profile.of(read_yaml(read_text(path, what), what) or {}, what, path.stem)
+
+
+def read_text(path: Path, what: str) -> str:
+    """A small text file. Raises ValueError for what cannot be read as one."""
+    try:
+        if path.stat().st_size > 4 * MOST_CHARACTERS:
+            raise ValueError(f"{what} is too large: at most {MOST_CHARACTERS:,} characters")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def notebooks(only: Sequence[str] = ()) -> list[Path]:
+    """The numbered notebooks in order; `only` picks some by number or name."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+    picked = []
+    for wanted in only:
+        number = wanted.zfill(2) if wanted.isdigit() else wanted
+        found = [p for p in every if number in (p.stem, p.stem[:2])]
+        if not found:
+            names = ", ".join(p.stem for p in every)
+            raise ValueError(f"there is no notebook {wanted!r}: choose {names}")
+        picked += found
+    return sorted(set(picked)) or every
+
+
+def parameters_of(notebook: Path) -> dict:
+    """Name → default value, from the notebook's one `parameters` cell, read as literals."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))
+    found = {}
+    for line in ast.parse("".join(source)).body:
+        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
+        found[target.id] = ast.literal_eval(line.value)
+    return found
+
+
+def plan(profile: Profile, paths: Sequence[Path], overrides: Mapping | None = None) -> dict:
+    """Notebook → its parameters, everything checked before anything runs.
+
+    Raises ValueError when a parameter is no plain data, is unknown to its notebook (or, if it is
+    for all, to every one of them), or has another type than the default that it replaces.
+    """
+    every = {p.stem: parameters_of(p) for p in notebooks()}
+    overrides = overrides or {}
+    common = {**profile.parameters, **overrides}
+    anywhere = {name for known in every.values() for name in known}
+    for name in common:
+        _check_known(name, anywhere, "any notebook")
+    for stem in profile.notebooks:
+        if stem not in every:
+            raise ValueError(f"profile {profile.name}: there is no notebook {stem!r}")
+    steps = {}
+    for stem, known in every.items():
+        one = profile.notebooks.get(stem, {})
+        given = {**common, **one, **overrides}
+        steps[stem] = {k: v for k, v in given.items() if k in known or k in one}
+    check_steps(steps)
+    return {p.stem: steps[p.stem] for p in paths}
+
+
+def check_steps(steps: Mapping) -> None:
+    """Raise ValueError unless these are the kit's notebooks with parameters that they have."""
+    known = {p.stem: p for p in notebooks()}
+    for stem, given in steps.items():
+        if stem not in known:
+            raise ValueError(f"there is no notebook {stem!r:.60}: choose {', '.join(known)}")
+        if not isinstance(given, dict):
+            raise ValueError(f"the parameters of notebook {stem} are no mapping: {given!r:.60}")
+        defaults = parameters_of(known[stem])
+        for name, value in given.items():
+            _check_known(name, defaults, f"notebook {stem}")
+            check_data(value, f"parameter {name!r} of notebook {stem}")
+            wanted = TYPES.get(type(defaults[name]).__name__, object)
+            if not isinstance(value, wanted) or (
+                isinstance(value, bool) and wanted in (int, float)
+            ):
+                kind = type(defaults[name]).__name__
+                raise ValueError(
+                    f"parameter {name!r} of notebook {stem} is {value!r:.60}, a"
+                    f" {type(value).__name__}: it must be a {kind}, for instance {defaults[name]!r}"
+                )
+
+
+def _check_known(name: str, known, where: str) -> None:
+    if name in RESERVED:
+        raise ValueError(f"parameter {name!r} is set by the study itself: leave it out")
+    if name not in known:
+        choice = ", ".join(sorted(k for k in known if k not in RESERVED))
+        raise ValueError(f"unknown parameter {name!r} for {where}: choose {choice}")
+
+
+def file_name(text: str) -> str:
+    """A text as a part of a file's name: no separators, no leading dot."""
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:60] or "run"

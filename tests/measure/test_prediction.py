@@ -1,0 +1,139 @@
+"""The prediction of a run: its bound, the expected step, and what surely does not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmperf import predict
+from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.machine import ceilings
+from llmperf.measure import Condition, predict_run, prediction, step_time
+
+LIMITS = {
+    "read_bytes_per_s": {"median": 1e9},
+    "flops_per_s": {"fp32": {"median": 1e12}},
+    "launch_s": {"drained": {"median": 1e-6}},
+}
+STEP_S = 1e-3  # every product takes this long in the made-up rates
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Made-up times: a product takes 1 ms, an operation 10 us, a draw 0.1 ms; rows asked for."""
+    rows = []
+
+    def rates(shapes, dtype, device, batches, repeats, **product):
+        rows.extend(batches)
+        return [{"n": n, "k": k, "seconds": {"median": STEP_S}} for n, k in shapes]
+
+    monkeypatch.setattr(ceilings, "matmul_rates", rates)
+    monkeypatch.setattr(step_time, "operation_s", lambda: 1e-5)
+    monkeypatch.setattr(step_time, "sampling_s", lambda *_: 1e-4)
+    step_time._products_s.cache_clear()
+    yield rows
+    step_time._products_s.cache_clear()
+
+
+def trace(gap_s, tokens=5, **notes):
+    times = tuple(1.0 + gap_s * i for i in range(tokens))
+    return Trace((RequestTrace(0, 4, 0.0, 0.0, 0.5, times, (1,) * tokens),), times[-1], notes)
+
+
+def test_an_eager_step_is_its_products_its_operations_and_the_draw(tiny, asked):
+    condition = Condition(tiny, "batch", 3, prompt_tokens=8, new_tokens=4)
+    found = predict_run(condition, expect=True, limits=LIMITS)
+    products = sum(predict.matmul_shapes(tiny.shape).values()) * STEP_S
+    whole = products + 1e-5 * step_time.operations(tiny) + 1e-4
+    assert found["expected_tpot_ms"] == pytest.approx(whole * 1e3)
+    assert found["expected_low_ms"] < whole * 1e3 < found["expected_high_ms"]
+    assert asked == [3]
+    done = prediction.audit(condition, found, trace(0.02))
+    assert done["explained"] == pytest.approx(whole / 0.02)
+    assert done["mbu"] > 0 and done["mfu"] > 0 and done["plausible"]
+
+
+def test_operations_are_those_that_torch_runs(tiny):
+    with torch.profiler.profile() as profiler, torch.inference_mode():
+        tiny.module(input_ids=torch.zeros(1, 1).long(), use_cache=True, logits_to_keep=1)
+    outer = [e for e in profiler.events() if e.cpu_parent is None and e.name.startswith("aten::")]
+    assert step_time.operations(tiny) == pytest.approx(len(outer), rel=0.3)
+
+
+def test_a_compiled_step_is_its_bound_and_its_kernels(tiny, asked):
+    condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
+    found = predict_run(condition, expect=True, limits=LIMITS)
+    kernels_ms = predict.launches(tiny.shape) * 1e-3
+    assert found["expected_tpot_ms"] == pytest.approx(found["bound_tpot_ms"] + kernels_ms + 0.1)
+    assert not asked, "nothing of it is timed"
+
+
+def test_the_limit_is_python_where_operations_take_longest(tiny, asked, monkeypatch):
+    condition = Condition(tiny, prompt_tokens=8, new_tokens=4)
+    assert predict_run(condition, expect=True, limits=LIMITS)["limit"] == "bandwidth"
+    monkeypatch.setattr(step_time, "operation_s", lambda: 1.0)
+    assert predict_run(condition, expect=True, limits=LIMITS)["limit"] == "Python"
+
+
+def test_recompute_multiplies_as_many_rows_as_it_sees(tiny, asked):
+    condition = Condition(tiny, "batch", 2, "recompute", prompt_tokens=8, new_tokens=4)
+    found = predict_run(condition, expect=True, limits=LIMITS)
+    assert asked == [2 * (8 + 2 + 1)]
+    cached = predict_run(replace(condition, loop="cached"), limits=LIMITS)
+    assert found["bound_tpot_ms"] != cached["bound_tpot_ms"]
+
+
+def test_what_is_not_this_sum_has_a_reason_instead(tiny, asked):
+    engine = Condition(tiny, "peer", 2, prompt_tokens=8, new_tokens=4)
+    declared = replace(tiny, shape=replace(tiny.shape, quantization="awq"))
+    for condition in (engine, Condition(declared, prompt_tokens=8, new_tokens=4)):
+        found = predict_run(condition, expect=True, limits=LIMITS)
+        assert found["expected_tpot_ms"] is None and found["expected_reason"]
+    assert "expected_tpot_ms" not in predict_run(engine, limits=LIMITS)
+
+
+def test_a_run_is_audited_by_the_loop_that_ran(tiny):
+    condition = Condition(tiny, "batch", 2, "recompute", prompt_tokens=100, new_tokens=9)
+    found = predict_run(condition, limits=LIMITS)
+    asked, fell_back = (
+        prediction.audit(condition, found, trace(0.02, **notes))
+        for notes in ({}, {"loop": "cached"})
+    )
+    assert fell_back["mfu"] < asked["mfu"] / 5
+
+
+def test_a_peer_is_predicted_with_the_rows_that_it_runs_together(tiny):
+    whole, batch = (Condition(tiny, n, 4, prompt_tokens=8, new_tokens=4) for n in ("peer", "batch"))
+    assert (
+        predict_run(whole, limits=LIMITS)["bound_s"] == predict_run(batch, limits=LIMITS)["bound_s"]
+    )
+
+
+@pytest.mark.parametrize("word", [None, "int8"])
+def test_the_products_of_a_model_can_be_timed(tiny, word, monkeypatch):
+    monkeypatch.setattr("llmperf.machine.timing.past_caches_bytes", lambda device: 1 << 16)
+    step_time._products_s.cache_clear()
+    assert step_time.products_s(replace(tiny, quantization=word), 2) > 0
+
+
+def test_what_surely_does_not_fit_is_refused_with_the_arithmetic(tiny):
+    """Its cache alone: 2 x 2 layers x 16 entries x 4 bytes x 11 tokens for each row."""
+    condition = Condition(tiny, "batch", 2, prompt_tokens=10, new_tokens=2)
+    assert prediction.refusal(condition) is None
+    object.__setattr__(condition, "level", 200_000_000)  # no machine here has 524 GiB
+    said = prediction.refusal(condition)
+    assert said.startswith("refused beforehand: ") and "kv cache 524.52" in said
+    assert "does not fit in" in said and "held already" in said
+
+
+def test_where_a_full_card_spills_the_allocator_is_capped(tiny, monkeypatch):
+    told, gib = [], 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * gib, 10 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gib)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: told.append(a))
+    assert prediction.cap_allocator(tiny) is None
+    on_card = replace(tiny, device="cuda:0")
+    for system, share in (("WSL2", 0.85), ("Windows", 0.85), ("Linux", None)):
+        monkeypatch.setitem(prediction.PROBES, "os", lambda system=system: system)
+        assert prediction.cap_allocator(on_card) == (share and pytest.approx(share))
+    assert [device for _, device in told] == ["cuda:0", "cuda:0"]

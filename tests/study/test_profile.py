@@ -1,0 +1,108 @@
+"""Profiles and parameters: what is no plain data, or does not fit a notebook, is refused."""
+
+import pytest
+from made_up_notebooks import write_notebook
+
+from llmperf import study
+from llmperf.study import Profile, profile
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder with two small notebooks in place of the kit's own."""
+    folder = tmp_path / "notebooks"
+    for stem in ("00-first", "03-third"):
+        write_notebook(folder, stem)
+    monkeypatch.setattr(profile, "NOTEBOOKS", folder)
+    return folder
+
+
+def test_every_shipped_profile_fits_every_notebook():
+    for name in study.profiles():
+        loaded = study.load_profile(name)
+        assert loaded.description
+        study.plan(loaded, study.notebooks())
+
+
+def test_a_plan_gives_each_notebook_what_it_has(shelf):
+    asked = Profile("p", parameters={"level": 4}, notebooks={"03-third": {"repeats": 5}})
+    assert study.plan(asked, study.notebooks(), {"level": 9}) == {
+        "00-first": {"level": 9},
+        "03-third": {"level": 9, "repeats": 5},
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (Profile("p", parameters={"levl": 1}), "unknown parameter 'levl' for any notebook"),
+        (Profile("p", notebooks={"03-third": {"x": 1}}), "unknown parameter 'x' for notebook 03-"),
+        (Profile("p", notebooks={"07-none": {}}), "there is no notebook '07-none'"),
+        (Profile("p", parameters={"level": "4"}), "'4', a str: it must be a int"),
+        (Profile("p", parameters={"level": True}), "True, a bool: it must be a int"),
+        (Profile("p", parameters={"records": "x"}), "set by the study itself"),
+        (Profile("p", parameters={"sizes": [b"x"]}), r"is \[b'x'\]: use text"),
+        (Profile("p", parameters={"sizes": [{1: 2}]}), "mappings with text keys"),
+        (Profile("p", parameters={"sizes": [float("inf")]}), r"is \[inf\]: use text"),
+    ],
+)
+def test_bad_profiles_are_refused_before_anything_runs(shelf, asked, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        study.plan(asked, study.notebooks())
+
+
+def test_notebooks_are_picked_by_number_or_name(shelf):
+    assert [p.stem for p in study.notebooks(["3"])] == ["03-third"]
+    assert [p.stem for p in study.notebooks(["00-first", "03"])] == ["00-first", "03-third"]
+    with pytest.raises(ValueError, match="no notebook '42': choose 00-first, 03-third"):
+        study.notebooks(["42"])
+
+
+BOMB = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[!!binary aGVsbG8=]", "hello.*: use text"),
+        ("!!set {a, b}", "use text"),
+        ("2024-01-01", "datetime.date"),
+        (".nan", "is nan"),
+        ("!!python/object/apply:os.system [true]", "is not plain YAML"),
+        (BOMB, "an alias .* is not allowed"),
+        ("[" * 10 + "]" * 10, "8 levels deep"),
+        ("[" * 40_000, "is not plain YAML"),
+        ("a" * 100_001, "at most 100,000"),
+        ("{1: 2}", "text keys"),
+        ("a: [", "is not plain YAML"),
+    ],
+)
+def test_yaml_is_data_and_nothing_else(text, sentence):
+    with pytest.raises(ValueError, match=sentence) as refused:
+        study.read_yaml(text, "--set sizes")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_plain_data_passes_as_it_is():
+    data = {"a": [1, 2.5, None, True, "x", {"b": [[]]}]}
+    assert study.read_yaml("a: [1, 2.5, null, true, x, {b: [[]]}]", "x") == data
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[1]", "a profile is a mapping"),
+        ("parameters: 4", "parameters is 4; it must be a dict"),
+        ("notebooks: {03-batch: 4}", "03-batch is 4; it must be a dict"),
+        ("timeout_s: soon", "timeout_s is 'soon'; it must be a int"),
+        ("surprise: 1", "unknown entry surprise"),
+    ],
+)
+def test_a_profile_of_a_wrong_form_is_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"profile mine.yaml.*{sentence}"):
+        study.load_profile(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        study.load_profile(path)

@@ -1,0 +1,139 @@
+"""The report and the answer: the first screen, folded notebooks, and what a stranger may hide."""
+
+import dataclasses
+import html
+import json
+import re
+import struct
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from llmperf.measure import Record
+from llmperf.study import answer, report
+
+STATE = SimpleNamespace(steps={"03-batch": {}}, done={}, profile="quick", started="today")
+ENV = {"os": "Linux", "cpu_model": "AMD EPYC", "cores_logical": 2, "cores_allowed": 2,
+       "cores_quota": None, "gpus": [], "packages": {"torch": "2.13.0"}}  # fmt: skip
+PREDICTION = {"read_bytes_per_s": 29e9, "flops_per_s": 3.3e11, "bound_tpot_ms": 20.0,
+              "limit": "bandwidth", "plausible": True}  # fmt: skip
+
+
+def made_up(strategy, level, tokens_per_s, repeat=0, **more):
+    condition = {"strategy": strategy, "level": level, "loop": "cached", "options": {},
+                 "model": "gpt2", "dtype": "fp32", "weights": "trained", "device": "cpu",
+                 "prompt_tokens": 8, "new_tokens": 8}  # fmt: skip
+    seconds = level * 8 / tokens_per_s
+    metrics = {
+        "duration_s": seconds,
+        "output_tokens": level * 8,
+        "requests_ok": level,
+        "output_tokens_per_s": tokens_per_s,
+        **{f"{name}_ms": {"median": seconds * 1e3} for name in ("ttft", "tpot", "e2el")},
+    }
+    more = {"environment": ENV, "metrics": metrics, "prediction": PREDICTION, **more}
+    return Record("03-batch", condition, repeat, **more)  # fmt: skip
+
+
+RUNS = [made_up("batch", n, 10 * n**0.5 * f, i) for n in (1, 4, 10)
+        for i, f in enumerate((0.99, 1, 1.01, 1.02, 0.98))]  # fmt: skip
+RUNS += [made_up("sequential", 4, 10, i) for i in range(5)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    text = "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in RUNS)
+    (tmp_path / "records.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path
+
+
+def write_notebook(folder, *cells):
+    nbformat.write(v4.new_notebook(cells=list(cells)), folder / "notebooks" / "03-batch.ipynb")
+
+
+def outputs(*bundles):
+    shown = [v4.new_output("display_data", data=bundle) for bundle in bundles]
+    return v4.new_code_cell("secret_code()", outputs=shown)
+
+
+def test_the_answer_has_every_number_from_records(folder):
+    ceilings, one, best, run, score = answer.of_run(folder).lines
+    assert ceilings == "This machine reads 29 GB/s and computes 0.33 TFLOP/s in fp32."
+    assert one.startswith("One request gets 10 tokens/s (gpt2 in fp32, cached) of at most 50;")
+    assert "its limit is bandwidth" in one
+    assert "31.6 tokens/s" in best and "one pass over the weights serves 10 requests" in best
+    assert run.startswith("At 1 request/s: ") and re.search(r"Of 17 published findings", score)
+
+
+def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
+    found = answer.of_run(folder)
+    png, page = answer.write_card(folder, found)
+    assert struct.unpack(">II", png.read_bytes()[16:24]) == (1200, 630)
+    text = page.read_text(encoding="utf-8")
+    assert "width:1200px;height:630px" in text
+    assert all(html.escape(line) in text for line in found.lines)
+
+
+def test_a_failure_that_was_measured_again_does_not_count():
+    failed = made_up("batch", 4, 20, 9, kind="failed", status="error", reason="killed", metrics={})
+    assert "1 records are not ok (1 error)" in answer.not_ok([*RUNS, failed])
+    assert answer.not_ok([*RUNS, failed, made_up("batch", 4, 20, 9)]) is None
+    refused = made_up("batch", 99, 1, status="skipped", reason="refused beforehand", metrics={})
+    assert answer.not_ok([*RUNS, refused]) is None
+
+
+def test_a_run_on_a_busy_machine_is_no_reference():
+    busy = made_up("batch", 4, 20, 9, warnings=["unstable: other processes use 30 % of the CPU"])
+    assert answer.unfit(RUNS) is None
+    assert answer.unfit([*RUNS, busy]).startswith("Not fit as a reference, 1 of 21 runs")
+
+
+def test_the_report_opens_with_the_card_one_figure_and_the_findings(folder):
+    page = report.write(folder, STATE).read_text(encoding="utf-8")
+    first = page[: page.index("<nav>")]
+    assert first.count("data:image/png;base64,") == 2 and "Of its 17 findings" in first
+    assert "AMD EPYC, 2 cores, Linux" in first
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert len(cells) == 17 * 4 and all(cells)
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+
+
+def test_a_notebook_is_folded_with_its_question_and_every_figure_has_a_text(folder):
+    picture = outputs({"image/png": "aGk=", "text/plain": "<Figure>"})
+    prose = "# Batch\n\n**Question.** How many\nrequests?\n\nMore."
+    prose += "<!-- code --> See below.<!-- /code -->"
+    write_notebook(folder, v4.new_markdown_cell(prose), v4.new_markdown_cell("## Time"), picture)
+    page = report.write(folder, STATE).read_text(encoding="utf-8")
+    assert "<details><summary><b>03-batch</b>" in page and " How many requests?" in page
+    assert 'alt="Figure: Time"' in page and "No description" not in page
+    assert "secret_code" not in page and "See below" not in page and "More." in page
+
+
+HOSTILE = [
+    {"text/html": "<script>alert(1)</script><b onclick='x()'>bold</b>"},
+    {"text/html": "<img src=x onerror=alert(1)><iframe src='http://evil'></iframe>"},
+    {"text/html": "<style>body{background:url(http://evil)}</style><table><tr><td>1</td></tr>"},
+    {"application/javascript": "alert(1)"},
+    {"text/markdown": "<svg onload=alert(1)></svg> [x](javascript:alert(1))"},
+]
+
+
+def test_nothing_of_a_hostile_notebook_runs_or_is_fetched(folder):
+    write_notebook(folder, v4.new_markdown_cell("<script>alert(1)</script> ok"), outputs(*HOSTILE))
+    done = {"03-batch": "<script>alert(1)</script>"}
+    state = SimpleNamespace(steps={"03-batch": {}}, done=done, profile="<b>", started="<i>")
+    page = report.write(folder, state).read_text(encoding="utf-8")
+    body = page[page.index("<nav>") :]
+    assert not re.search(r"<(script|iframe|style|svg|object)\b|\son\w+=|=.javascript:", body, re.I)
+    assert "evil" not in body and "default-src 'none'" in page
+    assert "<td>1</td>" in body and "bold" in body, "tables and text stay"
+
+
+def test_a_damaged_notebook_and_an_empty_run_are_said(folder):
+    (folder / "notebooks" / "03-batch.ipynb").write_text("{", encoding="utf-8")
+    assert "It cannot be read" in report.write(folder, STATE).read_text(encoding="utf-8")
+    (folder / "records.jsonl").write_text("", encoding="utf-8")
+    assert "Nothing to judge yet" in report.write(folder, STATE).read_text(encoding="utf-8")

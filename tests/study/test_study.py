@@ -1,0 +1,223 @@
+"""Runs of made-up notebooks through papermill, resume, and the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from filelock import FileLock
+from made_up_notebooks import write_notebook
+
+from llmperf import study
+from llmperf.__main__ import main
+from llmperf.measure import Store
+from llmperf.study import Profile, profile
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder with two small notebooks in place of the kit's own."""
+    folder = tmp_path / "notebooks"
+    for stem in ("00-first", "03-third"):
+        write_notebook(folder, stem)
+    monkeypatch.setattr(profile, "NOTEBOOKS", folder)
+    return folder
+
+
+def records(folder):
+    return Store(folder / "records.jsonl").read()
+
+
+def test_a_run_executes_notebooks_and_writes_one_self_contained_report(shelf, tmp_path):
+    folder = study.start(Profile("p", parameters={"level": 7}), out=tmp_path / "run")
+    state = study.run(folder)
+    assert state.done == {"00-first": "ok", "03-third": "ok"}
+    assert [(r.experiment, r.condition["level"], r.repeat) for r in records(folder)] == [
+        (stem, 7, repeat) for stem in ("00-first", "03-third") for repeat in (0, 1)
+    ]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "level 7" in page
+    assert "<script" not in page and 'src="http' not in page and "<link" not in page
+
+
+def test_a_notebook_that_fails_is_named_and_the_others_go_on(shelf, tmp_path):
+    write_notebook(shelf, "00-first", body="raise RuntimeError('broke')")
+    folder = study.start(Profile("p"), out=tmp_path / "run")
+    state = study.run(folder)
+    assert state.done == {
+        "00-first": "PapermillExecutionError: RuntimeError: broke",
+        "03-third": "ok",
+    }
+    assert "RuntimeError: broke" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_resume_runs_only_what_is_left(shelf, tmp_path):
+    folder = study.start(Profile("p"), out=tmp_path / "run")
+    state = study.load_state(folder)
+    state.done["00-first"] = "ok"
+    state.save(folder)
+    study.run(folder, use_notebooks=False)
+    assert {r.experiment for r in records(folder)} == {"03-third"}
+
+
+def test_without_jupyter_the_same_records_come(shelf, tmp_path):
+    with_it = study.start(Profile("p"), out=tmp_path / "a")
+    without = study.start(Profile("p"), out=tmp_path / "b")
+    study.run(with_it)
+    study.run(without, use_notebooks=False)
+    keys = [[r.key for r in records(f)] for f in (with_it, without)]
+    assert keys[0] == keys[1] != []
+    assert not list((without / "notebooks").iterdir())
+
+
+def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused(shelf, tmp_path):
+    folder = study.start(Profile("p"), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run: use --resume"):
+        study.start(Profile("p"), out=folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to the output folder"):
+        study.start(Profile("p"), out=tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match="holds no run"):
+        study.load_state(tmp_path)
+
+
+DAMAGED = {
+    "no YAML": ("{", "is not plain YAML"),
+    "no mapping": ("[1]", "is damaged"),
+    "another field": ("profile: p\nsteps: {}\ntimeout_s: 1\nx: 1", "is damaged"),
+    "a wrong type": ("profile: p\nsteps: 4\ntimeout_s: 1", "is damaged"),
+    "no notebook of ours": (
+        "profile: p\nsteps: {'../../evil': {}}\ntimeout_s: 1",
+        "there is no notebook '../../evil'",
+    ),
+    "code": (
+        "profile: p\nsteps: {00-first: {level: !!binary aGk=}}\ntimeout_s: 1",
+        "b'hi'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_state_is_one_sentence(shelf, tmp_path, kind):
+    text, sentence = DAMAGED[kind]
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        study.load_state(tmp_path)
+
+
+def test_one_process_runs_a_study(shelf, tmp_path):
+    folder = study.start(Profile("p"), out=tmp_path / "run")
+    with FileLock(folder / "run.lock"), pytest.raises(ValueError, match="another process runs"):
+        study.run(folder, use_notebooks=False)
+    study.run(folder, use_notebooks=False)
+    assert len(records(folder)) == 4
+
+
+def test_a_line_a_notebook_with_the_time_left_by_past_runs(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmperf.study.study.RUNS", tmp_path)
+    said = []
+    study.run(study.start(Profile("p"), out=tmp_path / "a"), use_notebooks=False, say=said.append)
+    assert said[0] == "[1/2] 00-first" and said[1].endswith(" s, ok.")
+    state = study.load_state(tmp_path / "a")
+    state.seconds = {"00-first": 100, "03-third": 30}
+    state.save(tmp_path / "a")
+    said.clear()
+    study.run(study.start(Profile("p"), out=tmp_path / "b"), use_notebooks=False, say=said.append)
+    assert said[0] == "[1/2] 00-first, about 2 min left"
+    assert said[2] == "[2/2] 03-third, about 30 s left"
+
+
+WAIT = "import time; open(records + '.began', 'w').close(); time.sleep(60)"
+START = """
+import sys
+from pathlib import Path
+from llmperf.study import profile
+profile.NOTEBOOKS = Path(sys.argv.pop(1))
+from llmperf.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", [[], ["--no-notebooks"]])
+def test_a_signal_ends_a_study_with_130_and_how_to_go_on(shelf, tmp_path, stop, how):
+    write_notebook(shelf, "00-first", body=WAIT)
+    folder = tmp_path / "run"
+    (tmp_path / "p.yaml").write_text("description: nothing", encoding="utf-8")
+    asked = ["run", "--profile", tmp_path / "p.yaml", "--out", folder, "--only", "0", *how]
+    command = [sys.executable, "-c", START, shelf, *asked]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (folder / "records.jsonl.began").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(process.pid, getattr(signal, stop))
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert f"python -m llmperf run --resume {folder}" in said and "Traceback" not in said
+    assert yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["done"] == {}
+
+
+def test_records_that_are_not_ok_end_with_a_count_and_status_1(shelf, tmp_path, capsys):
+    body = """
+from llmperf.measure import Record, Store
+condition = {"strategy": "batch", "level": 1}
+Store(records).append(Record("00-first", condition, 0, status="error", reason="gone\x1b[2J"))
+Store(records).append(Record("00-first", condition, 1, metrics={"output_tokens_per_s": 3.0}))
+"""
+    write_notebook(shelf, "00-first", body=body)
+    (tmp_path / "p.yaml").write_text("description: nothing", encoding="utf-8")
+    asked = ["run", "--profile", tmp_path / "p.yaml", "--out", tmp_path / "run", "--only", "0"]
+    assert main([*map(str, asked), "--no-notebooks"]) == 1
+    said = capsys.readouterr()
+    assert "1 records are not ok (1 error); the first: 00-first: gone" in said.err
+    assert "\x1b" not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["run", "--profile", "fast"], "unknown profile 'fast': choose "),
+        (["run", "--only", "42"], "there is no notebook '42'"),
+        (["run", "--set", "no_such=4"], "unknown parameter 'no_such' for any notebook: choose"),
+        (["run", "--set", "repeats"], "write NAME=VALUE"),
+        (["run", "--set", "repeats=[!!binary aGk=]"], "b'hi'"),
+        (["run", "--set", "repeats=many"], "'many', a str: it must be a int"),
+        (["run", "--resume", "nowhere"], "holds no run"),
+        (["run", "--resume", "x", "--out", "y"], "--resume takes everything from the run's folder"),
+        (["report", "nowhere"], "holds no run"),
+    ],
+)
+def test_bad_command_lines_end_with_one_sentence(argv, sentence, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("llmperf: ") and error.count("\n") == 1
+
+
+def test_the_command_line_lists_models(capsys):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m" in out and "135 M parameters" in out
+
+
+def test_the_machine_command_prints_json():
+    done = subprocess.run(
+        [sys.executable, "-m", "llmperf", "machine"], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["os"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe differently")
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-m", "llmperf", "models"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1 and said == ""
