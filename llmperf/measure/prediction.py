@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import psutil
 
-from llmperf import decoding, predict, strategies
+from llmperf import decoding, machine, predict, strategies
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
-from llmperf.machine.probes import PROBES
 from llmperf.measure import step_time
 from llmperf.measure.condition import Condition
 from llmperf.models import Model
@@ -28,16 +28,14 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     least time of a step. `expect` adds how long a step should take: see `step_time`. `limits` are
     ceilings as `ceilings.measure` gives them (default: this machine's, from the cache).
     """
-    m, rows = condition.model, condition.rows_per_step
+    m = condition.model
     limits = limits or ceilings.cached(m.device)
     bandwidth, flops = _ceilings(limits, m.dtype)
     prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
     loop = prepared(condition).loop
     whole = predict.bound(_cost(condition, loop), bandwidth, flops)
-    step = predict.latency(
-        m.shape, m.dtype, m.quantization, rows, prompt, prompt + new // 2,
-        {**limits, "launch_s": None}, loop,
-    ).decode  # fmt: skip
+    spec = spec_of(condition, loop)
+    step = predict.latency(spec, {**limits, "launch_s": None}, context=prompt + new // 2).decode
     found = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops,
@@ -100,30 +98,37 @@ def refusal(condition: Condition) -> str | None:
     return None
 
 
+def spec_of(condition: Condition, loop: str | None = None) -> predict.RunSpec:
+    """The run as numbers, with mean lengths; `loop` is the one that runs (default: that asked)."""
+    m, how = condition.model, (condition.level, condition.options)
+    known = strategies.STRATEGIES[condition.strategy]
+    return predict.RunSpec(
+        m.shape,
+        m.dtype,
+        m.quantization,
+        condition.rows_per_step,
+        _mean(condition.prompt_tokens),
+        _mean(condition.new_tokens),
+        loop or condition.loop,
+        max(1, known.processes(*how)),
+        known.threads(*how),
+        machine.platform_word(m.device),
+    )
+
+
 def ledger(condition: Condition) -> predict.Ledger | None:
     """The predicted ledger of a run, nothing else on the device.
 
     None where another program holds the memory, or the strategy itself checks that it fits.
     """
-    m, how = condition.model, (condition.level, condition.options)
     known = strategies.STRATEGIES[condition.strategy]
-    if known.checks_memory or not known.processes(*how):
+    if known.checks_memory or not known.processes(condition.level, condition.options):
         return None
-    threads = known.threads(*how)
-    new = condition.new_tokens
-    return predict.memory(
-        m.shape, m.dtype, m.quantization, condition.rows_per_step, condition.prompt_tokens,
-        max(new) if isinstance(new, Sequence) else new, "threads" if threads > 1 else "batch",
-        threads, platform_of(m.device), condition.loop, idle_bytes=0,
-    )  # fmt: skip
-
-
-def platform_of(device: str) -> str:
-    """The ledger's word for where a model runs: cpu, linux, wsl2 or windows."""
-    if device == "cpu":
-        return "cpu"
-    known = PROBES["os"]().lower()
-    return known if known in SPILLS else "linux"
+    longest = {
+        name: max(n) if isinstance(n := getattr(condition, name), Sequence) else n
+        for name in ("prompt_tokens", "new_tokens")
+    }
+    return predict.memory(replace(spec_of(condition), **longest), idle_bytes=0)
 
 
 def cap_allocator(model: Model) -> float | None:
@@ -132,7 +137,7 @@ def cap_allocator(model: Model) -> float | None:
     Only this process's allocator is told; the card is left as it is. None where nothing is capped.
     """
     device = model.device
-    if device == "cpu" or platform_of(device) not in SPILLS:
+    if device == "cpu" or machine.platform_word(device) not in SPILLS:
         return None
     import torch
 
@@ -145,7 +150,7 @@ def cap_allocator(model: Model) -> float | None:
 def memory(model: Model) -> tuple[int, int]:
     """Bytes that a run may take further (a margin less where a full card spills), and bytes that
     this process holds already. Raises ValueError when nothing is free."""
-    device, platform = model.device, platform_of(model.device)
+    device, platform = model.device, machine.platform_word(model.device)
     if device == "cpu":
         ram = psutil.virtual_memory()
         free, total, held = ram.available, ram.total, psutil.Process().memory_info().rss
@@ -154,17 +159,15 @@ def memory(model: Model) -> tuple[int, int]:
 
         free, total = torch.cuda.mem_get_info(device)
         # The context is there as well; its low bound, so that nothing is refused for it.
-        context = predict.memory(model.shape, platform=platform)
+        context = predict.memory(predict.RunSpec(model.shape, platform=platform))
         held = torch.cuda.memory_reserved(device) + context.line("context and libraries").low
     return predict.budget(platform, free, total), held
 
 
 def _cost(condition: Condition, loop: str) -> predict.Cost:
     """Bytes and FLOPs of the whole run at least."""
-    m, rows = condition.model, condition.rows_per_step
-    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
-    batch = predict.run_cost(m.shape, m.dtype, rows, prompt, new, loop, quantization=m.quantization)
-    return batch * (condition.level / rows)
+    batch = predict.run_cost(spec_of(condition, loop))
+    return batch * (condition.level / condition.rows_per_step)
 
 
 def _ceilings(limits: Mapping, dtype: str) -> tuple[float, float | None]:

@@ -21,9 +21,10 @@ from weakref import WeakKeyDictionary
 
 from llmperf import predict, strategies
 from llmperf.decoding.sampling import Sampling, next_tokens
-from llmperf.machine import ceilings
-from llmperf.machine.timing import DTYPES, seconds_of, waiter
-from llmperf.models import Model, quantize
+from llmperf.machine import DTYPES, rates
+from llmperf.machine.rates import waiter
+from llmperf.machine.timing import seconds_of
+from llmperf.models import CHECKPOINT, Model, quantize
 
 if TYPE_CHECKING:
     from llmperf.measure.condition import Condition
@@ -40,7 +41,7 @@ def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -
     m, rows = condition.model, condition.rows_per_step
     if strategies.STRATEGIES[condition.strategy].foreign:
         return {"expected_tpot_ms": None, "expected_reason": "the engine has its own step"}
-    if m.shape.quantization or m.quantization in quantize.CHECKPOINT:
+    if m.shape.quantization or m.quantization in CHECKPOINT:
         return {"expected_tpot_ms": None, "expected_reason": "its kernels are not ours to time"}
     on_cpu, launch_s = m.device == "cpu", limits["launch_s"]["drained"]["median"]
     step_s, operations_s = bound_s, 0.0
@@ -76,8 +77,8 @@ def products_s(model: Model, rows: int) -> float:
 def _products_s(shape, dtype: str, quantization: str | None, device: str, rows: int) -> float:
     counts = predict.matmul_shapes(shape)
     packed = {"product": lambda w: quantize.layer(w, quantization)} if quantization else {}
-    rates = ceilings.matmul_rates(list(counts), dtype, device, [rows], repeats=3, **packed)
-    return sum(counts[r["n"], r["k"]] * r["seconds"]["median"] for r in rates)
+    found = rates.matmul_rates(list(counts), dtype, device, [rows], repeats=3, **packed)
+    return sum(counts[r["n"], r["k"]] * r["seconds"]["median"] for r in found)
 
 
 _counted: WeakKeyDictionary = WeakKeyDictionary()  # module → operations

@@ -15,7 +15,7 @@ import torch
 
 from llmperf import decoding, models, stats
 from llmperf.decoding import GREEDY
-from llmperf.machine import ceilings
+from llmperf.machine import rates
 from llmperf.strategies import llamacpp
 
 PROMPT = 32  # tokens
@@ -64,7 +64,7 @@ def measure(found, repeats, device):
     """Seconds of each run, one list a name, and bytes/s read; a round has all of them once."""
     seconds, bandwidths = {name: [] for name in found}, []
     for _ in range(repeats):
-        bandwidths.append(ceilings.read_bandwidth(device, repeats=3)["median"])
+        bandwidths.append(rates.read_bandwidth(device, repeats=3)["median"])
         for name, run in found.items():
             start = time.perf_counter()
             run()
