@@ -7,6 +7,7 @@ __getattr__, __all__ = lazy_face(
     {
         "beside": "environment",
         "condition": "Condition",
+        "frames": "frame",
         "records": "Record Store open_store",
         "results": "Results",
         "session": "measure",

@@ -131,21 +131,18 @@ def _models(_) -> None:
 def _compare(arguments) -> None:
     import gc
 
-    from llmperf.findings import runs
+    from llmperf import findings
 
     gc.disable()  # it would walk through all records again and again, and this process ends soon
-    found = runs.load(arguments.runs)
-    print(
-        runs.compare(
-            [*found, *(runs.published() if arguments.published else [])], arguments.quantity
-        )
-    )
+    found = findings.load_runs(arguments.runs)
+    found += findings.published_runs() if arguments.published else []
+    print(findings.compare(found, arguments.quantity))
 
 
 def _share(arguments) -> None:
-    from llmperf.findings import runs
+    from llmperf import findings
 
-    print(f"Shared: {runs.share(arguments.run, arguments.to)}")
+    print(f"Shared: {findings.share(arguments.run, arguments.to)}")
 
 
 def _report(arguments) -> None:

@@ -56,17 +56,16 @@ def write(folder: Path, state) -> Path:
 def _verdict(folder: Path) -> str:
     """The first screen: the answer, the machine, one figure, and the scorecard."""
     from llmperf import findings
-    from llmperf.findings import runs, verdict
     from llmperf.show import overview
 
     try:
-        (run,) = runs.load([folder / "records.jsonl"])
+        (run,) = findings.load_runs([folder / "records.jsonl"])
     except ValueError as error:
         return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
     said = findings.judge_all(run.records)
     dirty = "".join(f'<p class="failed">Not clean: {html.escape(x)}</p>' for x in run.dirty)
     return (
-        f'<p class="lead">{html.escape(verdict.headline(run.records))}</p>'
+        f'<p class="lead">{html.escape(findings.headline(run.records))}</p>'
         f"<p>Measured on {html.escape(run.caption)}.</p>{dirty}"
         f"{_image(overview.figure(run.records))}{_scorecard(said)}"
     )
@@ -100,7 +99,8 @@ def _scorecard(verdicts) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(v.claim)}</td>"
         f'<td class="{CLASSES.get(v.verdict, "open")}">{v.verdict}</td>'
-        f"<td>{html.escape('. '.join((v.figures, *v.warnings)))}</td></tr>"
+        f"<td>{html.escape('. '.join((v.figures, *v.warnings)))}</td>"
+        f"<td>{html.escape(v.here)}</td></tr>"
         for v in sorted(verdicts, key=lambda v: words.index(v.verdict))
     )
     return (
@@ -109,7 +109,8 @@ def _scorecard(verdicts) -> str:
         f" {count['cannot tell']} × cannot tell (more repeats may), {count['not testable here']} ×"
         " not testable here (needs another machine or notebook).</p>"
         "<table class='card'><thead><tr><th>Finding</th>"
-        f"<th>Here</th><th>Figures, or what is lacking</th></tr></thead>{rows}</table>"
+        "<th>Verdict</th><th>Figures, or what is lacking</th><th>What this machine shows of it"
+        f" (never counts)</th></tr></thead>{rows}</table>"
     )
 
 
