@@ -8,11 +8,12 @@ conditions that a run measured twice, in two notebooks (A/A); a smaller ratio is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import exp, log
-from statistics import median
+
+import pandas as pd
 
 from llmperf import machine, stats
 from llmperf.findings.runs import Run
@@ -32,47 +33,38 @@ ASKED = ("model", "dtype", "quantization", "weights", "device", "prompt_tokens",
 
 
 @dataclass(frozen=True)
-class Row:
-    """One condition that both runs of a pair measured; `ratio` is second over first."""
-
-    what: str
-    level: int
-    ratio: float | None
-    low: float | None
-    high: float | None
-    verdict: str  # is the second run faster, slower, or "cannot tell"
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Pair:
-    """Two runs on the same hardware. `margin`: by which share two launches differ unchanged."""
+    """Two runs on the same hardware.
+
+    `rows`: one condition each that both measured, with `ratio` (second over first), `low`, `high`,
+    `verdict` (is the second faster, slower, or "cannot tell") and `note`. `margin`: the share by
+    which two launches differ with nothing changed, from `basis`.
+    """
 
     first: str
     second: str
     differs: dict[str, dict[str, str]]
-    rows: tuple[Row, ...]
+    rows: pd.DataFrame
     margin: float
-    basis: str  # what the margin rests on
+    basis: str
 
     @property
     def typical(self) -> float | None:
         """The median ratio over the conditions."""
-        found = [r.ratio for r in self.rows if r.ratio is not None]
-        return median(found) if found else None
+        return float(self.rows.ratio.median()) if self.rows.ratio.notna().any() else None
 
     @property
     def verdict(self) -> str:
         """Over all conditions, in one sentence."""
-        if not self.rows:
+        if not len(self.rows):
             return "cannot tell: no condition is the same in both"
-        counts = {word: sum(r.verdict == word for r in self.rows) for word in ("faster", "slower")}
-        if not any(counts.values()):
+        counts = self.rows.verdict.value_counts()
+        said = [f"{word} in {counts[word]}" for word in ("faster", "slower") if word in counts]
+        if not said:
             margin = f"the {self.margin:.0%} of two launches ({self.basis})"
             return f"cannot tell: none of {len(self.rows)} conditions differs by more than {margin}"
-        said = " and ".join(f"{word} in {n}" for word, n in counts.items() if n)
         unexplained = "" if self.differs else "; nothing that is recorded explains it"
-        return f"{said} of {len(self.rows)} conditions{unexplained}"
+        return f"{' and '.join(said)} of {len(self.rows)} conditions{unexplained}"
 
 
 @dataclass(frozen=True)
@@ -85,41 +77,32 @@ class Comparison:
     pairs: tuple[Pair, ...]
 
     def __str__(self) -> str:
-        lines = ["Runs"]
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield "Runs"
         for run in self.runs:
-            lines.append(f"  {run.name}: {run.caption}; {len(run.measured)} runs that count")
-            lines += [f"    not clean: {text}" for text in run.dirty]
-            lines += [f"    left out: {text}" for text in run.left_out]
-        lines += ["", "Conditions that differ"]
-        lines += _difference_lines(self.differs) or ["  none that is recorded"]
-        lines += ["", f"{self.quantity}, median of the repeats"]
+            yield f"  {run.name}: {run.caption}; {len(run.measured)} runs that count"
+            yield from (f"    not clean: {text}" for text in run.dirty)
+            yield from (f"    left out: {text}" for text in run.left_out)
+        yield "\nConditions that differ"
+        yield from _difference_lines(self.differs) or ["  none that is recorded"]
         table = side_by_side(self.runs, self.quantity)
-        letters = [f"[{i}]" for i in range(1, len(table.columns) + 1)]  # names are too wide
-        cells = [
-            [f"  {name}", str(level), *("" if x != x else f"{x:.4g}" for x in values)]
-            for (name, level), values in table.iterrows()
-        ]
-        lines.append(_aligned([["  strategy", "level", *letters], *cells]))
-        names = (name.replace("\n", " · ") for name in table.columns)
-        lines += [f"  {letter} {name}" for letter, name in zip(letters, names, strict=True)]
+        letters = {name: f"[{i}]" for i, name in enumerate(table.columns, start=1)}  # short columns
+        shown = table.rename(columns=letters).reset_index()
+        yield f"\n{self.quantity}, median of the repeats"
+        yield shown.to_string(index=False, na_rep="", float_format="{:.4g}".format)
+        yield from (
+            f"  {letter} {name.replace(chr(10), ' · ')}" for name, letter in letters.items()
+        )
         for pair in self.pairs:
-            lines += ["", *_pair_lines(pair, self.quantity)]
+            yield f"\n{pair.second} against {pair.first}: {pair.verdict}\n  differs:"
+            yield from _difference_lines(pair.differs) or ["  nothing recorded"]
+            yield f"  ratio of {self.quantity}, with its 95 % interval:"
+            if len(pair.rows):
+                yield pair.rows.to_string(index=False, na_rep="", float_format="{:.3f}".format)
         if not self.pairs:
-            lines += ["", "No ratios: no two of these runs share a card or a processor."]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """The values of one condition in one run, by experiment, and the tokens that came out."""
-
-    columns: Mapping
-    by_experiment: dict[str, list[float]]
-    tokens: list[float]
-
-    @property
-    def values(self) -> list[float]:
-        return [x for values in self.by_experiment.values() for x in values]
+            yield "\nNo ratios: no two of these runs share a card or a processor."
 
 
 def compare(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> Comparison:
@@ -129,81 +112,73 @@ def compare(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> Compa
     """
     if not runs:
         raise ValueError("there is no run to compare: name two folders or files")
-    samples = {run.name: _samples(run, quantity) for run in runs}
-    if not any(samples.values()):
+    values = {run.name: _values(run, quantity) for run in runs}
+    if not any(map(len, values.values())):
         known = sorted({k for run in runs for r in run.measured[:1] for k in r.metrics})
         raise ValueError(f"no run has {quantity!r}: choose one of {', '.join(known)}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.hardware != "unknown":
             groups.setdefault(run.hardware, []).append(run)
-    pairs = [
-        _pair(group[0], other, samples, quantity)
-        for group in groups.values()
-        for other in group[1:]
-    ]
+    pairs = (
+        _pair(group[0], other, values, quantity) for group in groups.values() for other in group[1:]
+    )
     return Comparison(tuple(runs), quantity, differences(runs), tuple(pairs))
 
 
-def _samples(run: Run, quantity: str) -> dict[str, _Samples]:
-    """Condition → its values."""
-    found: dict[str, _Samples] = {}
-    columns: dict[int, dict] = {}
+def _values(run: Run, quantity: str) -> pd.DataFrame:
+    """The counted runs that have the quantity, one a row."""
+    known = {id(r.condition): r.condition for r in run.measured}
+    known = {key: described(condition, {}) for key, condition in known.items()}
+    rows = []
     for r in run.measured:
         if value := r.metric(quantity):
-            if id(r.condition) not in columns:
-                columns[id(r.condition)] = described(r.condition, {})
-            c = columns[id(r.condition)]
-            s = found.setdefault(c["condition"], _Samples(c, {}, []))
-            s.by_experiment.setdefault(r.experiment, []).append(value)
-            s.tokens.append(r.metric("output_tokens") or 0)
-    return found
+            what = [known[id(r.condition)][k] for k in ("condition", "variant", "level", "work")]
+            rows.append((*what, r.experiment, value, r.metric("output_tokens") or 0))
+    columns = ["condition", "strategy", "level", "work", "experiment", "value", "tokens"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _pair(first: Run, second: Run, samples: Mapping, quantity: str) -> Pair:
-    a, b = samples[first.name], samples[second.name]
-    apart = [x for side in (a, b) for s in side.values() for x in _apart(s)]
+def _pair(first: Run, second: Run, values: Mapping, quantity: str) -> Pair:
+    sides = [values[run.name] for run in (first, second)]
+    apart = [
+        exp(abs(log(x / y))) - 1
+        for side in sides
+        for _, group in side.groupby("condition")
+        for x, y in combinations(group.groupby("experiment").value.median(), 2)
+    ]
     margin = max([LEAST_MARGIN, *apart]) if apart else RUN_TO_RUN
     basis = f"{len(apart)} A/A pairs" if apart else "assumed: no condition was measured twice"
     higher = quantity.split(".")[0].endswith(("_per_s", "_per_user"))
-    rows = tuple(_row(a[key], b[key], higher, margin) for key in a if key in b)
+    a, b = (dict(list(side.groupby("condition", sort=False))) for side in sides)
+    rows = [_row(a[key], b[key], higher, margin) for key in a if key in b]
+    columns = ["strategy", "level", "ratio", "low", "high", "verdict", "note"]
     differs = machine_differences([first, second])  # the work is the same, row by row
-    return Pair(first.name, second.name, differs, rows, margin, basis)
+    table = pd.DataFrame(rows, columns=columns)
+    return Pair(first.name, second.name, differs, table, margin, basis)
 
 
-def _apart(samples: _Samples) -> list[float]:
-    """By which shares the medians of one condition differ between experiments of one run."""
-    medians = [median(values) for values in samples.by_experiment.values()]
-    return [exp(abs(log(x / y))) - 1 for x, y in combinations(medians, 2)]
-
-
-def _row(a: _Samples, b: _Samples, higher_is_better: bool, margin: float) -> Row:
-    name = (a.columns["variant"], a.columns["level"])
-    low, high = sorted((median(a.tokens), median(b.tokens)))
+def _row(a: pd.DataFrame, b: pd.DataFrame, higher_is_better: bool, margin: float) -> tuple:
+    name = (a.strategy.iloc[0], a.level.iloc[0])
+    low, high = sorted((a.tokens.median(), b.tokens.median()))
     if high - low > TOKENS_APART * high:
-        return Row(*name, None, None, None, "cannot tell", "not the same number of tokens came out")
-    found = stats.ratio_interval(b.values, a.values)
+        return *name, None, None, None, "cannot tell", "not the same number of tokens came out"
+    found = stats.ratio_interval(b.value.to_numpy(), a.value.to_numpy())
     verdict = "cannot tell"
     if found.low is not None and (found.low > 1 + margin or found.high < 1 / (1 + margin)):
         verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
-    return Row(*name, found.value, found.low, found.high, verdict, found.reason or "")
+    return *name, found.value, found.low, found.high, verdict, found.reason or ""
 
 
-def side_by_side(runs: Sequence[Run], quantity: str = "output_tokens_per_s"):
+def side_by_side(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> pd.DataFrame:
     """Median of `quantity`: strategies and levels as rows; run, model and lengths as columns.
 
-    A DataFrame; a missing cell was not measured. Runs that failed or cannot be true are left out.
+    A missing cell was not measured. Runs that failed or cannot be true are left out.
     """
-    import pandas as pd
-
-    rows = [
-        (s.columns["variant"], s.columns["level"], f"{run.name}\n{s.columns['work']}", x)
-        for run in runs
-        for s in _samples(run, quantity).values()
-        for x in s.values
-    ]
-    table = pd.DataFrame(rows, columns=["strategy", "level", "run", quantity])
-    wide = table.pivot_table(quantity, ["strategy", "level"], "run", "median")
+    tables = [_values(run, quantity).assign(run=run.name) for run in runs]
+    table = pd.concat(tables)
+    table["run"] += "\n" + table.work
+    wide = table.pivot_table("value", ["strategy", "level"], "run", "median")
     return wide.reindex(columns=list(dict.fromkeys(table.run)))
 
 
@@ -257,23 +232,3 @@ def _difference_lines(differs: Mapping) -> list[str]:
         )
         lines.append(f"  {key}: {'; '.join(sides)}")
     return lines
-
-
-def _pair_lines(pair: Pair, quantity: str) -> list[str]:
-    """What differs comes before any ratio."""
-    lines = [f"{pair.second} against {pair.first}: {pair.verdict}", "  differs:"]
-    lines += [f"  {line}" for line in _difference_lines(pair.differs)] or ["    nothing recorded"]
-    rows = [[f"  {quantity}, ratio", "level", "median", "95 % interval", ""]]
-    for r in pair.rows:
-        shown = "" if r.ratio is None else f"{r.ratio:.3f}"
-        interval = "" if r.low is None else f"{r.low:.3f} to {r.high:.3f}"
-        words = "; ".join(text for text in (r.verdict, r.note) if text)
-        rows.append([f"  {r.what}", str(r.level), shown, interval, words])
-    return [*lines, _aligned(rows)] if pair.rows else lines
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as aligned columns of plain text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

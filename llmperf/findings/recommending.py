@@ -17,7 +17,7 @@ import pandas as pd
 from llmperf import predict
 from llmperf.decoding.requests import Request, Workload
 from llmperf.measure import Record, capacity, frame, load
-from llmperf.measure.frames import work as work_of
+from llmperf.measure.frames import work
 from llmperf.models import shapes
 from llmperf.strategies import STRATEGIES
 
@@ -26,6 +26,7 @@ SHARE = 0.9  # of the requests must be within the limits
 ARRIVALS = 300  # simulated requests
 GROUP_WINDOW_S, FOREVER_S = 0.002, 1e9  # a server groups what comes in that time; a batch waits
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
+GIB = 2**30
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms")
 
@@ -73,7 +74,7 @@ def _option(rows: Sequence[Mapping], records: Sequence[Record]) -> dict:
         return median([x for x in known if x is not None and x == x] or [nan])
 
     def peak(channel: str) -> float:
-        return max((r.get(f"max_{channel}_bytes") or nan for r in rows), default=nan) / 2**30
+        return max((r.get(f"max_{channel}_bytes") or nan for r in rows), default=nan) / GIB
 
     first, c = rows[0], records[0].condition
     strategy, level, chosen = STRATEGIES[c["strategy"]], c["level"], c.get("options") or {}
@@ -153,13 +154,13 @@ def choose(
     tokens = new_tokens or int(found.answer_tokens.max())
     candidates = list(found.itertuples())
     if memory_bytes is not None:
-        candidates = [o for o in candidates if o.memory_gib * 2**30 <= memory_bytes]
+        candidates = [o for o in candidates if o.memory_gib * GIB <= memory_bytes]
 
     def rank(o, each_per_s: float) -> tuple:
         share, answer_ms = simulated(o, each_per_s, slo, tokens)
         keeps = share >= SHARE
         same = keeps and _same_length(o, tokens) + _same_load(o, each_per_s)
-        return keeps, same, keeps or share, -answer_ms, o.output_tokens_per_s
+        return keeps, same, min(share, 0.99), -answer_ms, o.output_tokens_per_s
 
     machines, best = None, None
     for n in MACHINES if candidates else ():
@@ -176,7 +177,7 @@ def choose(
     name = name_of(best)
     why = f"Run {name}: {said}."
     if not candidates:
-        why = f"No option fits {memory_bytes / 2**30:.2f} GiB."
+        why = f"No option fits {memory_bytes / GIB:.2f} GiB."
     elif machines is None:
         why = f"Nothing here keeps the limits. Closest: {name}: {said}."
     elif machines > 1:
@@ -201,9 +202,8 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
     # Two tokens stand for the answer: its first, and all further ones in one step.
     curve = capacity.Curve((o.rows,), (o.first_ms / 1e3,), (step_ms * (tokens - 1) / 1e3,))
     window_s = GROUP_WINDOW_S if o.arriving or o.rows == 1 else FOREVER_S
-    trace = capacity.simulate(
-        _arrivals(load_per_s, o.rows), curve, cards=o.servers, max_batch=o.rows, window_s=window_s
-    )
+    requests = _arrivals(load_per_s, o.rows)
+    trace = capacity.simulate(requests, curve, cards=o.servers, max_batch=o.rows, window_s=window_s)
     ttft = [(r.token_s[0] - r.scheduled_s) * 1e3 for r in trace.requests]
     answer = [(r.token_s[-1] - r.scheduled_s) * 1e3 for r in trace.requests]
     kept = [
@@ -246,46 +246,41 @@ def _extrapolated(o, load_per_s: float, tokens: int) -> Iterator[str]:
 
 
 def predicted(model: str, card: str, dtype: str = "fp16", **lengths) -> pd.DataFrame:
-    """Batches of a preset on a card of the data sheet, by arithmetic alone: no record at all.
+    """Continuous batching of a preset on a card of the data sheet: arithmetic, no record at all.
 
-    `lengths`: prompt_tokens (32) and new_tokens (128). Times are bounds, which no run beats.
-    Raises ValueError when the model does not fit.
+    Each of n slots answers one request at the step time of n rows. `lengths`: prompt_tokens (32)
+    and new_tokens (128). Times are bounds, which no run beats. Raises ValueError when the model
+    does not fit.
     """
     shape, known = shapes.preset(model), predict.card(card)
     quantization = "awq" if "4bits" in model else None
-    run = {"dtype": dtype, "quantization": quantization, "strategy": "batch",
-           "prompt_tokens": 32, "new_tokens": 128} | lengths  # fmt: skip
-    prompt, new = run["prompt_tokens"], run["new_tokens"]
-    fits = predict.largest_batch(shape, int(known.memory_gib * 2**30), **run)
+    run = {"dtype": dtype, "quantization": quantization, "prompt_tokens": 32, "new_tokens": 128}
+    run |= lengths
+    fits = predict.largest_batch(shape, int(known.memory_gib * GIB), strategy="batch", **run)
     if not fits.at_best:
         raise ValueError(f"{model} in {dtype} does not fit {known.name}: choose a larger card")
     found = []
     for n in (n for n in BATCHES if n <= max(1, fits.surely)):
+        middle = run["prompt_tokens"] + run["new_tokens"] // 2
+        ceilings = predict.card_ceilings(known)
         times = predict.latency(
-            shape, dtype, quantization, n, prompt, prompt + new // 2, predict.card_ceilings(known)
+            shape, dtype, quantization, n, run["prompt_tokens"], middle, ceilings
         )
-        step, first = times.decode.seconds * 1e3, times.prefill.seconds * 1e3
-        whole = first + (new - 1) * step
+        step_s, first_s = times.decode.seconds, times.prefill.seconds
+        whole_s = first_s + (run["new_tokens"] - 1) * step_s
+        memory = predict.memory(shape, **run, batch=n, strategy="batch")
         found.append({
-            "label": STRATEGIES["batch"].words(n, {}),
+            "label": STRATEGIES["continuous"].words(n, {"max_batch": n}),
             "level": n,
-            "variant": "batch",
-            "setting": f"{work_of({'model': model, **run})}, {known.name}, data sheet alone",
+            "setting": f"{work({'model': model, **run})}, {known.name}, data sheet alone",
             "precision": quantization or dtype,
             "loop": "cached",
-            "output_tokens_per_s": n * new / whole * 1e3,
-            "duration_s": whole / 1e3,
-            "ttft_ms": first,
-            "tpot_ms": step,
-            "e2el_ms": whole,
-            "first_ms": first,
-            "answer_tokens": new,
-            "memory_gib": predict.memory(shape, **run | {"batch": n}).high / 2**30,
-            "runs": 0,
-            "rows": n,
-            "servers": 1,
-            "arriving": False,
-            "rate_per_s": nan,
-            "warning": "",
+            "output_tokens_per_s": n * run["new_tokens"] / whole_s,
+            "tpot_ms": step_s * 1e3,
+            "first_ms": first_s * 1e3,
+            "answer_tokens": run["new_tokens"],
+            "memory_gib": memory.high / GIB,
+            "rows": 1,
+            "servers": n,
         })  # fmt: skip
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).assign(runs=0, arriving=False, warning="")

@@ -38,7 +38,7 @@ def frame(records: Iterable[Record]):
             strategy = STRATEGIES.get(row["strategy"])
             options = r.condition.get("options") or {}
             row["label"] = strategy.words(row["level"], options) if strategy else row["variant"]
-            row["foreign"] = bool(strategy and strategy.foreign)
+            row["foreign"] = not strategy or strategy.foreign  # one of a newer version too
         rows.append(known[same] | _measured(r))
     return pd.DataFrame(rows)
 
