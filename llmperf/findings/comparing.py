@@ -2,14 +2,15 @@
 
 Runs on the same card (or, without cards, the same processor) are compared with the first of them.
 Launches of one program differ by more than the repeats of one launch. How much is taken from
-conditions that a run measured twice, in two notebooks (A/A); a smaller ratio is "cannot tell".
+conditions that a run measured twice (A/A): as a twin, or in two notebooks; a smaller ratio is
+"cannot tell".
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import exp, log
 
@@ -127,15 +128,16 @@ def compare(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> Compa
 
 
 def _values(run: Run, quantity: str) -> pd.DataFrame:
-    """The counted runs that have the quantity, one a row."""
-    known = {id(r.condition): r.condition for r in run.measured}
+    """The counted runs and their twins that have the quantity, one a row."""
+    twins = [r for r in run.records if r.kind == "twin" and replace(r, kind="measure").counts]
+    known = {id(r.condition): r.condition for r in (*run.measured, *twins)}
     known = {key: described(condition, {}) for key, condition in known.items()}
     rows = []
-    for r in run.measured:
+    for r in (*run.measured, *twins):
         if value := r.metric(quantity):
             what = [known[id(r.condition)][k] for k in ("condition", "variant", "level", "work")]
-            rows.append((*what, r.experiment, value, r.metric("output_tokens") or 0))
-    columns = ["condition", "strategy", "level", "work", "experiment", "value", "tokens"]
+            rows.append((*what, r.experiment, r.kind, value, r.metric("output_tokens") or 0))
+    columns = ["condition", "strategy", "level", "work", "experiment", "kind", "value", "tokens"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -145,12 +147,13 @@ def _pair(first: Run, second: Run, values: Mapping, quantity: str) -> Pair:
         exp(abs(log(x / y))) - 1
         for side in sides
         for _, group in side.groupby("condition")
-        for x, y in combinations(group.groupby("experiment").value.median(), 2)
+        for x, y in combinations(group.groupby(["experiment", "kind"]).value.median(), 2)
     ]
     margin = max([LEAST_MARGIN, *apart]) if apart else RUN_TO_RUN
     basis = f"{len(apart)} A/A pairs" if apart else "assumed: no condition was measured twice"
     higher = quantity.split(".")[0].endswith(("_per_s", "_per_user"))
-    a, b = (dict(list(side.groupby("condition", sort=False))) for side in sides)
+    counted = (side[side.kind == "measure"] for side in sides)
+    a, b = (dict(list(side.groupby("condition", sort=False))) for side in counted)
     rows = [_row(a[key], b[key], higher, margin) for key in a if key in b]
     columns = ["strategy", "level", "ratio", "low", "high", "verdict", "note"]
     differs = machine_differences([first, second])  # the work is the same, row by row
@@ -176,8 +179,8 @@ def side_by_side(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
     A missing cell was not measured. Runs that failed or cannot be true are left out.
     """
     tables = [_values(run, quantity).assign(run=run.name) for run in runs]
-    table = pd.concat(tables)
-    table["run"] += "\n" + table.work
+    table = pd.concat(tables).query("kind == 'measure'")
+    table = table.assign(run=table.run + "\n" + table.work)
     wide = table.pivot_table("value", ["strategy", "level"], "run", "median")
     return wide.reindex(columns=list(dict.fromkeys(table.run)))
 

@@ -136,7 +136,7 @@ def scorecard(records: Iterable[Record]):
 
 def _with_records(records: Iterable[Record]) -> list[tuple[dict, Record]]:
     """Measured runs of our own strategies that ended ok or out of memory, as rows of the frame."""
-    wanted = [r for r in records if r.kind == "measure" and r.status in ("ok", "oom")]
+    wanted = [r for r in records if r.kind in ("measure", "failed") and r.status in ("ok", "oom")]
     pairs = zip(frame(wanted).to_dict("records"), wanted, strict=True)
     return [(row, r) for row, r in pairs if not row["foreign"]]
 

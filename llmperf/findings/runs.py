@@ -143,7 +143,7 @@ def _described(describe, environment: Mapping, fallback: str) -> str:
 
 def _dirt(records: Sequence[Record]) -> Iterator[str]:
     """Why these figures may be off, one sentence each."""
-    measured = [r for r in records if r.kind == "measure"]
+    measured = [r for r in records if r.kind in ("measure", "failed")]
     warned = Counter(str(r.warnings[0]) for r in measured if r.warnings)
     if warned:
         often = warned.most_common(1)[0][0]

@@ -148,20 +148,21 @@ def test_launches_that_differ_as_usual_cannot_be_told_apart(tmp_path):
     assert found.pairs[0].typical == pytest.approx(1.03, abs=0.03)
 
 
-def test_conditions_that_were_measured_twice_say_how_far_launches_differ(tmp_path):
-    """The same condition in two notebooks, 25 % apart: a change of 20 % is no finding then."""
+@pytest.mark.parametrize("again", [{"experiment": "04-again"}, {"kind": "twin"}])
+def test_conditions_that_were_measured_twice_say_how_far_launches_differ(tmp_path, again):
+    """The same condition twice, 30 % apart: a change of 20 % is no finding then."""
     pair = twins(tmp_path, 1.2)
     assert findings.compare(pair).pairs[0].verdict.startswith("faster in 3 of 3")
-    again = [
+    second = [
         dataclasses.replace(
             r,
-            experiment="04-again",
+            **again,
             metrics=r.metrics | {"output_tokens_per_s": 1.3 * r.metrics["output_tokens_per_s"]},
         )
         for r in pair[0].measured
         if r.condition["level"] == 1
     ]
-    wide = dataclasses.replace(pair[0], records=(*pair[0].records, *again))
+    wide = dataclasses.replace(pair[0], records=(*pair[0].records, *second))
     found = findings.compare([wide, pair[1]]).pairs[0]
     assert found.verdict.startswith("cannot tell") and found.basis == "1 A/A pairs"
     assert found.margin == pytest.approx(0.3)
