@@ -121,10 +121,13 @@ def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
     except ValueError:  # a model that no preset names: its record holds no shape
         return None
     platform = {"Windows": "windows", "WSL2": "wsl2"}.get(first["os"], "linux")
-    lengths = {k: int(first.get(k, 32)) for k in ("prompt_tokens", "new_tokens")}
+    lengths = {k: first.get(k) for k in ("prompt_tokens", "new_tokens")}
+    if not all(isinstance(n, int | float) for n in lengths.values()):
+        return None  # several lengths, or none that is known
     largest = predict.largest_batch(
         shape, budget, dtype=first["dtype"], quantization=first.get("quantization"),
-        platform=platform, idle_bytes=0, strategy="batch", **lengths,
+        platform=platform, idle_bytes=0, strategy="batch",
+        **{k: int(n) for k, n in lengths.items()},
     )  # fmt: skip
     verdict = HOLDS if 0.9 * ran <= largest.at_best and largest.surely <= 1.1 * beyond else FAILS
     text = (

@@ -100,7 +100,14 @@ def claims() -> tuple[Claim, ...]:
 
 def judge_all(records: Iterable[Record]) -> list[Verdict]:
     """One verdict a claim over these records (of one machine or several), in their order."""
-    rows = [_row(row, r) for row, r in _with_records(records)]
+    wanted = [r for r in records if r.kind in ("measure", "failed") and r.status in ("ok", "oom")]
+    rows = []
+    for row, r in zip(frame(wanted).to_dict("records"), wanted, strict=True):
+        card = (r.environment.get("gpus") or [{}])[0]
+        row["card_bytes"] = card.get("memory_total_bytes")
+        row["card_used_bytes"] = card.get("memory_used_bytes")
+        if not row["foreign"]:
+            rows.append({k: v for k, v in row.items() if v is not None and v == v})
     possible = [row for row in rows if row["possible"]]
     return [_judge(claim, possible, rows) for claim in claims()]
 
@@ -132,21 +139,6 @@ def scorecard(records: Iterable[Record]):
         for v, p in zip(judge_all(records), published_verdicts(), strict=True)
     ]
     return pd.DataFrame(rows, index=[c.id for c in claims()]).rename_axis("finding")
-
-
-def _with_records(records: Iterable[Record]) -> list[tuple[dict, Record]]:
-    """Measured runs of our own strategies that ended ok or out of memory, as rows of the frame."""
-    wanted = [r for r in records if r.kind in ("measure", "failed") and r.status in ("ok", "oom")]
-    pairs = zip(frame(wanted).to_dict("records"), wanted, strict=True)
-    return [(row, r) for row, r in pairs if not row["foreign"]]
-
-
-def _row(row: dict, r: Record) -> dict:
-    """A row without what is not known, with the memory of the card."""
-    card = (r.environment.get("gpus") or [{}])[0]
-    row |= {"card_bytes": card.get("memory_total_bytes"),
-            "card_used_bytes": card.get("memory_used_bytes")}  # fmt: skip
-    return {k: v for k, v in row.items() if v is not None and v == v}
 
 
 def _judge(claim: Claim, possible: Sequence[Row], everything: Sequence[Row]) -> Verdict:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llmperf import REFERENCE, RUNS, machine
 from llmperf.measure import Record
+from llmperf.measure.frames import machine_in_words
 from llmperf.measure.records import scan
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -43,8 +44,8 @@ class Run:
     @property
     def caption(self) -> str:
         """The machine in one line."""
-        fallback = f"{self.hardware}, {self.environment.get('os') or 'no environment recorded'}"
-        return _described(machine.caption, self.environment, fallback)
+        unknown = f"{self.hardware}, {self.environment.get('os') or 'no environment recorded'}"
+        return machine_in_words(self.environment) or unknown
 
 
 def load_runs(paths: Iterable[Path | str | Run]) -> list[Run]:
@@ -129,16 +130,8 @@ def _load(files: Sequence[Path]) -> Run:
     if lacking := len(records) - len(environments):
         left_out.append(f"{lacking} records without an environment: their machine is not known")
     unknown = f"unknown ({files[0].stem.split('.')[0]})"
-    name = _described(machine.slug, environment, unknown)
+    name = machine_in_words(environment, machine.slug) or unknown
     return Run(name, tuple(records), environment, tuple(left_out), tuple(_dirt(records)))
-
-
-def _described(describe, environment: Mapping, fallback: str) -> str:
-    """A machine in words; the fallback for the environment of another make."""
-    try:
-        return describe(dict(environment)) if environment else fallback
-    except (KeyError, TypeError, AttributeError, IndexError):
-        return fallback
 
 
 def _dirt(records: Sequence[Record]) -> Iterator[str]:
@@ -150,9 +143,8 @@ def _dirt(records: Sequence[Record]) -> Iterator[str]:
         yield f"{warned.total()} of {len(measured)} runs warn, most often: {often}"
     if any(r.environment.get("on_battery") for r in measured):
         yield "on battery"
-    cards = [card for r in measured for card in (r.environment.get("gpus") or [])[:1]]
-    busy = [c for c in cards if (c.get("utilization_percent") or 0) > GPU_BUSY_PERCENT]
-    if busy:
+    cards = (card for r in measured for card in (r.environment.get("gpus") or [])[:1])
+    if busy := [c for c in cards if (c.get("utilization_percent") or 0) > GPU_BUSY_PERCENT]:
         yield f"{busy[0].get('name')} was {busy[0]['utilization_percent']} % busy before the run"
     if impossible := sum(not r.possible for r in measured):
         yield f"{impossible} runs are faster than the machine can be, and left out"

@@ -50,18 +50,22 @@ def described(condition: Mapping, environment: Mapping) -> dict:
     options = {k: _scalar(v) for k, v in (c.get("options") or {}).items()}
     on_card = c.get("device") != "cpu" and cards
     hardware = cards[0].get("name") if on_card else environment.get("cpu_model")
-    try:
-        caption = machine.caption(dict(environment)) if environment else None
-    except (KeyError, TypeError, AttributeError, IndexError):  # a record of another make
-        caption = None
     return row | {f"option_{k}": v for k, v in options.items()} | {
         "condition": key("", "", c, 0),
-        "machine": caption,
+        "machine": machine_in_words(environment),
         "hardware": hardware or "unknown hardware",
         "os": environment.get("os") or "unknown system",
         "work": work(c),
         "variant": " ".join([c["strategy"], *(f"{k}={v}" for k, v in sorted(options.items()))]),
     }  # fmt: skip
+
+
+def machine_in_words(environment: Mapping, words=machine.caption) -> str | None:
+    """The machine of a record; None where its environment is missing or of another form."""
+    try:
+        return words(dict(environment)) if environment else None
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None
 
 
 def work(c: Mapping) -> str:
@@ -93,8 +97,8 @@ def _measured(r: Record) -> dict:
         "warnings": "; ".join(map(str, r.warnings)),
     }
     for name, value in r.metrics.items():
-        if name not in ("reasons", "slo"):
-            row[name] = value.get("median") if isinstance(value, Mapping) else value
+        if name not in ("reasons", "slo", "clock"):
+            row[name] = as_number(value.get("median") if isinstance(value, Mapping) else value)
     row |= {k: v for k, v in r.prediction.items() if not isinstance(v, dict | list)}
     for name, channel in r.memory.items():
         for statistic in ("max", "mean", "first"):

@@ -196,37 +196,38 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path.name} is no file of records")
-    found, faults, keys, equal = [], {}, set(), {}
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = blank = 0
+    found: dict[str, Record] = {}
+    notes: dict[str, list[int]] = {}  # what is to be said → the lines that it is said of
+    equal: dict[bytes, dict] = {}
+    number = bad = 0
     try:
-        with opened(path, "rb") as file:
-            while line := file.readline(MOST_LINE_BYTES):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            while bad <= MOST_DAMAGED and (line := file.readline(MOST_LINE_BYTES)):
                 number += 1
+                piece = line
+                while (
+                    len(piece) == MOST_LINE_BYTES and piece[-1:] != b"\n"
+                ):  # skip what is too long
+                    piece = file.readline(MOST_LINE_BYTES)
+                why = ""
                 try:
-                    if not line.strip():
-                        blank += 1
-                        continue
-                    if len(line) == MOST_LINE_BYTES:
-                        while (piece := file.readline(MOST_LINE_BYTES)) and piece[-1:] != b"\n":
-                            pass
-                        raise ValueError(f"longer than {MOST_LINE_BYTES >> 20} MiB")
                     record = _parse(line, equal, traces)
-                    if record.key in keys:
-                        raise ValueError("a record that was read before")
-                    keys.add(record.key)
-                    found.append(record)
                     if record.schema > SCHEMA:
-                        raise ValueError(f"schema {record.schema} is newer; known fields were read")
+                        why = f"schema {record.schema} is newer: known fields were read"
+                    if found.setdefault(record.key, record) is not record:
+                        why = "a record that was read before"
                 except ValueError as error:
-                    faults.setdefault(str(error), []).append(number)
-                if blank + sum(map(len, faults.values())) > MOST_DAMAGED:
-                    raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
+                    bad, why = bad + 1, str(error) if line.strip() else ""
+                if why:
+                    notes.setdefault(why, []).append(number)
+        if bad > MOST_DAMAGED:
+            raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
     except (EOFError, zlib.error, OSError) as error:
-        faults[f"the file was read up to there ({error})"] = [number]
-    texts = (f"{path.name}, line {n[0]}: {why}" + f" ({len(n)} lines)" * (len(n) > 1)
-             for why, n in faults.items())  # fmt: skip
-    return found, list(texts)
+        notes[f"the file was read up to there ({error})"] = [number]
+    return list(found.values()), [
+        f"{path.name}, line {lines[0]}: {why}" + f" ({len(lines)} lines)" * (len(lines) > 1)
+        for why, lines in notes.items()
+    ]
 
 
 def _parse(line: bytes, equal: dict | None = None, traces: bool = True) -> Record:
@@ -240,14 +241,8 @@ def _parse(line: bytes, equal: dict | None = None, traces: bool = True) -> Recor
     known = {k: v for k, v in data.items() if k in TYPES and v is not None}
     wrong = [k for k, v in known.items() if not isinstance(v, TYPES[k])]
     wrong += [k for k in ("experiment", "condition", "repeat") if k not in known]
-    condition = known.get("condition")
-    if not wrong and not (
-        isinstance(condition.get("strategy"), str)
-        and isinstance(condition.get("level"), int)
-        and isinstance(condition.get("options") or {}, dict)
-        and all(isinstance(channel, dict) for channel in known.get("memory", {}).values())
-    ):
-        wrong = ["condition or memory"]
+    if not wrong and not _usable(known):
+        wrong = ["condition, memory or environment"]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: missing or of another type")
     if equal is not None:
@@ -256,3 +251,16 @@ def _parse(line: bytes, equal: dict | None = None, traces: bool = True) -> Recor
     if not traces and "trace" in known:
         known["trace"]["requests"] = []
     return Record(**known)
+
+
+def _usable(blocks: Mapping) -> bool:
+    """Whether the parts of a record that are read without a further look have their types."""
+    c, cards = blocks["condition"], blocks.get("environment", {}).get("gpus") or []
+    return (
+        isinstance(c.get("strategy"), str)
+        and isinstance(c.get("level"), int)
+        and c["level"] > 0
+        and isinstance(c.get("options") or {}, dict)
+        and isinstance(cards, list)
+        and all(isinstance(x, dict) for x in (*cards, *blocks.get("memory", {}).values()))
+    )

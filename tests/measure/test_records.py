@@ -143,8 +143,10 @@ DAMAGED = {
     "repeat: missing": [b'{"experiment": "x", "condition": {"strategy": "s", "level": 1}}'],
     "metrics: missing or of another type": ["metrics", [1]],
     "repeat: missing or of another type": ["repeat", "one"],
-    "condition or memory: missing": ["condition", {"strategy": "batch", "level": "four"}],
-    "condition or memory": ["memory", {"rss": 5}],
+    "condition, memory or environment": ["condition", {"strategy": "batch", "level": "four"}],
+    "memory or environment: missing": ["memory", {"rss": 5}],
+    "environment: missing or of": ["environment", {"gpus": ["RTX"]}],
+    "or of another type": ["condition", {"strategy": "batch", "level": 0}],
 }
 
 
@@ -180,7 +182,7 @@ def test_a_line_too_long_is_left_out_unread(store, monkeypatch):
         file.write(b"x" * 9000 + b"\n")
     store.append(replace(FIRST, repeat=1))
     found, left_out = records.scan(store.path)
-    assert len(found) == 2 and "longer than" in left_out[0]
+    assert len(found) == 2 and len(left_out) == 1 and "no JSON" in left_out[0]
 
 
 def test_a_file_of_other_lines_is_not_read_to_its_end(store, monkeypatch):
@@ -295,6 +297,13 @@ def test_a_frame_is_flat_and_unknown_is_missing():
     assert pd.isna(row.max_power_watts) and pd.isna(failed.duration_s) and pd.isna(failed.mbu)
     assert failed.status == "oom" and "reasons" not in table and "detail" not in table
     assert row.machine is None, "a record without an environment is of no known machine"
+
+
+def test_words_where_numbers_belong_are_missing_numbers():
+    wrong = replace(FIRST, metrics={"duration_s": "a while", "ttft_ms": {"median": [1]}},
+                    memory={"rss": {"unit": "bytes", "max": "much"}})  # fmt: skip
+    row = frame([wrong]).iloc[0]
+    assert row.duration_s is None and row.ttft_ms is None and row.max_rss_bytes is None
 
 
 def test_settings_are_told_apart_even_where_their_words_are_equal():
