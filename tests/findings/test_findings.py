@@ -349,6 +349,11 @@ def test_to_thread_is_not_the_published_coroutine():
     assert found.verdict == HOLDS
 
 
+def test_the_time_alone_does_not_show_that_the_event_loop_stood_still():
+    found = verdict("coroutine-serial", run("sequential", 1, 2), run("coroutine", 10, 20))
+    assert found.verdict == CANNOT_TELL and found.points_to == HOLDS
+
+
 def test_a_foreign_engine_is_no_strategy():
     rows = [run("peer", n, 2, os="Windows") for n in (1, 10)]
     assert findings.judge_all(r for group in rows for r in group)[0].verdict == NOT_TESTABLE
