@@ -110,10 +110,10 @@ def each(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
 def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
     """The largest batch that ran against the predicted one; `rows` hold runs out of memory too."""
     ours = [r for r in rows if r["strategy"] == check["of"]["strategy"]]
-    ran = max((r["level"] for r in ours if r["status"] == "ok"), default=0)
     beyond = min((r["level"] for r in ours if r["status"] == "oom"), default=0)
+    ran = max((r["level"] for r in ours if r["status"] == "ok" and r["level"] < beyond), default=0)
     first = next((r for r in ours if r.get("card_bytes")), None)
-    if not ran or not beyond or first is None:
+    if not ran or first is None:
         return None
     budget = int(first["card_bytes"] - first.get("card_used_bytes", 0))
     try:
@@ -155,8 +155,8 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
             and (r.get("arrivals") or r.get("option_workers", level) == level)
         ]
         scale = (n if "times" in s else 1) / (n if "per" in s else 1)
-        metric = s.get("metric", metric)
-        values = [r[metric] * scale for r in _nearest(found, s.get("options", {})) if metric in r]
+        name = s.get("metric", metric)
+        values = [r[name] * scale for r in _nearest(found, s.get("options", {})) if name in r]
         if values:
             return values
     return []

@@ -33,7 +33,7 @@ def frame(records: Iterable[Record]):
             place = {k: row.get(k) for k in (*WORK, *PLACE)}
             name = f"{row['work']}, {row['hardware']}, {row['os']}"
             digest = key("", "", place, 0)
-            twins = sum(known.startswith(name) for known in settings.values())
+            twins = sum(text.startswith(name) for text in settings.values())
             row["setting"] = settings.setdefault(digest, name + f" ({twins + 1})" * (twins > 0))
             strategy = STRATEGIES.get(row["strategy"])
             options = r.condition.get("options") or {}
