@@ -124,8 +124,8 @@ def curve(
         style = STRATEGIES[names[0]].style if len(names) == 1 and names[0] in STRATEGIES else 0
     color, marker = COLORS[style % len(COLORS)], MARKERS[style % len(MARKERS)]
     samples = {key: (values * scale).tolist() for key, values in rows.groupby(x)[y]}
-    most = max(map(len, samples.values()), default=0)
-    drawn = f"points are runs, lines their medians of {most}" if most > 1 else "points are runs"
+    repeated = {key: values for key, values in samples.items() if len(values) > 1}
+    drawn = "points are runs, lines their medians" if repeated else "points are single runs"
     spreads = {key: stats.spread(values) for key, values in samples.items()}
     ax.plot(rows[x], rows[y] * scale, marker, color=color, alpha=0.35, markersize=4, linewidth=0)
     ax.plot(
@@ -138,7 +138,6 @@ def curve(
         label=label,
         gid=DRAWN + drawn,
     )
-    repeated = {key: values for key, values in samples.items() if len(values) > 1}
     ends = [(spreads[key]["low"], spreads[key]["high"]) for key in repeated]
     kind = "band: 95 % interval"
     if any(low is None for low, _ in ends):

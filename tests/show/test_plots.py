@@ -57,7 +57,7 @@ def test_one_kind_of_band_a_curve_when_a_level_has_fewer_runs():
 def test_one_run_has_no_band():
     text, band = drawn(frame(1))
     assert "band" not in text and band is None
-    assert "points are runs" in text and "median" not in text
+    assert "points are single runs" in text and "median" not in text
 
 
 def test_the_caption_names_model_machine_and_one_warning_of_a_kind():
