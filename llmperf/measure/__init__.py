@@ -6,6 +6,7 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "condition": "Condition",
+        "frames": "frame",
         "load": "Arriving",
         "prediction": "predict_run spec_of",
         "records": "Record Store open_store",

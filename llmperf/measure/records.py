@@ -1,36 +1,44 @@
-"""The store: one JSON record a line, appended whole and flushed to disk.
-
-A record is one run of one condition: what was asked, on which machine, every token's time, memory,
-the prediction beside it, and a status. What failed is a record too.
-"""
+"""The store of records (one JSON line a run), its one reader, and the one data frame of records."""
 
 from __future__ import annotations
 
 import datetime
+import gzip
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
-from llmperf import RUNS, machine
+import orjson
+from filelock import FileLock, Timeout
+
+from llmperf import RUNS
 from llmperf.decoding.trace import Trace
 
 SCHEMA = 1
 STATUSES = ("ok", "oom", "error", "skipped")
+MOST_LINE_BYTES = 64 * 2**20  # a longer line is no record
+MOST_DAMAGED = 10_000  # lines; after these a file is not read further
+# What two runs share when their times are compared as times of two strategies.
+WORK = ("model", "dtype", "quantization", "weights", "loop", "prompt_tokens", "new_tokens",
+        "sampling", "arrivals", "slo")  # fmt: skip
+PLACE = ("device", "hardware", "os")
 
 
 @dataclass(frozen=True)
 class Record:
     """One run. `metrics`, `memory` and `prediction` are empty unless the status is `ok`."""
 
-    experiment: str  # the notebook it belongs to, for instance 03-batch
+    experiment: str  # the notebook, for instance 03-batch
     condition: dict  # strategy, level, loop, options, model, dtype, weights, lengths, sampling
     repeat: int
     status: str = "ok"
-    kind: str = "measure"  # warmup and reference runs are kept apart and never counted
+    kind: str = "measure"  # warmup and reference runs are stored, and never counted
     reason: str | None = None  # why the status is not ok
     run_id: str = ""
     recorded_at: str = ""  # UTC, ISO 8601
@@ -46,8 +54,26 @@ class Record:
 
     @property
     def key(self) -> str:
-        """What makes a record the same record: experiment, kind, condition and repeat."""
+        """Equal for records of the same experiment, kind, condition and repeat."""
         return key(self.experiment, self.kind, self.condition, self.repeat)
+
+    @property
+    def possible(self) -> bool:
+        """Whether the run is no faster than its machine can be."""
+        return self.prediction.get("plausible") is not False
+
+    @property
+    def counts(self) -> bool:
+        """Whether the run was measured, ended ok, and is possible."""
+        measured = self.kind == "measure" and self.status == "ok"
+        return measured and self.possible and bool(self.metrics or self.memory)
+
+    def metric(self, quantity: str) -> float | None:
+        """A number in the metrics: `output_tokens_per_s`, `ttft_ms.median`."""
+        value = self.metrics
+        for name in quantity.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return as_number(value)
 
     def to_trace(self) -> Trace:
         """The run as a Trace; raises ValueError when it has none."""
@@ -56,57 +82,93 @@ class Record:
         return Trace.from_dict(self.trace)
 
 
+TYPES = get_type_hints(Record)
+
+
+def as_number(value) -> float | None:
+    """A number as it is; None for anything else."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def key(experiment: str, kind: str, condition: Mapping, repeat: int) -> str:
-    """A short digest; equal for equal conditions in whatever order their entries stand."""
-    text = json.dumps([experiment, kind, condition, repeat], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """A short digest; equal for equal conditions in any order of their entries."""
+    text = orjson.dumps([experiment, kind, condition, repeat], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 class Store:
-    """An append-only file of records. Opening it repairs a torn last line."""
+    """An append-only file of records with one writing process. Opening it repairs a torn line."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        name = self.path.name
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError(f"{name} is no file: name a file for the records")
+            # The operating system drops this lock when the process dies. Several stores of one
+            # process share it.
+            self._lock = FileLock(f"{self.path}.lock", is_singleton=True, thread_local=False)
+            self._lock.acquire(timeout=0)
             with self.path.open("ab"):
                 pass
+        except Timeout:
+            raise ValueError(
+                f"another process writes to {name}: wait until it ends, or name another file"
+            ) from None
         except OSError as error:
             raise ValueError(
-                f"cannot write records to {self.path.name} in {self.path.parent}"
+                f"cannot write records to {name} in {self.path.parent}"
                 f" ({error.strerror}): choose a folder that you may write to"
             ) from None
-        self._drop_torn_line()
+        self._repair_last_line()
         self.keys = {r.key for r in self.read()}
 
     def __contains__(self, key: str) -> bool:
         return key in self.keys
 
     def append(self, record: Record) -> None:
-        """Write one record as one line and flush it to the disk. A record already there is left."""
+        """Write one record as one line and flush it to the disk; a known key is not written again.
+
+        A write that fails (a full disk) leaves the file as it was.
+        """
         if record.key in self.keys:
             return
-        line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = memoryview(text.encode(errors="replace"))  # a lone surrogate becomes a ?
+        with self.path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
         self.keys.add(record.key)
 
     def read(self) -> list[Record]:
         """Every record in the file, in the order of writing."""
         return read(self.path)
 
-    def _drop_torn_line(self) -> None:
+    def _repair_last_line(self) -> None:
+        """End a whole last line with a newline; drop a torn one with a warning."""
         data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            warnings.warn(f"{self.path.name}: a torn last line was dropped", stacklevel=3)
-            with self.path.open("r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
+        end = data.rfind(b"\n") + 1
+        if end == len(data):
+            return
+        with self.path.open("r+b") as file:
+            try:
+                _parse(data[end:])
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            except ValueError:
+                warnings.warn(f"{self.path.name}: a torn last line was dropped", stacklevel=3)
+                file.truncate(end)
 
 
 def open_store(path: str, experiment: str) -> Store:
-    """The store a notebook writes to: `path`, or when that is empty a new file of its own.
+    """The store a notebook writes to: `path`, or, when that is empty, a new file.
 
     A study gives all its notebooks one path; stepping through by hand measures anew each time.
     """
@@ -117,66 +179,88 @@ def open_store(path: str, experiment: str) -> Store:
 
 
 def read(path: Path | str) -> list[Record]:
-    """The records of a file. Lines that cannot be read are left out with a warning that says why.
-
-    Fields of a newer schema that this version does not know are left out; missing ones get their
-    defaults.
-    """
-    known = set(Record.__dataclass_fields__)
-    found, left_out = [], []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-            if data.get("schema", SCHEMA) > SCHEMA:
-                left_out.append(f"line {number}: schema {data['schema']} is newer than {SCHEMA}")
-            found.append(Record(**{k: v for k, v in data.items() if k in known}))
-        except (ValueError, TypeError, AttributeError) as error:
-            left_out.append(f"line {number}: {error}")
+    """The records of a file (see `scan`); what was left out is a warning."""
+    found, left_out = scan(path)
     if left_out:
-        warnings.warn(
-            f"{Path(path).name}: {len(left_out)} left out or cut: {left_out[0]}", stacklevel=2
-        )
+        warnings.warn("; ".join(left_out), stacklevel=2)
     return found
 
 
-def frame(records: Iterable[Record]):
-    """One row a record as a pandas DataFrame: condition, metrics and memory in flat columns.
+def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]]:
+    """The records of a plain or gzip file, and one sentence for each kind of line left out.
 
-    Metrics that are distributions give their median (`ttft_ms`); memory gives each channel's
-    highest value (`max_rss_bytes`). What is not known is missing, never 0.
+    Of a newer schema the known fields are read; of an older one the missing fields get their
+    defaults. Without `traces` the requests of each trace are dropped. Raises ValueError when the
+    path is no file.
     """
-    import pandas as pd
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file of records")
+    found: dict[str, Record] = {}
+    notes: dict[str, list[int]] = {}  # what is to be said → the lines that it is said of
+    equal: dict[bytes, dict] = {}
+    number = bad = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            while bad <= MOST_DAMAGED and (line := file.readline(MOST_LINE_BYTES)):
+                number += 1
+                piece = line
+                while (
+                    len(piece) == MOST_LINE_BYTES and piece[-1:] != b"\n"
+                ):  # skip what is too long
+                    piece = file.readline(MOST_LINE_BYTES)
+                why = ""
+                try:
+                    record = _parse(line, equal, traces)
+                    if record.schema > SCHEMA:
+                        why = f"schema {record.schema} is newer: known fields were read"
+                    if found.setdefault(record.key, record) is not record:
+                        why = "a record that was read before"
+                except ValueError as error:
+                    bad, why = bad + 1, str(error) if line.strip() else ""
+                if why:
+                    notes.setdefault(why, []).append(number)
+        if bad > MOST_DAMAGED:
+            raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
+    except (EOFError, zlib.error, OSError) as error:
+        notes[f"the file was read up to there ({error})"] = [number]
+    return list(found.values()), [
+        f"{path.name}, line {lines[0]}: {why}" + f" ({len(lines)} lines)" * (len(lines) > 1)
+        for why, lines in notes.items()
+    ]
 
-    return pd.DataFrame([_flat(r) for r in records])
+
+def _parse(line: bytes, equal: dict | None = None, traces: bool = True) -> Record:
+    """One line as a Record; ValueError in a few words. `equal`: blocks kept once for all lines."""
+    try:
+        data = orjson.loads(line)
+    except ValueError:
+        raise ValueError("torn, or no JSON") from None
+    if not isinstance(data, dict):
+        raise ValueError("no record")
+    known = {k: v for k, v in data.items() if k in TYPES and v is not None}
+    wrong = [k for k, v in known.items() if not isinstance(v, TYPES[k])]
+    wrong += [k for k in ("experiment", "condition", "repeat") if k not in known]
+    if not wrong and not _usable(known):
+        wrong = ["condition, memory or environment"]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: missing or of another type")
+    if equal is not None:
+        for name in known.keys() & {"condition", "environment"}:
+            known[name] = equal.setdefault(orjson.dumps(known[name]), known[name])
+    if not traces and "trace" in known:
+        known["trace"]["requests"] = []
+    return Record(**known)
 
 
-def _flat(record: Record) -> dict:
-    row = {
-        "experiment": record.experiment,
-        "kind": record.kind,
-        "repeat": record.repeat,
-        "status": record.status,
-        "reason": record.reason,
-        "run_id": record.run_id,
-        "machine": machine.caption(record.environment) if record.environment else None,
-    }
-    row.update({k: _scalar(v) for k, v in record.condition.items()})
-    row.update({k: _median(v) for k, v in record.metrics.items() if k != "reasons"})
-    row.update({k: v for k, v in record.prediction.items() if not isinstance(v, dict | list)})
-    for name, channel in record.memory.items():
-        row[f"max_{name}_{channel['unit']}"] = channel.get("max")
-    if record.agreement:
-        row["agree"], row["compared"] = record.agreement["agree"], record.agreement["total"]
-    row["warnings"] = "; ".join(record.warnings)
-    return row
-
-
-def _scalar(value):
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
-
-
-def _median(value):
-    return value.get("median") if isinstance(value, dict) else value
+def _usable(blocks: Mapping) -> bool:
+    """Whether the parts of a record that are read without a further look have their types."""
+    c, cards = blocks["condition"], blocks.get("environment", {}).get("gpus") or []
+    return (
+        isinstance(c.get("strategy"), str)
+        and isinstance(c.get("level"), int)
+        and c["level"] > 0
+        and isinstance(c.get("options") or {}, dict)
+        and isinstance(cards, list)
+        and all(isinstance(x, dict) for x in (*cards, *blocks.get("memory", {}).values()))
+    )

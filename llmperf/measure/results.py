@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from llmperf import stats
 from llmperf.decoding.trace import Trace
-from llmperf.measure import records
+from llmperf.measure import frames, records
 from llmperf.measure.records import Record
 
 CLOCK_MOVED = 0.10  # the highest clocks of two runs differ by more than this share
@@ -26,8 +26,8 @@ class Results:
 
     @property
     def frame(self):
-        """One row a counted run, as a DataFrame (`records.frame`); failed runs are in it."""
-        return records.frame(r for r in self.records if r.kind in ("measure", "failed"))
+        """One row a counted run, as a DataFrame (`frames.frame`); failed runs are in it."""
+        return frames.frame(r for r in self.records if r.kind in ("measure", "failed"))
 
     def traces(self, **wanted) -> list[Trace]:
         """The traces of the counted runs whose condition has these values."""

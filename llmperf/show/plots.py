@@ -19,6 +19,7 @@ from llmperf.decoding.trace import Trace
 from llmperf.findings import published
 from llmperf.measure import environment
 from llmperf.predict import Ledger
+from llmperf.strategies import STRATEGIES
 
 # Okabe and Ito's palette: told apart with any colour vision. Markers differ too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,16 +28,8 @@ GREY = "#8c959f"
 SIZE = (7.5, 4.2)  # inches
 CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
 GIB = 2**30
-
-STRATEGY_STYLE = {
-    "sequential": 6,
-    "batch": 0,
-    "coroutine": 4,
-    "threads": 1,
-    "processes": 2,
-    "dynamic": 3,
-    "continuous": 5,
-}
+LINES = ("-", "--", ":", "-.")  # variants of one strategy
+DRAWN = "drawn: "  # what an artist shows, for the caption
 
 
 def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
@@ -66,22 +59,26 @@ def levels(ax: Axes, values: Iterable[int]) -> None:
 def caption(
     fig: Figure, frame: pd.DataFrame | None = None, note: str = "", simulated: bool = False
 ) -> None:
-    """Under the figure: machine, model, what the spread is, and whether a run was unstable.
+    """Under the figure: machine, model, what was drawn, and whether a run was unstable.
 
-    A `simulated` figure names no machine.
+    `curve` and `bars` leave in the figure what they drew. A `simulated` figure names no machine.
     """
-    lines = ["simulated, on no machine" if simulated else _machines(frame), note]
+    lines = [note]
     if frame is not None and len(frame):
         ok = frame[frame.status == "ok"]
         models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
-        repeats = ok.repeat.nunique()
-        drawn = f"points are runs, the line their median of {repeats}"
-        lines.insert(1, "; ".join((models, drawn, *_bands(fig))))
-        lines += _unstable(ok.warnings)
+        artists = (a for ax in fig.axes for a in (*ax.lines, *ax.collections, *ax.patches))
+        marks = sorted({a.get_gid().removeprefix(DRAWN) for a in artists if _is_mark(a)})
+        lines = ["; ".join((models, *marks)), note, *_unstable(ok.warnings)]
         failed = frame[frame.status != "ok"]
         lines += [f"left out: {len(failed)} runs, {failed.status.iloc[0]}"] if len(failed) else []
-    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
+    machines = "simulated, on no machine" if simulated else _machines(frame)
+    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in (machines, *lines) if line)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+
+
+def _is_mark(artist) -> bool:
+    return str(artist.get_gid()).startswith(DRAWN)
 
 
 def _unstable(warnings: Iterable[str]) -> list[str]:
@@ -89,12 +86,6 @@ def _unstable(warnings: Iterable[str]) -> list[str]:
     mark = "unstable: "
     texts = [text for w in warnings if w for text in w.removeprefix(mark).split(f"; {mark}")]
     return [mark + text for text in {re.sub(r"[\d.,]+", "", text): text for text in texts}.values()]
-
-
-def _bands(fig: Figure) -> list[str]:
-    """What the bands of a figure are, as `_band` marked them."""
-    marks = {band.get_gid() for ax in fig.axes for band in ax.collections}
-    return sorted(mark for mark in marks if mark and mark.startswith("band: "))
 
 
 def _machines(frame: pd.DataFrame | None) -> str:
@@ -106,7 +97,7 @@ def _machines(frame: pd.DataFrame | None) -> str:
 
 def _label(row) -> str:
     random = " (random weights)" if row.weights == "random" else ""
-    word = row.get("quantization")  # missing beside quantised rows: NaN, which counts as true
+    word = row.get("quantization")  # NaN, which counts as true, where others are quantised
     return f"{row.model} {word if isinstance(word, str) else row['dtype']}{random}"
 
 
@@ -117,41 +108,46 @@ def curve(
     y: str,
     label: str,
     *,
-    style: int = 0,
+    style: int | None = None,
+    nth: int = 0,
     scale: float = 1.0,
 ) -> None:
-    """Runs as points, their median as a line, and a band: see `_band`.
+    """Runs as points, their median as a line, and a band of its 95 % interval; where repeats are
+    too few for one, of the lowest to the highest.
 
-    `scale` multiplies y, for instance 1 / GIB. Rows without a value are left out.
+    Colour and marker are those of the strategy, or of `style`; the `nth` variant of a strategy
+    has another line. `scale` multiplies y, for instance 1 / GIB. Rows without a value are left out.
     """
     rows = frame[(frame.status == "ok") & frame[y].notna()]
+    names = rows["strategy"].unique() if "strategy" in rows else ()
+    if style is None:
+        style = STRATEGIES[names[0]].style if len(names) == 1 and names[0] in STRATEGIES else 0
     color, marker = COLORS[style % len(COLORS)], MARKERS[style % len(MARKERS)]
-    groups = rows.groupby(x)[y]
-    spreads = {key: stats.spread((values * scale).tolist()) for key, values in groups}
-    xs = list(spreads)
+    samples = {key: (values * scale).tolist() for key, values in rows.groupby(x)[y]}
+    repeated = {key: values for key, values in samples.items() if len(values) > 1}
+    drawn = "points are runs, lines their medians" if repeated else "points are single runs"
+    spreads = {key: stats.spread(values) for key, values in samples.items()}
     ax.plot(rows[x], rows[y] * scale, marker, color=color, alpha=0.35, markersize=4, linewidth=0)
     ax.plot(
-        xs, [s["median"] for s in spreads.values()], "-", marker=marker, color=color, label=label
+        list(samples),
+        [s["median"] for s in spreads.values()],
+        LINES[nth % len(LINES)],
+        marker=marker,
+        color=color,
+        markerfacecolor=color if not nth else "white",
+        label=label,
+        gid=DRAWN + drawn,
     )
-    _band(ax, {key: (values * scale).tolist() for key, values in groups}, spreads, color)
-
-
-def _band(ax: Axes, samples: dict, spreads: dict, color: str) -> None:
-    """The 95 % interval of the median; where repeats are too few for one, lowest to highest.
-
-    The band carries its kind as its id, from which `caption` says what it is.
-    """
-    repeated = {key: values for key, values in samples.items() if len(values) > 1}
-    if not repeated:
-        return
-    if any(spreads[key]["low"] is None for key in repeated):
+    ends = [(spreads[key]["low"], spreads[key]["high"]) for key in repeated]
+    kind = "band: 95 % interval"
+    if any(low is None for low, _ in ends):
         ends = [(min(values), max(values)) for values in repeated.values()]
         kind = f"band: lowest to highest of {min(map(len, repeated.values()))}"
-    else:
-        ends = [(spreads[key]["low"], spreads[key]["high"]) for key in repeated]
-        kind = "band: 95 % interval"
-    low, high = zip(*ends, strict=True)
-    ax.fill_between(list(repeated), low, high, color=color, alpha=0.15, linewidth=0, gid=kind)
+    if repeated:
+        low, high = zip(*ends, strict=True)
+        ax.fill_between(
+            list(repeated), low, high, color=color, alpha=0.15, linewidth=0, gid=DRAWN + kind
+        )
 
 
 def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **wanted) -> None:
@@ -233,7 +229,10 @@ def ledgers(ax: Axes, books: Mapping[str, Ledger], most: int = 5) -> None:
 def bars(ax: Axes, labels: Iterable[str], samples: Sequence[Sequence[float]], unit: str) -> None:
     """One bar a label at the median of its samples, with every sample as a point."""
     for i, (label, values) in enumerate(zip(labels, samples, strict=True)):
-        ax.barh(label, pd.Series(values).median(), color=COLORS[i % len(COLORS)], alpha=0.8)
+        style = STRATEGIES[label].style if label in STRATEGIES else i
+        drawn = "bars are medians, ticks the runs" if len(values) > 1 else "bars are single runs"
+        color = COLORS[style % len(COLORS)]
+        ax.barh(label, pd.Series(values).median(), color=color, alpha=0.8, gid=DRAWN + drawn)
         ax.plot(values, [label] * len(values), "|", color="black", markersize=9)
     ax.set_xlabel(unit)
     ax.invert_yaxis()

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import CONFIGS
 
 from llmperf import REFERENCE, predict
-from llmperf.findings import published_audit
+from llmperf.findings import published
 from llmperf.models import shape_of
 from llmperf.predict import RunSpec
 from llmperf.predict.allocator import MIB, place, rounded
@@ -57,7 +57,7 @@ def test_every_published_allocated_figure(capsys):
     GPT-2: 497,759,232 bytes in fp32, 12 masks of 1024 x 1024, one workspace of 8.125 MiB: 0.4832
     GiB asked for, 0.4846 in blocks. Each thread has one workspace more.
     """
-    rows = published_audit.allocated()
+    rows = published.allocated().to_dict("records")
     for r in rows:
         print(
             f"line {r['line']:3} {r['model']:18} {r['strategy']:10} {r['concurrency']:>2} "
@@ -77,7 +77,7 @@ def test_every_published_allocated_figure(capsys):
 
 def test_threads_without_reuse_are_told_from_threads_with():
     """Lines 140 and 162: three threads after two. Three workspaces would miss by 0.016."""
-    rows = {r["line"]: r for r in published_audit.allocated()}
+    rows = {r["line"]: r for r in published.allocated().to_dict("records")}
     assert (rows[86]["handles"], rows[140]["handles"]) == (11, 6)
     reused = predict.at_rest(GPT2, "fp32", handles=4, masks=True).allocated / GIB
     assert float(rows[140]["allocated_gb"]) - reused == pytest.approx(0.0156, abs=5e-4)
@@ -87,7 +87,7 @@ def test_published_reserved_lies_between_the_bounds():
     """All lines of batches and single requests; threads of GPT-2 (those of 34B came after a batch
     of ten, and what that had reserved was still there)."""
     checked = 0
-    for r in published_audit.audited():
+    for r in published.audited().to_dict("records"):
         threads = int(r["concurrency"]) if r["strategy"] == "threads" else 0
         if r["strategy"] not in ("batch", "sequential", "threads"):
             continue
@@ -117,7 +117,7 @@ def _published(name):
 
 
 def test_yi_deployment_implies_lengths_within_the_models_positions():
-    rows = published_audit.yi_deployment()
+    rows = published.yi_deployment().to_dict("records")
     assert len(rows) == 24
     for r in rows:
         assert r["tokens_low"] <= r["tokens"] <= r["tokens_high"]

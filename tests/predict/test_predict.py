@@ -6,7 +6,7 @@ import pytest
 from tiny_models import CONFIGS, build
 
 from llmperf import predict
-from llmperf.findings import published_audit
+from llmperf.findings import published
 from llmperf.models import cache_argument, cached_tensors, converted, scheme, shape_of, stored
 from llmperf.predict import Cost, RunSpec, forward
 
@@ -197,7 +197,7 @@ def test_published_rows_that_break_their_cards_bandwidth():
     single run (3.346, 3.521 s), batch 10 (4.429 s) and one thread (3.332 s; 3.334 s for the
     group); five and ten threads took 50 and 126 s of at least 23 and 46.
     """
-    rows = published_audit.audited()
+    rows = published.audited().to_dict("records")
     assert len(rows) == 164
     flagged = [row["line"] for row in rows if not row["audit"].plausible]
     assert flagged == [*range(32, 48), 51, 108, 110, 112, 113, 114]

@@ -57,6 +57,7 @@ def test_one_kind_of_band_a_curve_when_a_level_has_fewer_runs():
 def test_one_run_has_no_band():
     text, band = drawn(frame(1))
     assert "band" not in text and band is None
+    assert "points are single runs" in text and "median" not in text
 
 
 def test_the_caption_names_model_machine_and_one_warning_of_a_kind():
@@ -65,7 +66,7 @@ def test_the_caption_names_model_machine_and_one_warning_of_a_kind():
     rows.loc[1, "warnings"] = "unstable: others use 61 % of the CPU"
     rows.loc[8, ["status", "warnings"]] = ["oom", "unstable: a failed run's own"]
     text, _ = drawn(rows)
-    assert text.startswith("a card\ngpt2 fp32; points are runs")
+    assert text.startswith("a card\ngpt2 fp32; band: lowest to highest of 2; points are runs")
     assert text.count("unstable: others use") == 1 and "unstable: drift: -7.1%" in text
     assert "failed run's own" not in text and "left out: 1 runs, oom" in text
 
@@ -79,3 +80,26 @@ def test_a_simulated_figure_names_no_machine():
     fig, _ = plots.figure()
     plots.caption(fig, note="made up", simulated=True)
     assert fig.get_supxlabel() == "simulated, on no machine\nmade up"
+
+
+def test_a_caption_says_only_what_was_drawn():
+    fig, ax = plots.figure()
+    plots.bars(ax, ["a"], [[1.0, 2.0]], "s")
+    plots.caption(fig, frame(3))
+    assert "bars are medians, ticks the runs" in fig.get_supxlabel()
+    assert "points" not in fig.get_supxlabel()
+
+
+def test_a_strategy_has_its_colour_and_marker_in_every_figure():
+    looks = set()
+    for name in ("batch", "threads", "batch"):
+        _, ax = plots.figure()
+        plots.curve(ax, frame(3, strategy=name), "level", "y", "here")
+        looks.add((name, ax.lines[-1].get_color(), ax.lines[-1].get_marker()))
+    assert len(looks) == 2 and len({color for _, color, _ in looks}) == 2
+    _, ax = plots.figure()
+    for nth in (0, 1):
+        plots.curve(ax, frame(3, strategy="threads"), "level", "y", str(nth), nth=nth)
+    usual, other = (line for line in ax.lines if line.get_label() in "01")
+    assert usual.get_color() == other.get_color()
+    assert usual.get_linestyle() != other.get_linestyle()

@@ -1,0 +1,208 @@
+"""The check shapes: what rows of one setting say of one check of a claim.
+
+A row is a dict of the data frame's columns that are known. A side of a check names a strategy, a
+level (default: the level n at which the claim is judged), options, an operating system, a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from statistics import median
+
+from llmperf import models, predict, stats
+
+HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
+LEAST_RANGE = 3  # repeats on each side from which full separation has a chance of at most 1 in 20
+EQUAL_STEPS = 1.25  # memory steps of equal processes; the published ones are rounded to 0.1 GB
+USUAL = {"stream": "default", "variant": "blocking", "weights": "own", "max_batch": 8}
+GIB = 2**30
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one setting says of one check. `points_to` judges the bare value, without spread."""
+
+    verdict: str
+    points_to: str
+    text: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def ratio(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
+    """Median of one side over median of the other; of one side alone, its value."""
+    a = samples(rows, check["of"], n, check["metric"])
+    b = samples(rows, check["to"], n, check["metric"]) if "to" in check else [1.0] * len(a)
+    if not a or not b:
+        return None
+    if check.get("exact"):
+        grown = max(a) / max(b)
+        return judge(grown, grown, grown, "bytes", check=check, n=n)
+    floor = check.get("floor", 0.0)
+    a, b = ([max(x, floor) for x in side] for side in (a, b))
+    return judge(*_quotient(a, b), check=check, n=n) if min(*a, *b) > 0 else None
+
+
+def scaling(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
+    """How much level n gains over level 1, in one loop over the other."""
+    variants = {r["variant"] for r in rows if r.get("loop") in check["of"]["loop"]}
+    rows = [r for r in rows if r["variant"] in variants]
+    gains = []
+    for side in (check["of"], check["to"]):
+        levels = [samples(rows, {**side, "level": level}, n, check["metric"]) for level in (n, 1)]
+        if not all(levels):
+            return None
+        gains.append(_quotient(*levels))
+    (x, x_low, x_high, basis), (y, y_low, y_high, _) = gains
+    known = None not in (x_low, y_low)
+    low, high = (x_low / y_high, x_high / y_low) if known else (None, None)
+    return judge(x / y, low, high, basis, check=check, n=n)
+
+
+def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
+    """Equal memory steps from level to level, each of the weights at least; the first dearer."""
+    names = [check["metric"]] if strict else [check["metric"], check["instead"]]
+    for metric in names:
+        used = {k: samples(rows, {**check["of"], "level": k}, n, metric) for k in range(1, n + 1)}
+        used = {k: median(values) for k, values in used.items() if values}
+        if len(used) > (2 if strict else 1) and 1 in used:
+            break
+    else:
+        return None
+    sizes = [(used[b] - used[a]) / (b - a) for a, b in pairwise(sorted(used))]
+    weights = next((r["weights_bytes"] for r in rows if r.get("weights_bytes")), 0)
+    idle = samples(rows, {**check["of"], "level": 1}, n, check["idle"])
+    first = used[1] - min(idle) if idle and metric == check["metric"] else None
+    grows = min(sizes) >= 0.95 * weights
+    points_to = HOLDS if grows and (first is None or first > 1.05 * max(sizes)) else FAILS
+    even = max(sizes) <= EQUAL_STEPS * max(min(sizes), 1)
+    verdict = points_to if even and (first is not None or not grows) else CANNOT_TELL
+    text = f"each more process takes {', '.join(f'{x / GIB:.2f}' for x in sizes)} GiB"
+    text += f", the weights are {weights / GIB:.2f}" if weights else ""
+    text += f"; the first takes {first / GIB:.2f}" if first is not None else ""
+    text += "" if even else "; unequal steps say nothing of one process"
+    return Checked(verdict, points_to, text, sizes[-1] / GIB)
+
+
+def each(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
+    """A share of the model's size at every level, each within the limits."""
+    size = next((r[check["over"]] for r in rows if r.get(check["over"])), None)
+    levels = sorted({r["level"] for r in rows if r["strategy"] == check["of"]["strategy"]})
+    found = {k: samples(rows, {**check["of"], "level": k}, n, check["metric"]) for k in levels}
+    shares = {k: max(values) / size - 1 for k, values in found.items() if values and size}
+    if not shares:
+        return None
+    inside = [x for x in shares.values() if check["least"] <= x <= check["most"]]
+    verdict = HOLDS if len(inside) == len(shares) else FAILS
+    ends = ", ".join(f"batch {k}: {shares[k]:.0%}" for k in sorted({min(shares), max(shares)}))
+    text = f"{check['says']} {ends}; {len(inside)} of {len(shares)} within 20 to 50 %"
+    if rows[0].get("loop") == "recompute":
+        text += "; the recomputing loop keeps no KV cache at all"
+    return Checked(verdict, verdict, text, shares[max(shares)])
+
+
+def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
+    """The largest batch that ran against the predicted one; `rows` hold runs out of memory too."""
+    ours = [r for r in rows if r["strategy"] == check["of"]["strategy"]]
+    beyond = min((r["level"] for r in ours if r["status"] == "oom"), default=0)
+    ran = max((r["level"] for r in ours if r["status"] == "ok" and r["level"] < beyond), default=0)
+    first = next((r for r in ours if r.get("card_bytes")), None)
+    if not ran or first is None:
+        return None
+    budget = int(first["card_bytes"] - first.get("card_used_bytes", 0))
+    try:
+        shape = models.shape_of(str(first["model"]))
+    except ValueError:  # a model that no preset names: its record holds no shape
+        return None
+    platform = {"Windows": "windows", "WSL2": "wsl2"}.get(first["os"], "linux")
+    lengths = {k: first.get(k) for k in ("prompt_tokens", "new_tokens")}
+    if not all(isinstance(n, int | float) for n in lengths.values()):
+        return None  # several lengths, or none that is known
+    spec = predict.RunSpec(
+        shape, first["dtype"], first.get("quantization"), platform=platform,
+        **{k: int(n) for k, n in lengths.items()},
+    )  # fmt: skip
+    largest = predict.largest_batch(spec, budget, idle_bytes=0)
+    verdict = HOLDS if 0.9 * ran <= largest.at_best and largest.surely <= 1.1 * beyond else FAILS
+    text = (
+        f"batch {ran} ran and {beyond} did not; predicted {largest.surely} surely,"
+        f" {largest.at_best} at best, in {budget / GIB:.1f} GiB"
+    )
+    return Checked(verdict, verdict, text, float(ran))
+
+
+SHAPES = {"ratio": ratio, "scaling": scaling, "steps": steps, "each": each, "fits": fits}
+
+
+def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) -> list[float]:
+    """One value a run; of several sides, those of the first that was measured."""
+    for s in [side] if isinstance(side, Mapping) else side:
+        level = s.get("level", n)
+        found = [
+            r
+            for r in rows
+            if r["strategy"] == s["strategy"]
+            and r["level"] == level
+            and ("os" not in s or r["os"] == s["os"])
+            and ("loop" not in s or r.get("loop", "cached") in s["loop"])
+            # Ten requests through two workers say nothing of ten workers, unless they arrive.
+            and (r.get("arrivals") or r.get("option_workers", level) == level)
+        ]
+        scale = (n if "times" in s else 1) / (n if "per" in s else 1)
+        name = s.get("metric", metric)
+        values = [r[name] * scale for r in _nearest(found, s.get("options", {})) if name in r]
+        if values:
+            return values
+    return []
+
+
+def _nearest(rows: Sequence[Row], wanted: Mapping) -> list[Row]:
+    """The rows of the variant with the wanted options that is else nearest to the defaults."""
+    variants: dict[tuple, list[Row]] = {}
+    for r in rows:
+        given = {k.removeprefix("option_"): v for k, v in r.items() if k.startswith("option_")}
+        if all(given.get(k, USUAL.get(k)) == v for k, v in wanted.items()):
+            further = given.keys() - wanted.keys() - {"intra_op"}
+            changed = sum(given[k] != USUAL.get(k) for k in further)
+            # torch gives an operator all cores, so the largest number is the default
+            place = (changed, -given.get("intra_op", 0), r["variant"])
+            variants.setdefault(place, []).append(r)
+    return variants[min(variants)] if variants else []
+
+
+def _quotient(a: Sequence[float], b: Sequence[float]) -> tuple:
+    """(median(a) / median(b), low, high, basis): the 95 % interval from 5 repeats on, the range of
+    all pairs from 3, below only the value."""
+    found = stats.ratio_interval(a, b)
+    if found.low is not None:
+        return found.value, found.low, found.high, "95 % interval"
+    if found.n >= LEAST_RANGE:
+        low, high = min(a) / max(b), max(a) / min(b)
+        return found.value, low, high, f"range of {found.n} repeats, no interval"
+    return found.value, None, None, f"{found.n} repeat{'s' * (found.n > 1)}, no interval"
+
+
+def judge(
+    value: float, low: float | None, high: float | None, basis: str, check: Mapping, n: int
+) -> Checked:
+    """A value with its interval against the limits of a check; `outside`: it must lie beyond."""
+    least, most = check.get("least", -inf), check.get("most", inf)
+    inside, outside = (HOLDS, FAILS) if not check.get("outside") else (FAILS, HOLDS)
+    points_to = inside if least <= value <= most else outside
+    if low is None:
+        verdict = CANNOT_TELL
+    elif least <= low and high <= most:
+        verdict = inside
+    else:
+        verdict = outside if high < least or low > most else CANNOT_TELL
+    claimed = " to ".join(f"{x:g}" for x in (least, most) if abs(x) != inf)
+    word = "outside " if check.get("outside") else "at least " if most == inf else ""
+    word = "at most " if least == -inf else word
+    span = f"{value:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]" * (low != high))
+    text = f"{check['says'].format(x=span, n=n)} (claimed: {word}{claimed}; {basis})"
+    return Checked(verdict, points_to, text, value, low, high)

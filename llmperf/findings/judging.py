@@ -1,0 +1,227 @@
+"""The published claims, each judged at its own level, platform, device and length.
+
+What this machine shows of the same mechanism elsewhere (fewer threads, a processor, fewer tokens)
+is in `Verdict.here` and never counts as the claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from llmperf import REFERENCE
+from llmperf.findings.checks import CANNOT_TELL, FAILS, HOLDS, SHAPES, Checked, Row
+from llmperf.measure import Record, frame
+from llmperf.measure.records import PLACE, WORK
+
+NOT_TESTABLE = "not testable here"
+LIKE_CLAIM = {HOLDS: "as claimed", FAILS: "unlike the claim", CANNOT_TELL: CANNOT_TELL}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of `findings.yaml`: a conclusion of the publication and how it is tested."""
+
+    id: str
+    claim: str
+    figure: str  # as printed
+    needs: str
+    checks: Sequence[Mapping]
+    level: int | None = None
+    platforms: Sequence[str] = ()  # empty: any
+    tokens: int | None = None
+    device: str = "cuda"
+    arriving: bool = False  # requests that arrive over time
+
+    @property
+    def at(self) -> str:
+        """Where it stands: `Windows, a CUDA GPU, 10 at once, 256 tokens`."""
+        where = [" and ".join(self.platforms), "a CUDA GPU" * (self.device == "cuda")]
+        size = [f"{self.level} at once" * bool(self.level), f"{self.tokens} tokens"]
+        return ", ".join(x for x in (*where, *(size if self.tokens else size[:1])) if x)
+
+    @property
+    def varied(self) -> set[str]:
+        """Columns in which the two sides of a check differ: os, loop."""
+        sides = (c.get(k, {}) for c in self.checks for k in ("of", "to"))
+        flat = (s for side in sides for s in ([side] if isinstance(side, Mapping) else side))
+        return {name for s in flat for name in ("os", "loop") if name in s}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one setting says of a claim, at level n."""
+
+    verdict: str
+    points_to: str
+    text: str
+    value: Checked
+    setting: str
+    n: int
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What records say of a claim. `points_to` is the side of the bare value, without spread."""
+
+    id: str
+    claim: str
+    at: str
+    verdict: str
+    figures: str  # never empty: figures, or what would make it testable
+    here: str  # the same mechanism on this machine; never counts as the claim
+    measured: str = ""  # the figures of the deciding setting alone
+    points_to: str | None = None
+    needed: str | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    settings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # instability, and impossible runs that were left out
+
+    def __str__(self) -> str:
+        word = self.verdict
+        if self.verdict == CANNOT_TELL and self.points_to:
+            word += f" (the value alone: {self.points_to})"
+        here = "" if self.verdict in (HOLDS, FAILS) else f"; here: {self.here}"
+        return "; ".join((f"{word}: {self.figures}", *self.warnings)) + here
+
+
+@cache
+def claims() -> tuple[Claim, ...]:
+    """The seventeen, in the order of the publication."""
+    import yaml
+
+    text = (REFERENCE / "findings.yaml").read_text(encoding="utf-8")
+    return tuple(Claim(**row) for row in yaml.safe_load(text)["claims"])
+
+
+def judge_all(records: Iterable[Record]) -> list[Verdict]:
+    """One verdict a claim over these records (of one machine or several), in their order."""
+    wanted = [r for r in records if r.kind in ("measure", "failed") and r.status in ("ok", "oom")]
+    rows = []
+    for row, r in zip(frame(wanted).to_dict("records"), wanted, strict=True):
+        card = (r.environment.get("gpus") or [{}])[0]
+        row["card_bytes"] = card.get("memory_total_bytes")
+        row["card_used_bytes"] = card.get("memory_used_bytes")
+        if not row["foreign"]:
+            rows.append({k: v for k, v in row.items() if v is not None and v == v})
+    possible = [row for row in rows if row["possible"]]
+    return [_judge(claim, possible, rows) for claim in claims()]
+
+
+@cache
+def published_verdicts() -> list[Verdict]:
+    """The claims judged by the publication's own rows."""
+    from llmperf.findings.published import published_records
+
+    return judge_all(published_records())
+
+
+def scorecard(records: Iterable[Record]):
+    """The claims as a DataFrame: claim, where it stands, verdict, figures, what this machine shows,
+    and what the published rows say. Index is the claim's id; there is no empty cell."""
+    import pandas as pd
+
+    rows = [
+        {
+            "claim": v.claim,
+            "at": v.at,
+            "verdict": v.verdict,
+            "figures": ". ".join((v.figures, *v.warnings)),
+            "here": v.here,
+            "published rows": f"single runs; the value alone: {p.points_to}"
+            if p.verdict == CANNOT_TELL
+            else p.verdict,
+        }
+        for v, p in zip(judge_all(records), published_verdicts(), strict=True)
+    ]
+    return pd.DataFrame(rows, index=[c.id for c in claims()]).rename_axis("finding")
+
+
+def _judge(claim: Claim, possible: Sequence[Row], everything: Sequence[Row]) -> Verdict:
+    strict, here = _parts(claim, possible, True), _parts(claim, possible, False)
+    top = max((p.n for p in here), default=0)  # the claim is of ten: what ran highest says most
+    shown = [f"{LIKE_CLAIM[p.verdict]}: {p.text} ({p.setting})" for p in here if p.n == top]
+    seen = ". ".join(shown[:2]) or "nothing was measured of it"
+    if not strict:
+        why = f"needs {claim.at}: {claim.needs}"
+        if _parts(claim, everything, True):
+            why = f"the runs that would test it are faster than their machine can be; {why}"
+        return Verdict(
+            claim.id, claim.claim, claim.at, NOT_TESTABLE, why, seen, why, needed=claim.needs
+        )
+    verdict, points_to = _joined(strict)
+    ordered = sorted(strict, key=lambda p: (p.verdict, p.points_to) != (verdict, points_to))
+    first, *others = ordered
+    text = f"{first.text} ({first.setting})"
+    for p in others[:2]:
+        word = p.verdict + f" (the value: {p.points_to})" * (p.verdict == CANNOT_TELL)
+        text += f". Elsewhere {word}: {p.text} ({p.setting})"
+    text += f". And {len(others) - 2} more settings" if len(others) > 2 else ""
+    return Verdict(
+        claim.id, claim.claim, claim.at, verdict, text, seen, first.text, points_to,
+        f"{claim.needs}, with 5 repeats or more" if verdict == CANNOT_TELL else None,
+        first.value.value, first.value.low, first.value.high, tuple(p.setting for p in strict),
+        tuple(_noticed(strict, [r for r in everything if not r["possible"]])),
+    )  # fmt: skip
+
+
+def _noticed(parts: Sequence[Part], impossible: Sequence[Row]) -> Iterable[str]:
+    rows = [r for p in parts for r in p.rows]
+    warned = [r["warnings"] for r in rows if r["warnings"]]
+    if warned:
+        yield f"{len(warned)} of {len(rows)} runs were not quiet ({warned[0].split('; ')[0]})"
+    settings = {r["setting"] for r in rows}
+    if left_out := sum(r["setting"] in settings for r in impossible):
+        yield f"{left_out} runs left out: faster than their machine can be"
+
+
+def _parts(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
+    """What each setting says: settings of one experiment, else those of several together."""
+    rows = [r for r in rows if claim.arriving == ("arrivals" in r)]
+    if strict:
+        rows = [
+            r
+            for r in rows
+            if r.get("device") == claim.device
+            and (not claim.platforms or r["os"] in claim.platforms)
+            and claim.tokens in (None, r.get("new_tokens"))
+        ]
+    shared = [name for name in (*WORK, *PLACE) if name not in claim.varied]
+    for by in (["experiment", *shared], shared):
+        groups: dict[tuple, list[Row]] = {}
+        for r in rows:
+            groups.setdefault(tuple(r.get(name) for name in by), []).append(r)
+        if found := [p for group in groups.values() if (p := _part(claim, group, strict))]:
+            return found
+    return []
+
+
+def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
+    """All checks of a claim over one setting; None where one cannot be made."""
+    levels = {r["level"] for r in rows if 1 < r["level"] <= (claim.level or r["level"])}
+    if claim.level and strict:
+        levels &= {claim.level}
+    elif not claim.level:
+        levels |= {1}  # a claim of one process has no level above it
+    for n in sorted(levels, reverse=True):
+        found = [(c, SHAPES[c["check"]](rows, c, n, strict)) for c in claim.checks]
+        if all(x or c.get("optional") for c, x in found):
+            known = [x for _, x in found if x]
+            verdict, points_to = _joined(known)
+            if verdict == HOLDS and len(known) < len(found):
+                verdict = CANNOT_TELL
+            text = "; ".join(x.text for x in known)
+            setting = f"{rows[0]['setting']}, level {n}"
+            return Part(verdict, points_to, text, known[0], setting, n, rows)
+    return None
+
+
+def _joined(found: Sequence[Checked | Part]) -> tuple[str, str]:
+    """One counterexample refutes; one that cannot be told leaves the whole so."""
+    verdicts, points = {x.verdict for x in found}, {x.points_to for x in found}
+    verdict = next((v for v in (FAILS, CANNOT_TELL) if v in verdicts), HOLDS)
+    return verdict, FAILS if FAILS in points else HOLDS

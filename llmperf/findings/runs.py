@@ -1,0 +1,153 @@
+"""Runs: the records of one machine, from a folder or a file, and what to know before using them.
+
+A run is a file of records (`.jsonl`, or `.jsonl.gz` as `share` writes it) or a folder with one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from llmperf import REFERENCE, RUNS, machine
+from llmperf.measure import Record
+from llmperf.measure.frames import machine_in_words
+from llmperf.measure.records import scan
+
+ENDINGS = (".jsonl", ".jsonl.gz")
+GPU_BUSY_PERCENT = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of one machine, without token times."""
+
+    name: str  # the machine's short name; #2 for a second run of it
+    records: tuple[Record, ...] = field(repr=False)
+    environment: Mapping = field(default_factory=dict, repr=False)
+    left_out: tuple[str, ...] = ()  # what could not be read, one sentence each
+    dirty: tuple[str, ...] = ()  # why its figures may be off: busy, on battery, unstable
+
+    @cached_property
+    def measured(self) -> list[Record]:
+        """The runs that count: measured, ok, and not faster than their machine can be."""
+        return [r for r in self.records if r.counts]
+
+    @property
+    def hardware(self) -> str:
+        """The card, or the processor of a machine without one: pairs must share it."""
+        card = (self.environment.get("gpus") or [{}])[0].get("name")
+        return card or self.environment.get("cpu_model") or "unknown"
+
+    @property
+    def caption(self) -> str:
+        """The machine in one line."""
+        unknown = f"{self.hardware}, {self.environment.get('os') or 'no environment recorded'}"
+        return machine_in_words(self.environment) or unknown
+
+
+def load_runs(paths: Iterable[Path | str | Run]) -> list[Run]:
+    """The runs in these files and folders; a folder of runs gives all of them. A Run stays itself.
+
+    Raises ValueError when a path does not exist, or when nothing in it can be read.
+    """
+    found: list[Run] = []
+    for source in paths:
+        found += [source] if isinstance(source, Run) else map(_load, _files(Path(source)))
+    seen: Counter = Counter()
+    runs = []
+    for run in found:
+        seen[run.name] += 1
+        number = f"#{seen[run.name]}" if seen[run.name] > 1 else ""
+        runs.append(replace(run, name=run.name + number))
+    return runs
+
+
+def shipped_runs() -> list[Path]:
+    """The runs that come with the kit, one folder a machine."""
+    return sorted(p.parent for p in (REFERENCE / "runs").glob("*/records.jsonl*"))
+
+
+def latest(path: Path | str = "") -> Run:
+    """The run to judge: `path` if it has records, else what was last measured by hand (the newest
+    file of each notebook), else the first run that came with the kit.
+
+    Raises ValueError when there is none of them.
+    """
+    by_hand = {f.name[:2]: f for f in sorted((RUNS / "interactive").glob("*.jsonl")) if _full(f)}
+    choices = [[Path(path)] if path and _full(Path(path)) else [], list(by_hand.values())]
+    choices += _files(shipped_runs()[0]) if shipped_runs() else []
+    for files in choices:
+        if files:
+            return _load(files)
+    raise ValueError("nothing was measured yet: run notebook 03 first")
+
+
+def _full(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
+def published_runs() -> list[Run]:
+    """The published rows as runs, one a platform and card."""
+    from llmperf.findings.published import published_records
+
+    groups: dict[str, list] = {}
+    for r in published_records():
+        name = f"published: {r.environment['gpus'][0]['name']}, {r.environment['os']}"
+        groups.setdefault(name, []).append(r)
+    return [Run(name, tuple(rows), rows[0].environment) for name, rows in groups.items()]
+
+
+def _files(path: Path) -> list[list[Path]]:
+    """Files that make one run each. Notebooks run by hand leave one file each in one folder."""
+    if not path.exists():
+        raise ValueError(f"there is no run at {path}: name a folder under data/runs, or a file")
+    if not path.is_dir():
+        return [[path]]
+    files = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS) and p.is_file())
+    if files:
+        return [[p for p in files if p.name.startswith("records.jsonl")][:1] or files]
+    below = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.rglob("*.jsonl*"))]
+    if not below:
+        raise ValueError(f"{path} holds no records.jsonl: name a run's folder, or a shared file")
+    return [files for p in below for files in _files(p)]
+
+
+def _load(files: Sequence[Path]) -> Run:
+    records: list[Record] = []
+    left_out: list[str] = []
+    for file in files:
+        found, faults = scan(file, traces=False)
+        records += found
+        left_out += faults
+    if not records:
+        why = left_out[0] if left_out else "it is empty"
+        raise ValueError(f"{files[0].name} holds no record that can be read ({why})")
+    environments = [r.environment for r in records if r.environment]
+    environment = environments[-1] if environments else {}
+    if lacking := len(records) - len(environments):
+        left_out.append(f"{lacking} records without an environment: their machine is not known")
+    unknown = f"unknown ({files[0].stem.split('.')[0]})"
+    name = machine_in_words(environment, machine.slug) or unknown
+    return Run(name, tuple(records), environment, tuple(left_out), tuple(_dirt(records)))
+
+
+def _dirt(records: Sequence[Record]) -> Iterator[str]:
+    """Why these figures may be off, one sentence each."""
+    measured = [r for r in records if r.kind in ("measure", "failed")]
+    warned = Counter(str(r.warnings[0]) for r in measured if r.warnings)
+    if warned:
+        often = warned.most_common(1)[0][0]
+        yield f"{warned.total()} of {len(measured)} runs warn, most often: {often}"
+    if any(r.environment.get("on_battery") for r in measured):
+        yield "on battery"
+    cards = (card for r in measured for card in (r.environment.get("gpus") or [])[:1])
+    if busy := [c for c in cards if (c.get("utilization_percent") or 0) > GPU_BUSY_PERCENT]:
+        yield f"{busy[0].get('name')} was {busy[0]['utilization_percent']} % busy before the run"
+    if impossible := sum(not r.possible for r in measured):
+        yield f"{impossible} runs are faster than the machine can be, and left out"
+    failed = Counter(r.status for r in measured if r.status != "ok")
+    if failed:
+        yield "runs without a result: " + ", ".join(f"{n} {word}" for word, n in failed.items())

@@ -1,0 +1,116 @@
+"""The one data frame of records, from which findings, comparison and figures select."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+from llmperf import machine
+from llmperf.measure.records import PLACE, WORK, Record, as_number, key
+
+
+def frame(records: Iterable[Record]):
+    """One row a record as a pandas DataFrame. What is not known is missing, never 0.
+
+    `setting`: what runs share that may be compared (model, lengths, loop, machine), in words;
+    `variant`: strategy and options, `threads intra_op=1`; `label`: the same in words, with the
+    level; `work`: model and lengths. Each entry of the condition is a column, each option one
+    (`option_intra_op`). Distributions give their median (`ttft_ms`), memory channels their max,
+    mean and first value (`max_rss_bytes`), notes of the strategy numbers (`note_gil_contention`).
+    """
+    import pandas as pd
+
+    from llmperf.strategies import STRATEGIES
+
+    known: dict[tuple, dict] = {}
+    settings: dict[str, str] = {}
+    rows = []
+    records = list(records)  # their blocks must stay alive while `known` holds their ids
+    for r in records:
+        same = (id(r.condition), id(r.environment))
+        if same not in known:
+            row = known[same] = described(r.condition, r.environment)
+            place = {k: row.get(k) for k in (*WORK, *PLACE)}
+            name = f"{row['work']}, {row['hardware']}, {row['os']}"
+            digest = key("", "", place, 0)
+            twins = sum(text.startswith(name) for text in settings.values())
+            row["setting"] = settings.setdefault(digest, name + f" ({twins + 1})" * (twins > 0))
+            strategy = STRATEGIES.get(row["strategy"])
+            options = r.condition.get("options") or {}
+            row["label"] = strategy.words(row["level"], options) if strategy else row["variant"]
+            row["foreign"] = not strategy or strategy.foreign  # one of a newer version too
+        rows.append(known[same] | _measured(r))
+    return pd.DataFrame(rows)
+
+
+def described(condition: Mapping, environment: Mapping) -> dict:
+    """The columns that come from a condition and a machine."""
+    c, cards = condition, environment.get("gpus") or []
+    row = {k: _scalar(v) for k, v in c.items() if k != "options"}
+    options = {k: _scalar(v) for k, v in (c.get("options") or {}).items()}
+    on_card = c.get("device") != "cpu" and cards
+    hardware = cards[0].get("name") if on_card else environment.get("cpu_model")
+    return row | {f"option_{k}": v for k, v in options.items()} | {
+        "condition": key("", "", c, 0),
+        "machine": machine_in_words(environment),
+        "hardware": hardware or "unknown hardware",
+        "os": environment.get("os") or "unknown system",
+        "work": work(c),
+        "variant": " ".join([c["strategy"], *(f"{k}={v}" for k, v in sorted(options.items()))]),
+    }  # fmt: skip
+
+
+def machine_in_words(environment: Mapping, words=machine.caption) -> str | None:
+    """The machine of a record; None where its environment is missing or of another form."""
+    try:
+        return words(dict(environment)) if environment else None
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None
+
+
+def work(c: Mapping) -> str:
+    """Model, dtype, loop where it is not `cached`, and lengths: `gpt2 fp32, 32+64 tokens`."""
+    blocks = (c.get(name) for name in ("sampling", "arrivals"))
+    sampling, arrivals = (block if isinstance(block, Mapping) else {} for block in blocks)
+    return "".join((
+        f"{c.get('model')} {c.get('quantization') or c.get('dtype')}",
+        " random" * (c.get("weights") == "random"),
+        f", {c['loop']}" if c.get("loop", "cached") != "cached" else "",
+        f", {c['prompt_tokens']}+" if c.get("prompt_tokens") else ", ",
+        f"{c.get('new_tokens')} tokens",
+        ", greedy" * bool(sampling.get("greedy")),
+        f", {arrivals['rate_per_s']:g} arriving/s" if as_number(arrivals.get("rate_per_s")) else "",
+    ))  # fmt: skip
+
+
+def _measured(r: Record) -> dict:
+    """The columns that come from one run."""
+    row = {
+        "experiment": r.experiment,
+        "kind": r.kind,
+        "repeat": r.repeat,
+        "status": r.status,
+        "reason": r.reason,
+        "run_id": r.run_id,
+        "counts": r.counts,
+        "possible": r.possible,
+        "warnings": "; ".join(map(str, r.warnings)),
+    }
+    for name, value in r.metrics.items():
+        if name not in ("reasons", "slo", "clock"):
+            row[name] = as_number(value.get("median") if isinstance(value, Mapping) else value)
+    row |= {k: v for k, v in r.prediction.items() if not isinstance(v, dict | list)}
+    for name, channel in r.memory.items():
+        for statistic in ("max", "mean", "first"):
+            row[f"{statistic}_{name}_{channel.get('unit')}"] = as_number(channel.get(statistic))
+    for group, notes in ((r.trace or {}).get("notes") or {}).items():
+        for name, value in notes.items() if isinstance(notes, Mapping) else ():
+            if (number := as_number(value)) is not None:
+                row[f"note_{group}_{name}"] = number
+    if r.agreement:
+        row |= {"agree": r.agreement.get("agree"), "compared": r.agreement.get("total")}
+    return row
+
+
+def _scalar(value):
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list | tuple) else value
