@@ -10,7 +10,7 @@ from llmperf.decoding.requests import Stop
 from llmperf.decoding.sampling import GREEDY, PUBLISHED, Sampling
 from llmperf.decoding.trace import agreement
 from llmperf.measure import load
-from llmperf.strategies import STRATEGIES, continuous, sequential
+from llmperf.strategies import STRATEGIES, sequential
 
 
 def work(tiny, n=6, sampling=GREEDY, stop=None):
@@ -44,25 +44,25 @@ def test_an_end_token_ends_the_request_as_in_sequential(tiny):
     stopped = work(tiny, stop=Stop(end_ids=frozenset({common})))
     alone = sequential.run(tiny, stopped, {})
     assert alone.output_tokens < plain.output_tokens
-    assert agreement(continuous.run(tiny, stopped, {}), alone).agree == 6
+    assert agreement(STRATEGIES["continuous"](tiny, stopped, {}), alone).agree == 6
 
 
 def test_sampled_tokens_are_its_own_and_the_notes_say_so(tiny):
-    trace = continuous.run(tiny, work(tiny, sampling=PUBLISHED), {})
+    trace = STRATEGIES["continuous"](tiny, work(tiny, sampling=PUBLISHED), {})
     assert not trace.notes["tokens_comparable"]
     assert [len(r.tokens) for r in trace.requests] == [14, 6, 14, 6, 14, 6]
 
 
 def test_the_model_is_left_as_it_was(tiny):
     before = tiny.module.config._attn_implementation
-    continuous.run(tiny, work(tiny, 2), {})
+    STRATEGIES["continuous"](tiny, work(tiny, 2), {})
     assert tiny.module.config._attn_implementation == before
     assert sequential.run(tiny, work(tiny, 2), {}).output_tokens == 20
 
 
 def test_requests_join_while_others_run(tiny):
     arriving = load.arriving(work(tiny), kind="even", rate_per_s=30)
-    trace = continuous.run(tiny, arriving, {})
+    trace = STRATEGIES["continuous"](tiny, arriving, {})
     for i, r in enumerate(trace.requests):
         assert r.started_s >= r.submitted_s >= i / 30 - 0.002
     assert agreement(trace, sequential.run(tiny, work(tiny), {})).agree == 6
@@ -78,7 +78,7 @@ def test_an_engine_that_fails_midway_fails_its_requests_and_hides_nothing(tiny, 
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(tiny.module, "forward", failing)
-    trace = continuous.run(tiny, work(tiny), {})
+    trace = STRATEGIES["continuous"](tiny, work(tiny), {})
     assert {r.status for r in trace.requests} == {"error"}
     assert all("out of memory" in r.reason for r in trace.requests)
     assert trace.notes["failed"] == 6
@@ -96,17 +96,17 @@ def test_an_engine_that_fails_midway_fails_its_requests_and_hides_nothing(tiny, 
 )
 def test_what_cannot_be_is_refused_before_any_work(tiny, options, says):
     with pytest.raises(ValueError, match=says):
-        continuous.run(tiny, work(tiny), options)
+        STRATEGIES["continuous"](tiny, work(tiny), options)
 
 
 def test_the_sentence_rule_is_refused(tiny):
     with pytest.raises(ValueError, match="sentence mark"):
-        continuous.run(tiny, work(tiny, stop=Stop(min_tokens=4)), {})
+        STRATEGIES["continuous"](tiny, work(tiny, stop=Stop(min_tokens=4)), {})
 
 
 def test_suppressed_tokens_never_come(tiny):
     first = sequential.run(tiny, work(tiny, 2), {}).requests[0].tokens[0]
     banned = Sampling(greedy=True, suppress=(first,))
-    trace = continuous.run(tiny, work(tiny, 2, sampling=banned), {})
+    trace = STRATEGIES["continuous"](tiny, work(tiny, 2, sampling=banned), {})
     assert trace.notes["failed"] == 0
     assert all(first not in r.tokens for r in trace.requests)

@@ -152,7 +152,7 @@ def test_an_answer_without_text_is_an_error(front):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"url": ""}, "base address"),
+        ({"url": ""}, "url is ''"),
         ({"url": "localhost:8000"}, "base address"),
         ({"url": "http://me:pw@host/v1"}, "password"),
         ({"url": "http://host/v1", "api": "talk"}, "completions or chat"),
@@ -163,7 +163,7 @@ def test_an_answer_without_text_is_an_error(front):
 )
 def test_options_that_cannot_be_are_refused(front, options, says):
     with pytest.raises(ValueError, match=says):
-        endpoint.check(front, 1, options)
+        STRATEGIES["endpoint"].check(front, 1, options)
 
 
 # A real server.

@@ -78,6 +78,12 @@ def made_up(seconds):
     return strategy
 
 
+def stand_in(monkeypatch, name, run):
+    """The strategy of that name runs `run` instead."""
+    known = strategies.STRATEGIES
+    monkeypatch.setitem(known, name, replace(known[name], run=run))
+
+
 def failing(error):
     def strategy(model, workload, options):
         raise error
@@ -106,7 +112,7 @@ def test_every_round_has_each_condition_once_in_an_order_of_its_own(points, stor
 def test_a_run_that_was_cut_off_ends_with_the_same_records(
     points, tiny, store, tmp_path, monkeypatch, kept
 ):
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(ValueError("no")))
+    stand_in(monkeypatch, "batch", failing(ValueError("no")))
     conditions = [*points, Condition(tiny, "batch", 2, prompt_tokens=4, new_tokens=2)]
     run(conditions, store, repeats=3)
     lines = store.path.read_bytes().splitlines(keepends=True)
@@ -126,7 +132,7 @@ def test_what_is_there_is_not_run_again(points, store, monkeypatch):
     run(points, store, repeats=2)
     size, asked = store.path.stat().st_size, []
     monkeypatch.setattr(machine, "busy", lambda: asked.append(1))
-    monkeypatch.setitem(strategies.STRATEGIES, "sequential", failing(AssertionError("run again")))
+    stand_in(monkeypatch, "sequential", failing(AssertionError("run again")))
     found = run(points, store, repeats=2)
     assert store.path.stat().st_size == size and not asked
     assert list(found.frame.status) == ["ok"] * 6
@@ -138,7 +144,7 @@ def test_what_is_there_is_not_run_again(points, store, monkeypatch):
 def test_a_failure_is_a_record_then_skipped_and_the_rest_go_on(points, tiny, store, monkeypatch):
     home = str(experiment.Path.home())
     error = ValueError(f"cannot read {home}/model\nand a second line")
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(error))
+    stand_in(monkeypatch, "batch", failing(error))
     found = run([Condition(tiny, "batch", 2, new_tokens=2), points[0]], store, repeats=3)
     rows = found.frame.sort_values("repeat")
     assert list(rows[rows.strategy == "sequential"].status) == ["ok"] * 3
@@ -210,7 +216,7 @@ def test_out_of_memory_has_a_status_of_its_own(tiny, store, monkeypatch, kind):
         "python": MemoryError(),
         "text": RuntimeError("[enforce fail] DefaultCPUAllocator: Out of memory"),
     }[kind]
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", failing(error))
+    stand_in(monkeypatch, "batch", failing(error))
     found = run([Condition(tiny, "batch", 2, new_tokens=2)], store, repeats=2)
     assert list(found.frame.status) == ["oom", "skipped"]
 
@@ -230,7 +236,7 @@ def test_what_a_failed_run_held_is_free_when_memory_is_released(tiny, store, mon
         gc.collect()
         alive.append(held[0]() is not None)
 
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", strategy)
+    stand_in(monkeypatch, "batch", strategy)
     monkeypatch.setattr(experiment, "_release", release)
     run([Condition(tiny, "batch", 1, new_tokens=2)], store, repeats=1)
     assert alive == [False]
@@ -241,7 +247,7 @@ def test_a_request_that_failed_makes_its_run_a_failure(tiny, store, monkeypatch)
         bad = RequestTrace(0, 4, 0.0, 0.0, None, (), (), "error", "the server is gone")
         return Trace((bad,), 1.0)
 
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", strategy)
+    stand_in(monkeypatch, "batch", strategy)
     found = run([Condition(tiny, "batch", 1, new_tokens=2)], store, repeats=2)
     assert list(found.frame.status) == ["error", "skipped"]
     assert found.records[-1].reason.endswith("the server is gone")
@@ -262,16 +268,16 @@ def test_it_stops_when_every_interval_is_narrow_and_names_those_that_are_not(
 ):
     one = Condition(tiny, "sequential", 1, prompt_tokens=4, new_tokens=2)
     two = Condition(tiny, "batch", 2, prompt_tokens=4, new_tokens=2)
-    monkeypatch.setitem(strategies.STRATEGIES, "sequential", made_up([1.0]))
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0]))
+    stand_in(monkeypatch, "sequential", made_up([1.0]))
+    stand_in(monkeypatch, "batch", made_up([1.0]))
     options = {"repeats": 2, "width": 0.05, "max_repeats": 12}
     found = run([one, two], store, **options)
     assert found.stopped == "every interval is within 5% after 8 repeats"
     assert len(counted(store)) == 16
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0, 2.0, 3.0] * 8))
+    stand_in(monkeypatch, "batch", made_up([1.0, 2.0, 3.0] * 8))
     found = run([one, two], Store(tmp_path / "wide.jsonl"), **options)
     assert found.stopped == "12 repeats; not within 5%: batch 2"
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", made_up([1.0] * 5 + [3.0, "no number"]))
+    stand_in(monkeypatch, "batch", made_up([1.0] * 5 + [3.0, "no number"]))
     found = run([one, two], Store(tmp_path / "failed.jsonl"), **options)
     assert list(found.frame.status).count("ok") > 8, "it failed only later"
     assert found.stopped == "every interval is within 5% after 8 repeats", "not waited for"
@@ -280,7 +286,7 @@ def test_it_stops_when_every_interval_is_narrow_and_names_those_that_are_not(
 
 
 def test_a_quantity_that_is_not_known_never_counts_as_narrow(tiny, store, tmp_path, monkeypatch):
-    monkeypatch.setitem(strategies.STRATEGIES, "sequential", made_up([0.5]))
+    stand_in(monkeypatch, "sequential", made_up([0.5]))
     one = Condition(tiny, "sequential", 1, prompt_tokens=4, new_tokens=2)
     options = {"repeats": 8, "width": 0.05, "max_repeats": 9}
     found = run([one], store, quantity="peak_output_tokens_per_s", **options)
@@ -351,7 +357,7 @@ def test_agreement_is_recorded_and_shows_other_tokens(tiny, store, monkeypatch):
         requests = [replace(r, tokens=tokens) if r.id == bad.id else r for r in trace.requests]
         return replace(trace, requests=tuple(requests))
 
-    monkeypatch.setitem(strategies.STRATEGIES, "batch", wrong)
+    stand_in(monkeypatch, "batch", wrong)
     (record,) = [r for r in run([replace(batch, seed=1)], store, repeats=1).records if r.agreement]
     assert record.agreement == {"agree": 3, "total": 4, "first_divergence": [1, 1]}
 
@@ -445,7 +451,7 @@ def test_a_clock_that_moved_warns_and_one_that_cannot_be_read_does_not():
 
 def test_drift_reaches_the_results_and_leaves_the_store_alone(tiny, store, monkeypatch):
     times = [1.0] * 4 + [1.0, 1.01, 0.99, 1.0, 1.2, 1.21, 1.19, 1.2]  # reference, warm-up, runs
-    monkeypatch.setitem(strategies.STRATEGIES, "sequential", made_up(times[1:]))
+    stand_in(monkeypatch, "sequential", made_up(times[1:]))
     frame = run([Condition(tiny, prompt_tokens=4, new_tokens=2)], store, repeats=8).frame
     assert frame.warnings.str.contains("unstable: throughput, drift").all()
     assert all(json.loads(line)["warnings"] == [] for line in store.path.open(encoding="utf-8"))

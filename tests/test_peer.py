@@ -48,7 +48,7 @@ def test_sampled_tokens_are_said_to_be_its_own(tiny):
     [
         ({"engine": "vllm"}, "engine is 'vllm': choose generate or generate-static or llamacpp"),
         ({"threads": 2}, "peer has no option 'threads': its options are engine"),
-        ({"loop": "recompute"}, "peer has its own decoding loop: leave loop at 'cached'"),
+        ({"loop": "recompute"}, "peer has its own decoding loop: leave loop at its default"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(tiny, options, sentence):

@@ -354,7 +354,7 @@ SCRIPT = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])
 import engines
-from llmperf.serving import Server
+from llmperf.strategies.serving import Server
 
 async def go():
     server = Server(engines.front(), engine="engines:slow")

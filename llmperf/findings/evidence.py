@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmperf import stats
+from llmperf import stats, strategies
 
 HOLDS, FAILS = "holds", "does not hold"
 CANNOT_TELL, NOT_TESTABLE = "cannot tell", "not testable here"
@@ -176,7 +176,8 @@ def gather(records: Iterable, across: bool = False, impossible_too: bool = False
     rows = [r if isinstance(r, Mapping) else vars(r) for r in records]
     rows = [r for r in rows if r.get("kind", "measure") == "measure" and r.get("condition")]
     # Another engine is what strategies stand beside, never one of them to judge or recommend.
-    rows = [r for r in rows if r["condition"].get("strategy") != "peer"]
+    foreign = {name for name, s in strategies.STRATEGIES.items() if s.foreign}
+    rows = [r for r in rows if r["condition"].get("strategy") not in foreign]
     ok = [r for r in rows if r.get("status", "ok") == "ok" and r.get("metrics")]
     groups: dict[str, list] = {}
     impossible: Counter = Counter()

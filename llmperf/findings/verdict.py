@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from llmperf import predict
+from llmperf import predict, strategies
 from llmperf.findings.evidence import gather, label
 from llmperf.findings.runs.tables import variant
 from llmperf.models import shapes
@@ -45,14 +45,7 @@ class Option:
     def name(self) -> str:
         """`batch of 8`, `3 processes`, in words."""
         kind = self.strategy.split()[0]
-        words = {
-            "batch": f"batches of {self.level}",
-            "sequential": "one request after another",
-            "threads": f"{self.level} threads",
-            "processes": f"{self.level} processes",
-            "coroutine": f"{self.level} coroutines",
-        }
-        name = words.get(kind, f"{kind} batching")
+        name = strategies.STRATEGIES[kind].words(self.level, {})
         rest = self.strategy.removeprefix(kind).strip()
         loop = f", {self.loop}" if self.loop != "cached" else ""
         return f"{name}{f' ({rest})' if rest else ''}, {self.dtype}{loop}"

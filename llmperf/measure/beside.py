@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from llmperf import decoding, machine, predict
+from llmperf import decoding, machine, predict, strategies
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
 from llmperf.measure import expected, fits
@@ -39,7 +39,8 @@ def predict_beside(condition: Condition, trace: Trace, expect: bool = False) -> 
     record implausible, and `why` has the arithmetic. With `expect` the measured rates of the
     model's own matrix products say what a decode step should take, and `limit` may be Python.
     """
-    m, rows = condition.model, _rows_per_step(condition)
+    m, known = condition.model, strategies.STRATEGIES[condition.strategy]
+    rows = known.rows_per_step(condition.level, condition.options)
     limits = ceilings.cached(m.device)
     bandwidth = limits["read_bytes_per_s"]["median"]
     flops = (limits["flops_per_s"][m.dtype] or {}).get("median")
@@ -77,16 +78,6 @@ def _memory_beside(condition: Condition) -> dict:
     level = "process" if condition.model.device == "cpu" else "reserved"
     low, high = book.at(level)
     return {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
-
-
-def _rows_per_step(condition: Condition) -> int:
-    """Requests that share one pass over the weights, at the most."""
-    sizes = {"batch": ("batch_size", condition.level), "dynamic": ("max_batch", 8)}
-    sizes |= dict.fromkeys(("continuous", "endpoint"), ("", condition.level))
-    if condition.strategy == "peer":
-        return 1 if condition.options.get("engine") == "llamacpp" else condition.level
-    name, default = sizes.get(condition.strategy, ("", 1))
-    return min(condition.options.get(name, default), condition.level)
 
 
 def paired(

@@ -10,15 +10,13 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from llmperf import decoding, predict
+from llmperf import decoding, predict, strategies
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
 from llmperf.machine.timing import linear
 from llmperf.measure import between
 from llmperf.measure.condition import Condition
 from llmperf.models import quantize
-
-FOREIGN = ("endpoint", "continuous", "peer")  # their products are not those of our loops
 
 
 def beside(condition: Condition, rows: int, trace: Trace, limits: Mapping) -> dict:
@@ -83,7 +81,7 @@ def rates(condition: Condition, rows: int) -> list[dict] | None:
     """`ceilings.matmul_rates` of the model's products at the rows of a step."""
     m, loop = condition.model, loop_of(condition)
     if (
-        condition.strategy in FOREIGN
+        strategies.STRATEGIES[condition.strategy].foreign  # its products are not our loops'
         or m.shape.quantization
         or m.quantization in quantize.CHECKPOINT
         or m.shape.moe

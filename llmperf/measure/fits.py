@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from llmperf import predict
+from llmperf import predict, strategies
 from llmperf.machine.probes import PROBES
 from llmperf.measure.condition import Condition
 
-# The memory of an endpoint is another program's; processes are refused by their own check, which
-# knows those that are alive already.
-ELSEWHERE = ("endpoint", "processes")
 SPILLS = ("windows", "wsl2")  # a full card takes system memory there instead of failing
 
 
@@ -46,13 +43,16 @@ def refusal(condition: Condition, memory_budget: int | None = None) -> str | Non
 
 def ledger(condition: Condition) -> predict.Ledger | None:
     """The predicted ledger of a run, nothing else on the device; None for what runs elsewhere."""
-    if condition.strategy in ELSEWHERE:
+    known = strategies.STRATEGIES[condition.strategy]
+    if known.checks_memory or not known.processes(condition.level, condition.options):
         return None
     m, platform = condition.model, platform_of(condition.model.device)
-    strategy, rows, workers = _side_by_side(condition)
+    threads = known.threads(condition.level, condition.options)
+    rows = known.rows_per_step(condition.level, condition.options)
+    strategy = "threads" if threads > 1 else "batch"
     return predict.memory(
         m.shape, m.dtype, m.quantization, rows, condition.prompt_tokens,
-        _longest(condition.new_tokens), strategy, workers, platform, condition.loop, idle_bytes=0,
+        _longest(condition.new_tokens), strategy, threads, platform, condition.loop, idle_bytes=0,
     )  # fmt: skip
 
 
@@ -62,18 +62,6 @@ def platform_of(device: str) -> str:
         return "cpu"
     known = PROBES["os"]().lower()
     return known if known in SPILLS else "linux"
-
-
-def _side_by_side(c: Condition) -> tuple[str, int, int]:
-    """Strategy, rows of a step and workers, at the least that the run needs at one moment."""
-    workers = min(c.options.get("workers", c.level), c.level)
-    if c.strategy == "batch":
-        return "batch", min(c.options.get("batch_size", c.level), c.level), 1
-    if c.strategy == "threads":
-        return "threads", 1, workers
-    if c.strategy == "peer":
-        return "batch", c.level if c.options.get("engine") != "llamacpp" else 1, 1
-    return c.strategy, 1, 1
 
 
 def cap(condition: Condition, memory_budget: int | None = None) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from llmperf import machine
+from llmperf import machine, strategies
 from llmperf.findings.evidence import Setting, gather
 from llmperf.findings.runs.tables import condition_key
 from llmperf.show import plots
@@ -78,7 +78,7 @@ def figure(records: Iterable):
     for ax, (y, title, unit) in zip(axes, PANELS, strict=True):
         known = frame[frame[y].notna()]
         for name, rows in known.groupby("strategy", sort=False):
-            plots.curve(ax, rows, "level", y, name, style=plots.STRATEGY_STYLE.get(name, 5))
+            plots.curve(ax, rows, "level", y, name, style=strategies.STRATEGIES[name].style)
         ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
         ax.set_title(title, fontsize=10)
         plots.levels(ax, sorted(frame.level.unique()))

@@ -28,16 +28,6 @@ SIZE = (7.5, 4.2)  # inches
 CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
 GIB = 2**30
 
-STRATEGY_STYLE = {
-    "sequential": 6,
-    "batch": 0,
-    "coroutine": 4,
-    "threads": 1,
-    "processes": 2,
-    "dynamic": 3,
-    "continuous": 5,
-}
-
 
 def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
     """A light figure with `columns` axes side by side."""

@@ -7,12 +7,7 @@ from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    shared.check_options("batch", options, ("batch_size",))
-    shared.check_count("batch_size", options.get("batch_size", level))
+from llmperf.strategies.strategy import Strategy, at_most, count, in_words
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -20,7 +15,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `loop` (default cached), `batch_size` (default: all), `on_step`.
     """
-    check(model, len(workload.requests), options)
     recorder = Recorder(workload.requests)
     requests = tuple(shared.in_order(workload.requests))
     size = options.get("batch_size", len(requests))
@@ -37,3 +31,13 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
             on_step=options.get("on_step"),
         )
     return recorder.trace()
+
+
+STRATEGY = Strategy(
+    "batch",
+    run,
+    in_words("batches of {level}", "batch_size"),
+    style=0,
+    options={"batch_size": count},
+    rows_per_step=at_most("batch_size"),
+)

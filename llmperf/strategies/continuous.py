@@ -17,25 +17,13 @@ from llmperf.decoding.sampling import Sampling
 from llmperf.decoding.trace import ERROR, OK, Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
+from llmperf.strategies.strategy import Strategy, choice, count, in_words, number
 
-OPTIONS = ("max_batch", "num_blocks", "page_size", "max_batch_tokens", "stall_s", "flash")
 MAX_BATCH = 32  # requests that may run at a time, unless told otherwise
 PAGE_SIZE = 32  # tokens a block holds
 MAX_BATCH_TOKENS = 512  # tokens in one forward pass: longer prompts are split
 STALL_S = 120.0  # without any token for this long, the engine counts as stuck
 START_S = 60.0
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    shared.check_options("continuous", options, OPTIONS)
-    for name in ("max_batch", "num_blocks", "max_batch_tokens"):
-        if name in options:
-            shared.check_count(name, options[name])
-    if options.get("page_size", PAGE_SIZE) < 4:
-        raise ValueError(f"page_size is {options['page_size']}: the engine needs at least 4 tokens")
-    if options.get("loop", "cached") != "cached":
-        raise ValueError("continuous has its own decoding loop: leave loop at 'cached'")
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -46,7 +34,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     need), `max_batch_tokens` (512 in one pass), `stall_s`, `flash` (True lets the engine look for a
     flash attention kernel). The engine swallows its errors; here each is the request's status.
     """
-    check(model, len(workload.requests), options)
     limits, _ = memory_limits(workload, options), _end_ids(workload.stop)
     with _engine(model, workload, options, limits) as engine:
         recorder = Recorder(workload.requests)
@@ -187,3 +174,21 @@ def _dead(engine, silent_s: float, patience: float) -> str | None:
     if silent_s > patience:
         return f"no token from the engine for {silent_s:.0f} s"
     return None
+
+
+STRATEGY = Strategy(
+    "continuous",
+    run,
+    in_words("continuous batching", "max_batch"),
+    style=5,
+    options={
+        "max_batch": count,
+        "num_blocks": count,
+        "page_size": number(4, kind=int),
+        "max_batch_tokens": count,
+        "stall_s": number(0),
+        "flash": choice(True, False),
+    },
+    rows_per_step=lambda level, options: level,
+    foreign=True,
+)

@@ -15,17 +15,10 @@ from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
+from llmperf.strategies.strategy import Strategy, choice, in_words, workers
 
-OPTIONS = ("variant", "workers")
 VARIANTS = ("blocking", "yielding", "to_thread", "executor")
 BEAT_S = 0.01  # the heartbeat task asks for its turn this often
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    shared.check_options("coroutine", options, OPTIONS)
-    shared.check_choice("variant", options.get("variant", "blocking"), VARIANTS)
-    shared.check_workers(level, options)
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -40,7 +33,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     took 6 % longer on two cores: OpenMP counts the threads of both callers, finds more than cores,
     and puts its workers to sleep between operators (6,800 sleeps in 64 tokens instead of 67).
     """
-    check(model, len(workload.requests), options)
     run_ = _Run(model, workload, options)
     with _no_event_loop_here(), asyncio.Runner() as runner:
         # not `runner.run`: it would hold Ctrl-C back until the next await, so for a whole answer
@@ -172,3 +164,18 @@ def _heartbeat(late: list[float]) -> Iterator[asyncio.Task]:
         yield task
     finally:
         task.cancel()
+
+
+def _threads(level: int, options: Mapping) -> int:
+    alone = options.get("variant", "blocking") in ("blocking", "yielding")
+    return 1 if alone else min(options.get("workers", level), level)
+
+
+STRATEGY = Strategy(
+    "coroutine",
+    run,
+    in_words("{level} coroutines", "variant", "workers"),
+    style=4,
+    options={"variant": choice(*VARIANTS), "workers": workers},
+    threads=_threads,
+)

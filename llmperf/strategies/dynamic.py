@@ -14,18 +14,9 @@ from contextlib import contextmanager
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import background, shared
+from llmperf.strategies import background
 from llmperf.strategies.serving import RequestFailed, Server
-
-OPTIONS = ("max_batch", "window_s", "max_queue", "processes", "concurrency", "deadline_s")
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    shared.check_options("dynamic", options, OPTIONS)
-    for name in ("max_batch", "max_queue", "processes", "concurrency"):
-        if name in options:
-            shared.check_count(name, options[name])
+from llmperf.strategies.strategy import Strategy, at_most, count, in_words, number
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -36,7 +27,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     Inside a `strategies.session()` the server stays up for the next run of the same kind. Starting
     it is never timed. Times are those at which this process could read a token.
     """
-    check(model, len(workload.requests), options)
     with session():
         return background.wait(_run(model, workload, options))
 
@@ -133,3 +123,21 @@ async def _server(model: Model, options: Mapping) -> Server:
         _kept.append((kind, Server(model, processes=kind[1], loop=kind[2])))
     await _kept[0][1].start()  # starts what is missing: all processes, or those that have died
     return _kept[0][1]
+
+
+STRATEGY = Strategy(
+    "dynamic",
+    run,
+    in_words("dynamic batching", "max_batch", "window_s", "processes", "concurrency"),
+    style=3,
+    options={
+        "max_batch": count,
+        "window_s": number(0, 60),
+        "max_queue": count,
+        "processes": count,
+        "concurrency": count,
+        "deadline_s": number(0),
+    },
+    rows_per_step=at_most("max_batch", 8),
+    processes=lambda level, options: options.get("processes", 1),
+)

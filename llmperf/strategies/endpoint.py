@@ -12,58 +12,20 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import httpx
 
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import ERROR, OK, Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import background, shared
+from llmperf.strategies import background
 from llmperf.strategies.events import BrokenStream, Chunk, read_chunks
+from llmperf.strategies.strategy import Strategy, choice, count, in_words, number, text
 
-if TYPE_CHECKING:
-    import httpx
-
-OPTIONS = (
-    "url",
-    "served_model",
-    "api",
-    "key_env",
-    "timeout_s",
-    "connect_timeout_s",
-    "deadline_s",
-    "retries",
-    "concurrency",
-    "extra",
-)
 APIS = {"completions": "completions", "chat": "chat/completions"}
 BUSY = {429, 502, 503, 504}  # worth another try
 MAX_CONNECTIONS = 256  # more requests than this wait for one that is free
 LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    import httpx
-
-    shared.check_options("endpoint", options, OPTIONS)
-    url = httpx.URL(options.get("url", ""))
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(
-            f"url is {options.get('url', '')!r}: give the server's base address, such as"
-            " http://localhost:8000/v1"
-        )
-    if url.userinfo:
-        raise ValueError(
-            "the url names a password: set it in the environment and name it with key_env"
-        )
-    shared.check_choice("api", options.get("api", "completions"), list(APIS))
-    if "concurrency" in options:
-        shared.check_count("concurrency", options["concurrency"])
-    for name in ("timeout_s", "connect_timeout_s", "deadline_s"):
-        if not options.get(name, 1) > 0:
-            raise ValueError(f"{name} is {options[name]}: it must be above 0 seconds")
-    if not 0 <= options.get("retries", 0) <= 10:
-        raise ValueError(f"retries is {options['retries']}: choose 0 to 10")
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -79,7 +41,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     time stays in the request's TTFT. Tokens are counted by tokenizing the answer, since an event
     may carry several or none; each has the time of the event that completed its text.
     """
-    check(model, len(workload.requests), options)
     return background.wait(_run(model, workload, options))
 
 
@@ -117,8 +78,6 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
 def _client(options: Mapping, key: str, connections: int) -> httpx.AsyncClient:
     """One pool of connections for the run. Redirects are not followed: they may leak a key."""
-    import httpx
-
     url, n = httpx.URL(options["url"]), min(connections, MAX_CONNECTIONS)
     return httpx.AsyncClient(
         base_url=str(url).rstrip("/") + "/",
@@ -149,8 +108,6 @@ async def _one(session: _Session, request: Request) -> dict:
 
 
 async def _with_retries(session: _Session, request: Request, chunks: list[Chunk]) -> None:
-    import httpx
-
     left = session.options.get("retries", 2)
     pause = 0.2
     while True:
@@ -168,8 +125,6 @@ async def _with_retries(session: _Session, request: Request, chunks: list[Chunk]
 
 async def _stream(session: _Session, request: Request, chunks: list[Chunk]) -> None:
     """Read one answer into `chunks`."""
-    import httpx
-
     api = session.options.get("api", "completions")
     body = _body(session, request, api)
     extensions = {"trace": _count_connections(session.counts)}
@@ -228,8 +183,6 @@ def _tokens(tokenizer, chunks: list[Chunk]) -> dict:
 
 def _reason(error: Exception, options: Mapping) -> str:
     """One sentence: what happened, at which server."""
-    import httpx
-
     match error:
         case httpx.ConnectError() | httpx.ConnectTimeout():
             return f"no server answers at {options['url']}: {error or 'no connection in time'}"
@@ -240,3 +193,41 @@ def _reason(error: Exception, options: Mapping) -> str:
         case httpx.HTTPStatusError() | BrokenStream():
             return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _refuse(model: Model, level: int, options: Mapping) -> None:
+    url = httpx.URL(options.get("url", ""))
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(
+            f"url is {options.get('url', '')!r}: give the server's base address, such as"
+            " http://localhost:8000/v1"
+        )
+    if url.userinfo:
+        raise ValueError(
+            "the url names a password: set it in the environment and name it with key_env"
+        )
+
+
+_SECONDS = number(1e-3)
+STRATEGY = Strategy(
+    "endpoint",
+    run,
+    in_words("an endpoint", "served_model", "concurrency"),
+    style=5,
+    options={
+        "url": text,
+        "served_model": text,
+        "api": choice(*APIS),
+        "key_env": text,
+        "timeout_s": _SECONDS,
+        "connect_timeout_s": _SECONDS,
+        "deadline_s": _SECONDS,
+        "retries": number(0, 10, int),
+        "concurrency": count,
+        "extra": lambda name, value, level: None,
+    },
+    refuse=_refuse,
+    rows_per_step=lambda level, options: level,
+    processes=lambda level, options: 0,
+    foreign=True,
+)

@@ -13,18 +13,9 @@ from llmperf.decoding.requests import Stop, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import continuous, llamacpp, shared
+from llmperf.strategies.strategy import Strategy, choice
 
 ENGINES = ("generate", "generate-static", "llamacpp")
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    shared.check_options("peer", options, ("engine",))
-    shared.check_choice("engine", options.get("engine", "generate"), ENGINES)
-    if options.get("loop", "cached") != "cached":
-        raise ValueError("peer has its own decoding loop: leave loop at 'cached'")
-    if why := unavailable(model, options.get("engine", "generate")):
-        raise ValueError(why)
 
 
 def unavailable(model: Model, engine: str) -> str | None:
@@ -38,7 +29,6 @@ def unavailable(model: Model, engine: str) -> str | None:
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """All requests by arrival. Options: `engine` (default generate), `on_step`."""
-    check(model, len(workload.requests), options)
     if workload.stop != Stop():
         raise ValueError("peer generates forced lengths only: leave stop at its default")
     engine = options.get("engine", "generate")
@@ -87,3 +77,20 @@ def _watch(requests, recorder: Recorder, on_step):
             return torch.zeros(len(requests), dtype=torch.bool, device=ids.device)
 
     return StoppingCriteriaList([Watch()])
+
+
+def _refuse(model: Model, level: int, options: Mapping) -> None:
+    if why := unavailable(model, options.get("engine", "generate")):
+        raise ValueError(why)
+
+
+STRATEGY = Strategy(
+    "peer",
+    run,
+    lambda level, options: f"{options.get('engine', 'generate')}, batches of {level}",
+    style=5,
+    options={"engine": choice(*ENGINES)},
+    refuse=_refuse,
+    rows_per_step=lambda level, options: 1 if options.get("engine") == "llamacpp" else level,
+    foreign=True,
+)

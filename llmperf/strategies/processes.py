@@ -13,27 +13,12 @@ from llmperf.decoding.trace import Recorder, Trace
 from llmperf.machine.probes import PROBES
 from llmperf.machine.run_tool import ask
 from llmperf.models import Model
-from llmperf.strategies import shared
+from llmperf.strategies import shared, strategy
 from llmperf.strategies.pool import Pool
-
-OPTIONS = ("workers", "weights")
-WEIGHTS = ("own", "shared")
+from llmperf.strategies.strategy import Strategy, at_most, choice, in_words
 
 _pool: Pool | None = None  # at most one, alive from run to run inside a `session`
 _sessions = 0
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be or would not fit."""
-    shared.check_options("processes", options, OPTIONS)
-    shared.check_workers(level, options)
-    shared.check_choice("weights", options.get("weights", "own"), WEIGHTS)
-    if options.get("weights") == "shared" and model.device != "cpu":
-        raise ValueError(
-            f"shared weights are for the cpu, and the model is on {model.device}: each process"
-            " needs its own there, so leave weights at own"
-        )
-    check_memory(model, options.get("workers", level), options.get("weights", "own"))
 
 
 def check_memory(
@@ -83,7 +68,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     `shared`: all map one copy), `loop`. Each has floor(cores / workers) threads of the processor.
     Raises WorkerDied, a RuntimeError, when a worker dies, fails or hangs; all are ended then.
     """
-    check(model, len(workload.requests), options)
     workers = options.get("workers", len(workload.requests))
     with session():
         try:
@@ -193,3 +177,25 @@ def _drive(pool: Pool, workload: Workload, workers: int) -> tuple[Trace, list[in
             busy.discard(worker)
             free.append(worker)
     return recorder.trace(), counts
+
+
+def _refuse(model: Model, level: int, options: Mapping) -> None:
+    weights = options.get("weights", "own")
+    if weights == "shared" and model.device != "cpu":
+        raise ValueError(
+            f"shared weights are for the cpu, and the model is on {model.device}: each process"
+            " needs its own there, so leave weights at own"
+        )
+    check_memory(model, options.get("workers", level), weights)
+
+
+STRATEGY = Strategy(
+    "processes",
+    run,
+    in_words("{level} processes", "workers", "weights"),
+    style=2,
+    options={"workers": strategy.workers, "weights": choice("own", "shared")},
+    refuse=_refuse,
+    processes=at_most("workers"),
+    checks_memory=True,
+)

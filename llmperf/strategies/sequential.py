@@ -7,11 +7,7 @@ from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import shared
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError for options: there are none."""
-    shared.check_options("sequential", options, ())
+from llmperf.strategies.strategy import Strategy, in_words
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -19,7 +15,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `loop` (default cached), `on_step` (called after each token).
     """
-    check(model, len(workload.requests), options)
     recorder = Recorder(workload.requests)
     for request in shared.in_order(workload.requests):
         shared.wait_for_arrival(request, recorder)
@@ -33,3 +28,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
             on_step=options.get("on_step"),
         )
     return recorder.trace()
+
+
+STRATEGY = Strategy("sequential", run, in_words("one request after another"), style=6)

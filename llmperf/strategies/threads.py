@@ -11,26 +11,10 @@ from llmperf import decoding
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import shared
+from llmperf.strategies import shared, strategy
+from llmperf.strategies.strategy import Strategy, at_most, choice, count, in_words
 
-OPTIONS = ("workers", "intra_op", "stream")
 STREAMS = ("default", "own")
-
-
-def check(model: Model, level: int, options: Mapping) -> None:
-    """Raise ValueError, before any work, for options that cannot be."""
-    shared.check_options("threads", options, OPTIONS)
-    shared.check_workers(level, options)
-    if "intra_op" in options:
-        shared.check_count("intra_op", options["intra_op"])
-        if model.device != "cpu":
-            raise ValueError(
-                f"intra_op sets threads of the processor, but the model is on {model.device}:"
-                " leave it out"
-            )
-    shared.check_choice("stream", options.get("stream", "default"), STREAMS)
-    if options.get("stream") == "own" and model.device == "cpu":
-        raise ValueError("a stream of its own needs a CUDA GPU, and the model is on the cpu")
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -42,7 +26,6 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """
     import torch
 
-    check(model, len(workload.requests), options)
     workers = options.get("workers", len(workload.requests))
     intra_op = options.get("intra_op", torch.get_num_threads())
     job = _Job(model, workload, options, workers, intra_op)
@@ -141,3 +124,24 @@ def _synchronize(model: Model) -> None:
         import torch
 
         torch.cuda.synchronize(model.torch_device)
+
+
+def _refuse(model: Model, level: int, options: Mapping) -> None:
+    if "intra_op" in options and model.device != "cpu":
+        raise ValueError(
+            f"intra_op sets threads of the processor, but the model is on {model.device}:"
+            " leave it out"
+        )
+    if options.get("stream") == "own" and model.device == "cpu":
+        raise ValueError("a stream of its own needs a CUDA GPU, and the model is on the cpu")
+
+
+STRATEGY = Strategy(
+    "threads",
+    run,
+    in_words("{level} threads", "workers", "intra_op", "stream"),
+    style=1,
+    options={"workers": strategy.workers, "intra_op": count, "stream": choice(*STREAMS)},
+    refuse=_refuse,
+    threads=at_most("workers"),
+)

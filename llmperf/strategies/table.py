@@ -1,0 +1,64 @@
+"""The table of strategies: to add one, write its file and list it here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from llmperf.models import Model
+from llmperf.strategies import (
+    batch,
+    continuous,
+    coroutine,
+    dynamic,
+    endpoint,
+    peer,
+    processes,
+    sequential,
+    threads,
+)
+from llmperf.strategies.strategy import Strategy
+
+_FILES = (
+    sequential, batch, coroutine, threads, processes, dynamic, continuous, endpoint, peer,
+)  # fmt: skip
+STRATEGIES: dict[str, Strategy] = {file.STRATEGY.name: file.STRATEGY for file in _FILES}
+
+
+def get(name: str) -> Strategy:
+    """The strategy of that name. Raises ValueError when there is none."""
+    if name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}: choose {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def check(
+    name: str, model: Model | None = None, level: int = 1, options: Mapping | None = None
+) -> None:
+    """Raise ValueError for an unknown strategy, or, with a model, for options that cannot be."""
+    found = get(name)
+    if level < 1:
+        raise ValueError(f"{name} with {level} requests: use at least 1")
+    if model is not None:
+        found.check(model, level, options or {})
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Keep expensive processes alive between runs; on leaving all have ended."""
+    with processes.session(), dynamic.session():
+        yield
+
+
+def ready(name: str, model: Model, level: int, options: Mapping) -> list[int]:
+    """Start what a run of this condition needs, so that no measurement sees it being started.
+
+    Gives the process ids of workers that stay idle in it: they are not part of its memory.
+    """
+    idle: list[int] = []
+    for module in (processes, dynamic):
+        if module.STRATEGY.name == name:
+            idle += module.ready(model, level, options)
+        else:
+            idle += module.rest(model)
+    return idle
