@@ -11,8 +11,14 @@ from pathlib import Path
 import psutil
 
 from llmperf.machine import gpu
+from llmperf.machine.child import Child, ChildDied, Parent
 from llmperf.machine.probes import PROBES, cpu_others_percent
 from llmperf.machine.run_tool import ask
+
+__all__ = [
+    "Child", "ChildDied", "Parent", "ask", "busy", "busy_warning", "cache_dir", "caption", "cores",
+    "describe", "slug",
+]  # fmt: skip
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0
