@@ -34,6 +34,7 @@ class Strategy:
     style: int  # index of colour and marker in figures
     options: Mapping[str, Check] = field(default_factory=dict)
     refuse: Callable[[Model, int, Mapping], None] | None = None  # what no single option shows
+    ready: Callable[[Model, int, Mapping], list[int]] | None = None  # start processes before a run
     rows_per_step: Callable[[int, Mapping], int] = one  # most requests in one pass over the weights
     processes: Callable[[int, Mapping], int] = one  # that hold the model here; 0: another machine
     threads: Callable[[int, Mapping], int] = one  # that decode at the same time in one process

@@ -41,7 +41,8 @@ time.sleep(600)
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
     (tmp_path / "echo_child.py").write_text(ECHO, encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before]))
     with Child("echo_child", name="echo") as child:
         yield child
     assert not psutil.pid_exists(child.pid)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from llmperf.strategies.pool import WorkerDied
 
 from llmperf import models, strategies
 from llmperf.decoding import requests as workload
@@ -20,7 +21,6 @@ from llmperf.decoding.trace import agreement
 from llmperf.measure import Condition, measure
 from llmperf.measure.records import Store
 from llmperf.strategies import STRATEGIES, processes
-from llmperf.strategies.pool import WorkerDied
 
 SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
 run = STRATEGIES["processes"]
