@@ -1,63 +1,67 @@
-"""Continuous batching: greedy tokens as sequential, memory within limits, no failure unnoticed."""
+"""Continuous batching: the tokens of `sequential`, whatever joins or leaves."""
 
-from collections import Counter
+import random
+from dataclasses import replace
 
 import pytest
-import torch
 
+from llmperf import strategies
 from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Stop
-from llmperf.decoding.sampling import GREEDY, PUBLISHED, Sampling
+from llmperf.decoding.sampling import GREEDY, PUBLISHED
 from llmperf.decoding.trace import agreement
 from llmperf.measure import load
-from llmperf.strategies import STRATEGIES, sequential
+from llmperf.strategies import STRATEGIES
 
 
-def work(tiny, n=6, sampling=GREEDY, stop=None):
-    return workload.build(tiny.tokenizer, n, (9, 30, 64), (14, 6), sampling=sampling, stop=stop)
+@pytest.fixture(scope="module", autouse=True)
+def kept():
+    """One inference process for all tests of this file."""
+    with strategies.session():
+        yield
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_batch": 2},
-        {"max_batch_tokens": 16},  # prompts are split
-        {"num_blocks": 5, "page_size": 16},  # room for the longest request alone: others wait
-    ],
-    ids=["default", "two at a time", "split prompts", "tight memory"],
-)
-def test_greedy_tokens_are_those_of_sequential(tiny, options):
-    trace = STRATEGIES["continuous"](tiny, work(tiny), options)
-    found = agreement(trace, sequential.run(tiny, work(tiny), {}))
+def work(tiny, n=6, sampling=GREEDY, **how):
+    return workload.build(tiny.tokenizer, n, (9, 30, 64), (14, 6), sampling=sampling, **how)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PUBLISHED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [{}, {"max_batch": 2}, {"loop": "cached"}], ids=str)
+def test_tokens_are_those_of_sequential(tiny, options, sampling):
+    trace = STRATEGIES["continuous"](tiny, work(tiny, sampling=sampling), options)
+    found = agreement(trace, STRATEGIES["sequential"](tiny, work(tiny, sampling=sampling), {}))
     assert (found.agree, found.total) == (6, 6), found.first_divergence
-    assert trace.notes["failed"] == 0 and trace.notes["tokens_comparable"]
     for r in trace.requests:
         assert r.submitted_s <= r.started_s <= r.token_s[0]
         assert list(r.token_s) == sorted(r.token_s)
-    assert trace.notes["num_blocks"] == options.get("num_blocks", trace.notes["num_blocks"])
+    assert trace.notes["loop"] == options.get("loop", trace.notes["loop"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_arrivals_lengths_and_deadlines_change_no_token(tiny, seed):
+    dice = random.Random(seed)
+    plain = workload.build(
+        tiny.tokenizer,
+        12,
+        tuple(dice.choices(range(1, 90), k=5)),
+        tuple(dice.choices(range(1, 20), k=4)),
+        sampling=PUBLISHED,
+        seed=seed,
+    )
+    arriving = load.arriving(plain, kind="poisson", rate_per_s=60, seed=seed)
+    options = {"max_batch": dice.randint(1, 5)}
+    trace = STRATEGIES["continuous"](tiny, arriving, options)
+    alone = STRATEGIES["sequential"](tiny, plain, {})
+    assert agreement(trace, alone).agree == 12
 
 
 def test_an_end_token_ends_the_request_as_in_sequential(tiny):
-    plain = sequential.run(tiny, work(tiny), {})
-    common = Counter(t for r in plain.requests for t in r.tokens[1:]).most_common(1)[0][0]
-    stopped = work(tiny, stop=Stop(end_ids=frozenset({common})))
-    alone = sequential.run(tiny, stopped, {})
+    plain = STRATEGIES["sequential"](tiny, work(tiny), {})
+    common = plain.requests[0].tokens[3]
+    stopped = replace(work(tiny), stop=Stop(end_ids=frozenset({common})))
+    alone = STRATEGIES["sequential"](tiny, stopped, {})
     assert alone.output_tokens < plain.output_tokens
     assert agreement(STRATEGIES["continuous"](tiny, stopped, {}), alone).agree == 6
-
-
-def test_sampled_tokens_are_its_own_and_the_notes_say_so(tiny):
-    trace = STRATEGIES["continuous"](tiny, work(tiny, sampling=PUBLISHED), {})
-    assert not trace.notes["tokens_comparable"]
-    assert [len(r.tokens) for r in trace.requests] == [14, 6, 14, 6, 14, 6]
-
-
-def test_the_model_is_left_as_it_was(tiny):
-    before = tiny.module.config._attn_implementation
-    STRATEGIES["continuous"](tiny, work(tiny, 2), {})
-    assert tiny.module.config._attn_implementation == before
-    assert sequential.run(tiny, work(tiny, 2), {}).output_tokens == 20
 
 
 def test_requests_join_while_others_run(tiny):
@@ -65,48 +69,22 @@ def test_requests_join_while_others_run(tiny):
     trace = STRATEGIES["continuous"](tiny, arriving, {})
     for i, r in enumerate(trace.requests):
         assert r.started_s >= r.submitted_s >= i / 30 - 0.002
-    assert agreement(trace, sequential.run(tiny, work(tiny), {})).agree == 6
+    assert agreement(trace, STRATEGIES["sequential"](tiny, work(tiny), {})).agree == 6
 
 
-def test_an_engine_that_fails_midway_fails_its_requests_and_hides_nothing(tiny, monkeypatch):
-    forward, calls = tiny.module.forward, []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(tiny.module, "forward", failing)
-    trace = STRATEGIES["continuous"](tiny, work(tiny), {})
-    assert {r.status for r in trace.requests} == {"error"}
-    assert all("out of memory" in r.reason for r in trace.requests)
-    assert trace.notes["failed"] == 6
+def test_recompute_is_refused_by_the_process_in_its_words(tiny):
+    with pytest.raises(RuntimeError, match="recompute keeps no keys and values"):
+        STRATEGIES["continuous"](tiny, work(tiny), {"loop": "recompute"})
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"num_blocks": 2}, "num_blocks is 2: give at least 3"),
         ({"max_batch": 0}, "max_batch"),
-        ({"page_size": 2}, "at least 4"),
-        ({"blocks": 2}, "no option 'blocks'"),
-        ({"loop": "recompute"}, "its own decoding loop"),
+        ({"window_s": 0.1}, "no option 'window_s'"),
+        ({"processes": 100_000}, "100000 processes need at least"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tiny, options, says):
     with pytest.raises(ValueError, match=says):
-        STRATEGIES["continuous"](tiny, work(tiny), options)
-
-
-def test_the_sentence_rule_is_refused(tiny):
-    with pytest.raises(ValueError, match="sentence mark"):
-        STRATEGIES["continuous"](tiny, work(tiny, stop=Stop(min_tokens=4)), {})
-
-
-def test_suppressed_tokens_never_come(tiny):
-    first = sequential.run(tiny, work(tiny, 2), {}).requests[0].tokens[0]
-    banned = Sampling(greedy=True, suppress=(first,))
-    trace = STRATEGIES["continuous"](tiny, work(tiny, 2, sampling=banned), {})
-    assert trace.notes["failed"] == 0
-    assert all(first not in r.tokens for r in trace.requests)
+        strategies.check("continuous", tiny, 6, options)
