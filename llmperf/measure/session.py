@@ -62,7 +62,8 @@ def measure(
     stopped, wide = f"{rounds} repeats", []
     began = time.perf_counter()
     bar = _bar(len(conditions) * rounds, experiment, progress)
-    with Sampler() as sampler, strategies.session(), bar:
+    device = conditions[0].model.device
+    with Sampler(device=device) as sampler, strategies.session(), bar:
         for done in range(1, rounds + 1):
             session.round(done - 1, sampler, bar)
             wide = session.wide(width, quantity) if width and done >= repeats else []

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmperf.decoding.requests import Request
 from llmperf.decoding.trace import CANCELLED, OK
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
@@ -65,86 +64,51 @@ class Detokenizer:
 
 
 class Stream:
-    """What the caller holds: `async for token in stream`. Dropping it cancels the request.
+    """A request's answer: the server pushes tokens, the caller reads `async for token in stream`.
 
     It ends after the last token, or raises RequestFailed. `status` is ok, error, rejected,
-    cancelled or expired, and None before. A reader that is slow holds up nobody: at most
-    `max_new_tokens` tokens wait for it.
+    cancelled or expired (`reason` says why it is not ok), and None before. `started_s` is when
+    decoding began (perf_counter), `worker` which process has it. A reader that is slow holds up
+    nobody: at most `max_new_tokens` tokens wait for it.
     """
 
-    def __init__(self, answer: Answer, cancel: Callable[[Answer, str, str], None]):
-        self._answer, self._cancel = answer, cancel
-
-    @property
-    def status(self) -> str | None:
-        return self._answer.status
-
-    @property
-    def reason(self) -> str | None:
-        """Why the status is not ok."""
-        return self._answer.reason
-
-    @property
-    def started_s(self) -> float | None:
-        """When decoding began (perf_counter), if it did."""
-        return self._answer.started_s
-
-    @property
-    def worker(self) -> str:
-        """The inference process that has it."""
-        return self._answer.worker
+    def __init__(self, key: int, message: dict, tokenizer, end: Callable[..., None]):
+        self.key, self.message = key, message
+        self.started_s: float | None = None
+        self.worker = "0"
+        self.status: str | None = None
+        self.reason: str | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self._end = end  # of the server: (stream, status, reason)
+        self._unread: deque[Token] = deque()
+        self._news = asyncio.Event()
+        self._detokenizer = Detokenizer(tokenizer)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Token:
-        answer = self._answer
-        while not answer.tokens:
-            if answer.status == OK:
+        while not self._unread:
+            if self.status == OK:
                 raise StopAsyncIteration
-            if answer.status is not None:
-                raise RequestFailed(answer.status, answer.reason)
-            answer.news.clear()
+            if self.status is not None:
+                raise RequestFailed(self.status, self.reason)
+            self._news.clear()
             try:
-                await answer.news.wait()
+                await self._news.wait()
             except asyncio.CancelledError:  # the caller's task was cancelled, so the request is
                 self.cancel()
                 raise
-        return answer.tokens.popleft()
+        return self._unread.popleft()
 
     def cancel(self) -> None:
         """End the request now, unless it has ended. Call it in the server's event loop."""
-        if self._answer.status is None:
-            self._cancel(self._answer, CANCELLED, "the caller cancelled it")
-
-    def __del__(self):
-        answer = self._answer
-        if answer.status is None:  # the garbage collector may run in any thread
-            try:
-                loop = asyncio.get_running_loop()
-                loop.call_soon(self._cancel, answer, CANCELLED, "the caller dropped it")
-            except RuntimeError:
-                pass  # no loop here: the server's own closing ends the request
-
-
-class Answer:
-    """The server's side of a request; `status` is None until its one outcome is known."""
-
-    def __init__(self, key: int, request: Request, message: dict, tokenizer):
-        self.key, self.request, self.message = key, request, message
-        self.started_s: float | None = None
-        self.worker = "0"
-        self.status: str | None = None
-        self.reason: str | None = None
-        self.tokens: deque[Token] = deque()  # not yet read by the caller
-        self.news = asyncio.Event()
-        self.timer: asyncio.TimerHandle | None = None
-        self._detokenizer = Detokenizer(tokenizer)
+        self._end(self, CANCELLED, "the caller cancelled it")
 
     def push(self, id: int, last: bool) -> None:
         """A token has come."""
-        self.tokens.append(Token(id, self._detokenizer.add(id, last), time.perf_counter()))
-        self.news.set()
+        self._unread.append(Token(id, self._detokenizer.add(id, last), time.perf_counter()))
+        self._news.set()
 
     def finish(self, status: str, reason: str | None = None) -> None:
         """The one outcome. A second one is a fault of the server and raises RuntimeError."""
@@ -153,4 +117,4 @@ class Answer:
         self.status, self.reason = status, reason
         if self.timer:
             self.timer.cancel()
-        self.news.set()
+        self._news.set()

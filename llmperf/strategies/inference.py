@@ -20,6 +20,7 @@ import psutil
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
 from llmperf.machine.child import Parent
+from llmperf.strategies import messages
 
 BEAT_S = 0.5  # a sign of life this often, whatever the device is doing
 
@@ -33,14 +34,6 @@ class Job:
     sampling: Sampling
     stop: Stop
     came_s: float
-
-    @classmethod
-    def from_message(cls, m: dict) -> Job:
-        sampling = Sampling(**{**m["sampling"], "suppress": tuple(m["sampling"]["suppress"])})
-        ends = {name: frozenset(m["stop"][name]) for name in ("end_ids", "sentence_ids")}
-        request = Request(m["key"], tuple(m["prompt"]), m["new"], m["seed"])
-        stop = Stop(**ends, min_tokens=m["stop"]["min_tokens"])
-        return cls(m["key"], request, sampling, stop, time.perf_counter())
 
 
 class Inbox:
@@ -56,7 +49,7 @@ class Inbox:
         """Take in a message of the server."""
         with self._changed:
             if message["do"] == "run":
-                job = Job.from_message(message)
+                job = Job(message["key"], *messages.load(message), time.perf_counter())
                 self._jobs[job.key] = job
             elif message["do"] != "drop":
                 self._controls.append(message)

@@ -20,40 +20,20 @@ from llmperf import decoding, models
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
 from llmperf.decoding.trace import CANCELLED, ERROR, EXPIRED, OK, REJECTED
-from llmperf.machine.child import Child
 from llmperf.models import mapped
-from llmperf.strategies.answers import Answer, Stream
+from llmperf.strategies import messages
+from llmperf.strategies.answers import Stream
+from llmperf.strategies.inference_process import InferenceProcess, check_limits
 
 TICK_S = 0.5  # how often the server looks whether a process still gives signs of life
 SILENT_TICKS = 7  # without a sign for this many looks (3.5 s) it is given up
 STALL_S = 300.0  # it gives signs, but no step ended for so long
 START_S = 300.0  # loading a large model may take minutes
-BATCHING = ("groups", "slots")
 ENGINE = "llmperf.strategies.model_engine:load"
 
 
 class ServerFailed(RuntimeError):
     """An inference process could not load or prepare, or it died."""
-
-
-class Process:
-    """An inference process as the server sees it."""
-
-    def __init__(self, place: int, on_event):
-        loop = asyncio.get_running_loop()
-        self.place, self.quiet_ticks, self.load_s = place, 0, None
-        self.outstanding: set[int] = set()  # keys that it has and has not finished
-        self.reply: asyncio.Future | None = None  # what its next reply is given to
-        self.child: Child | None = None
-
-        def hear(message: dict | None) -> None:  # in the child's reading thread
-            event = message or {"event": "died", "reason": self.child.obituary()}
-            with contextlib.suppress(RuntimeError):  # a closed loop: nobody is left to tell
-                loop.call_soon_threadsafe(on_event, self, event)
-
-        self.child = Child(
-            "llmperf.strategies.inference", name="inference process", on_message=hear
-        )
 
 
 class Server:
@@ -81,16 +61,16 @@ class Server:
         self.batch_sizes: deque[int] = deque(maxlen=10_000)  # requests that started together
         self._engine, self._wanted, self._batching = engine, processes, batching
         self._rows, self._used = 1, 0
-        self._processes: list[Process] = []
+        self._processes: list[InferenceProcess] = []
         self._folder = None
-        self._queue: deque[Answer] = deque()  # not yet given to a process
-        self._live: dict[int, tuple[Answer, Process | None]] = {}
+        self._queue: deque[Stream] = deque()  # not yet given to a process
+        self._live: dict[int, tuple[Stream, InferenceProcess | None]] = {}
         self._keys = 0
         self._dead: str | None = None
         self._refuses: str | None = "the server is not started: use `async with` or start()"
         self._watching: asyncio.Task | None = None
         self._idle = asyncio.Event()
-        _check(processes=processes, max_queue=max_queue, **batching)
+        check_limits(processes=processes, max_queue=max_queue, **batching)
 
     async def __aenter__(self) -> Server:
         try:
@@ -119,7 +99,7 @@ class Server:
             "spec": asdict(self.model.source),
             "folder": str(self._folder) if self._folder else None,
         }
-        new = [Process(place, self._on_event) for place in missing]
+        new = [InferenceProcess(place, self._on_event) for place in missing]
         self._processes += new
         for process, reply in zip(new, await self._ask(new, START_S, **config), strict=True):
             process.load_s = reply["load_s"]
@@ -143,7 +123,7 @@ class Server:
         """
         from llmperf import machine
 
-        _check(processes=processes, rows=rows, batching=batching, window_s=window_s)
+        check_limits(processes=processes, rows=rows, batching=batching, window_s=window_s)
         decoding.check_loop(loop)
         self._rows, self._used, self._refuses = rows, processes, None
         self.batch_sizes.clear()
@@ -157,7 +137,7 @@ class Server:
         return await self._ask(self._processes[: self._used], START_S, do="report")
 
     async def close(self, drain: bool = True, timeout_s: float = 60.0) -> None:
-        """Answer what was admitted (`drain`), then end the processes. May be called twice.
+        """Stream what was admitted (`drain`), then end the processes. May be called twice.
 
         What is not answered after `timeout_s`, or without `drain`, is cancelled.
         """
@@ -166,8 +146,8 @@ class Server:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
-        for answer, _ in list(self._live.values()):
-            self._end(answer, CANCELLED, "the server was shut down")
+        for stream, _ in list(self._live.values()):
+            self._end(stream, CANCELLED, "the server was shut down")
         if self._watching:
             self._watching.cancel()
         processes, self._processes = self._processes, []
@@ -209,23 +189,22 @@ class Server:
         if tokenizer:
             ids = tuple(tokenizer(request)["input_ids"])
             request = Request(self._keys, ids, max_new_tokens, seed=self._keys)
-        _check_request(request, self.model.shape, sampling, deadline_s)
-        message = _message(self._keys, request, sampling, stop)
-        answer = Answer(self._keys, request, message, tokenizer)
-        stream = Stream(answer, self._end)
+        messages.check(request, self.model.shape, sampling, deadline_s)
+        message = messages.dump(self._keys, request, sampling, stop)
+        stream = Stream(self._keys, message, tokenizer, self._end)
         waiting = sum(a.started_s is None for a, _ in self._live.values())
         if self._refuses:
-            self._end(answer, ERROR if self._dead else REJECTED, self._refuses)
+            self._end(stream, ERROR if self._dead else REJECTED, self._refuses)
         elif waiting >= self.max_queue:
             why = f"{waiting} requests wait already, which is the limit (max_queue)"
-            self._end(answer, REJECTED, why)
+            self._end(stream, REJECTED, why)
         else:
-            self._live[answer.key] = answer, None
-            self._queue.append(answer)
+            self._live[stream.key] = stream, None
+            self._queue.append(stream)
             if deadline_s is not None:
                 late = f"not finished within its deadline of {deadline_s:g} s"
                 loop = asyncio.get_running_loop()
-                answer.timer = loop.call_later(deadline_s, self._end, answer, EXPIRED, late)
+                stream.timer = loop.call_later(deadline_s, self._end, stream, EXPIRED, late)
             self._hand_out()
         return stream
 
@@ -236,31 +215,31 @@ class Server:
             process = min(self._processes[: self._used], key=lambda p: len(p.outstanding))
             if len(process.outstanding) >= most:
                 return
-            answer = self._queue.popleft()
-            answer.worker = str(process.place)
-            process.outstanding.add(answer.key)
-            self._live[answer.key] = answer, process
-            process.child.send(**answer.message)
+            stream = self._queue.popleft()
+            stream.worker = str(process.place)
+            process.outstanding.add(stream.key)
+            self._live[stream.key] = stream, process
+            process.child.send(**stream.message)
 
-    def _end(self, answer: Answer, status: str, reason: str | None = None) -> None:
+    def _end(self, stream: Stream, status: str, reason: str | None = None) -> None:
         """The one place where a request gets its outcome."""
-        if answer.status is not None:
+        if stream.status is not None:
             return  # a cancel and the last token may cross
-        process = self._live.pop(answer.key, (None, None))[1]
+        process = self._live.pop(stream.key, (None, None))[1]
         if process:
-            process.outstanding.discard(answer.key)
+            process.outstanding.discard(stream.key)
             if status in (CANCELLED, EXPIRED):
-                process.child.send(do="drop", key=answer.key)
-        elif answer in self._queue:
-            self._queue.remove(answer)
+                process.child.send(do="drop", key=stream.key)
+        elif stream in self._queue:
+            self._queue.remove(stream)
         self.counts[status] += 1
-        answer.finish(status, reason)
+        stream.finish(status, reason)
         if not self._live:
             self._idle.set()
         elif self._processes and not self._dead:
             self._hand_out()
 
-    def _on_event(self, process: Process, event: dict) -> None:
+    def _on_event(self, process: InferenceProcess, event: dict) -> None:
         process.quiet_ticks = 0
         if process not in self._processes:
             return  # it was closed
@@ -268,18 +247,18 @@ class Server:
         match event["event"]:
             case "started":
                 self.batch_sizes.append(len(event["keys"]))
-                for answer in known:
-                    answer.started_s = event["at"]
+                for stream in known:
+                    stream.started_s = event["at"]
             case "tokens":
                 for key, token, last in event["tokens"]:
                     if key in self._live:  # else it was cancelled while this was on its way
-                        answer = self._live[key][0]
-                        answer.push(token, last)
+                        stream = self._live[key][0]
+                        stream.push(token, last)
                         if last:
-                            self._end(answer, OK)
+                            self._end(stream, OK)
             case "failed":
-                for answer in known:
-                    self._end(answer, ERROR, event["reason"])
+                for stream in known:
+                    self._end(stream, ERROR, event["reason"])
             case "reply" if not process.reply.done():
                 process.reply.set_result(event)
             case "beat" if event["stalled_s"] > STALL_S:
@@ -292,15 +271,17 @@ class Server:
         self._dead = self._dead or reason
         self._refuses = f"{self._dead}; start() starts it again"
         self._queue.clear()
-        for answer, _ in list(self._live.values()):
-            self._end(answer, ERROR, self._dead)
+        for stream, _ in list(self._live.values()):
+            self._end(stream, ERROR, self._dead)
         for process in self._processes:
             process.child.kill("ended with another one that died")
             if process.reply and not process.reply.done():
                 process.reply.set_exception(ServerFailed(self._dead))
                 process.reply.exception()  # read once, so that an unawaited one is not reported
 
-    async def _ask(self, processes: list[Process], timeout_s: float, **message) -> list[dict]:
+    async def _ask(
+        self, processes: list[InferenceProcess], timeout_s: float, **message
+    ) -> list[dict]:
         """One message to each, and their replies: a barrier. Raises ServerFailed."""
         if self._dead:
             raise ServerFailed(self._dead)
@@ -329,46 +310,3 @@ class Server:
                 process.quiet_ticks += process.load_s is not None  # imports may hold back beats
                 if process.quiet_ticks == SILENT_TICKS:
                     process.child.kill(f"no sign of life for {TICK_S * SILENT_TICKS:g} s")
-
-
-def _check(window_s: float = 0.0, batching: str = "groups", **counts) -> None:
-    """Raise ValueError, in one sentence, for limits of a server that cannot be."""
-    for name in ("processes", "rows", "max_queue"):
-        if counts.get(name, 1) < 1:
-            raise ValueError(f"{name} is {counts[name]}: it must be at least 1")
-    if not 0 <= window_s < 60:
-        raise ValueError(f"window_s is {window_s}: it must be at least 0 and under 60 seconds")
-    if batching not in BATCHING:
-        raise ValueError(f"batching is {batching!r}: choose {' or '.join(BATCHING)}")
-
-
-def _check_request(request: Request, shape, sampling: Sampling, deadline_s: float | None) -> None:
-    """Raise ValueError, in one sentence, for a request that can never be answered."""
-    if not isinstance(request, Request):
-        raise ValueError(f"a request is a text or a Request, not a {type(request).__name__}")
-    total = len(request.prompt_ids) + request.max_new_tokens
-    if total > shape.max_positions:
-        raise ValueError(
-            f"{len(request.prompt_ids)} prompt tokens + {request.max_new_tokens} new tokens ="
-            f" {total}, but the model has {shape.max_positions} positions: shorten one of the two"
-        )
-    for id in (*request.prompt_ids, *sampling.suppress):
-        if not (type(id) is int and 0 <= id < shape.vocab):
-            most = shape.vocab - 1
-            raise ValueError(f"{id!r} is not a token: ids are whole numbers from 0 to {most}")
-    if deadline_s is not None and not deadline_s > 0:
-        raise ValueError(f"deadline_s is {deadline_s}: it must be above 0 seconds, or None")
-
-
-def _message(key: int, request: Request, sampling: Sampling, stop: Stop) -> dict:
-    """A request as it crosses the pipe."""
-    ends = {"end_ids": sorted(stop.end_ids), "sentence_ids": sorted(stop.sentence_ids)}
-    return {
-        "do": "run",
-        "key": key,
-        "prompt": request.prompt_ids,
-        "new": request.max_new_tokens,
-        "seed": request.seed,
-        "sampling": asdict(sampling),
-        "stop": {**ends, "min_tokens": stop.min_tokens},
-    }
