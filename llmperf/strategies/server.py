@@ -11,12 +11,12 @@ needs: submit, cancel, time out, the death of a process, drain. Every request ha
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
+import time
 from collections import Counter, deque
 from dataclasses import asdict
 
-from llmperf import decoding, models
+from llmperf import decoding, machine, models
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
 from llmperf.decoding.trace import CANCELLED, ERROR, EXPIRED, OK, REJECTED
@@ -37,9 +37,7 @@ class ServerFailed(RuntimeError):
 
 
 class Server:
-    """Fills the rows of inference processes with requests.
-
-    Each of `processes` loads its own copy of the model (or maps one copy: `weights="shared"`, on
+    """Each of `processes` loads its own copy of the model (or maps one copy: `weights="shared"`, on
     the CPU) and gets an equal share of the cores. `batching` is `groups` (a batch of up to `rows`
     starts when the one before has ended; an idle process waits `window_s` for more) or `slots`
     (requests join and leave at every step). More than `max_queue` waiting requests are rejected.
@@ -69,7 +67,6 @@ class Server:
         self._dead: str | None = None
         self._refuses: str | None = "the server is not started: use `async with` or start()"
         self._watching: asyncio.Task | None = None
-        self._idle = asyncio.Event()
         check_limits(processes=processes, max_queue=max_queue, **batching)
 
     async def __aenter__(self) -> Server:
@@ -121,8 +118,6 @@ class Server:
         `prompt_tokens` and `new_tokens` bound what the slots of continuous batching hold. Gives for
         each process the `loop` that runs, the `reason` when it is not the one asked for, `threads`.
         """
-        from llmperf import machine
-
         check_limits(processes=processes, rows=rows, batching=batching, window_s=window_s)
         decoding.check_loop(loop)
         self._rows, self._used, self._refuses = rows, processes, None
@@ -142,10 +137,9 @@ class Server:
         What is not answered after `timeout_s`, or without `drain`, is cancelled.
         """
         self._refuses = "the server is shut down: start() starts it again"
-        if drain and self._live:
-            self._idle.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while drain and self._live and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         for stream, _ in list(self._live.values()):
             self._end(stream, CANCELLED, "the server was shut down")
         if self._watching:
@@ -163,8 +157,7 @@ class Server:
         return [p.child.pid for p in self._processes[start:]]
 
     @property
-    def load_s(self) -> list[float]:
-        """Seconds that each inference process took to load its model."""
+    def load_s(self) -> list[float]:  # seconds that each process took to load its model
         return [p.load_s for p in self._processes]
 
     def generate(
@@ -234,10 +227,7 @@ class Server:
             self._queue.remove(stream)
         self.counts[status] += 1
         stream.finish(status, reason)
-        if not self._live:
-            self._idle.set()
-        elif self._processes and not self._dead:
-            self._hand_out()
+        self._hand_out()
 
     def _on_event(self, process: InferenceProcess, event: dict) -> None:
         process.quiet_ticks = 0
@@ -289,16 +279,14 @@ class Server:
         for process in processes:
             process.reply = loop.create_future()
             process.child.send(**message)
+        waiting = asyncio.gather(*(p.reply for p in processes))
         try:
-            replies = await asyncio.wait_for(
-                asyncio.gather(*(p.reply for p in processes)), timeout_s
-            )
+            replies = await asyncio.wait_for(waiting, timeout_s)
         except TimeoutError:
             self._on_death(f"the inference process gave no reply within {timeout_s:g} s")
             raise ServerFailed(self._dead) from None
-        for reply in replies:
-            if "error" in reply:
-                raise ServerFailed(reply["error"])
+        if errors := [reply["error"] for reply in replies if "error" in reply]:
+            raise ServerFailed(errors[0])
         return replies
 
     async def _watch(self) -> None:
