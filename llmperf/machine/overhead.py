@@ -62,9 +62,9 @@ def _merge(rounds: list[dict]) -> dict:
 def _round(device: str) -> tuple[dict, dict]:
     """The first and a further process, both alive at the end."""
     with _process(device) as first:
-        one = _measured(first, device)
+        alone = _measured(first, device)
         with _process(device) as second:
-            return one, _measured(second, device)
+            return alone, _measured(second, device)
 
 
 def _process(device: str) -> Child:

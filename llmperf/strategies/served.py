@@ -46,7 +46,7 @@ def ready(model: Model, processes: int, weights: str = "own") -> list[int]:
     a context that the device level counts, so there they are ended.
     """
     kept = _kept[0] if _kept else None
-    other = kept and (kept.model.source, kept.weights) != (model.source, weights)
+    other = processes and kept and (kept.model.source, kept.weights) != (model.source, weights)
     too_many = kept and model.device != "cpu" and len(kept.pids()) > processes
     if other or too_many:
         _close()
@@ -160,15 +160,15 @@ def check_memory(
     system = "cpu" if cpu else PROBES["os"]().lower()
     platform = system if system in ("cpu", "windows", "wsl2") else "linux"
     how = {"dtype": model.dtype, "quantization": model.quantization, "platform": platform}
-    one = predict.memory(model.shape, **how, idle_bytes=0)
-    weights_bytes = one.line("weights").low
-    each = one.low - weights_bytes
+    single = predict.memory(model.shape, **how, idle_bytes=0)
+    weights_bytes = single.line("weights").low
+    each = single.low - weights_bytes
     copies = 1 if weights == "shared" else processes
     need = copies * weights_bytes + processes * each
     free = _free_bytes(cpu) if free_bytes is None else free_bytes
-    free += one.low * len(_kept[0].pids()) if _kept and free_bytes is None else 0
+    free += single.low * len(_kept[0].pids()) if _kept and free_bytes is None else 0
     if need > free:
-        most = (free - weights_bytes) // each if weights == "shared" else free // one.low
+        most = (free - weights_bytes) // each if weights == "shared" else free // single.low
         gib = predict.GIB
         raise ValueError(
             f"{processes} processes need at least {copies} x {weights_bytes / gib:.2f} GiB of"
