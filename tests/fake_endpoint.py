@@ -36,7 +36,14 @@ class FakeEndpoint(_Listening):
     `sent` holds, for each answer, when each of its events left (perf_counter).
     """
 
-    def __init__(self, mode="good", pieces=("All", " cats", " are", " grey."), gap_s=0.02):
+    def __init__(
+        self,
+        mode="good",
+        pieces=("All", " cats", " are", " grey."),
+        gap_s=0.02,
+        error="the cache is full",
+    ):
+        self.error, self.written = error, 0
         self.mode, self.pieces, self.gap_s = mode, pieces, gap_s
         self.bodies, self.headers, self.sent = [], [], []
         self.connections = 0
@@ -61,16 +68,24 @@ class FakeEndpoint(_Listening):
             self.refuse -= 1
             await self._plain(writer, 503, "busy")
         elif self.mode == "refuses":
-            await self._plain(writer, 401, f"bad key {self.headers[-1]['Authorization']}")
+            said = self.error.replace("the cache is full", "bad key ")
+            await self._plain(writer, 401, said + self.headers[-1]["Authorization"])
+        elif self.mode == "endless error":
+            writer.write(b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while True:
+                await self._chunk(writer, b"x" * 65536)
+                self.written += 65536
         else:
             await self._streamed(writer, chat)
 
     async def _streamed(self, writer, chat):
         if self.mode == "hangs":
             await asyncio.sleep(60)
+        packed = b"Content-Encoding: gzip\r\n" if self.mode == "compressed" else b""
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n"
+            + packed
+            + b"Transfer-Encoding: chunked\r\n\r\n"
         )
         self.sent.append([])
         for i, piece in enumerate(self.pieces):
@@ -95,7 +110,17 @@ class FakeEndpoint(_Listening):
             case "odd form":
                 await self._chunk(writer, b'data: {"choices": "none"}\n\n')
             case "error event":
-                await self._event(writer, {"error": {"message": "the cache is full"}})
+                await self._event(writer, {"error": {"message": self.error}})
+            case "surrogate":
+                await self._chunk(writer, b'data: {"choices": [{"text": "\\ud800"}]}\n\n')
+            case "not a number":
+                await self._chunk(writer, b'data: {"choices": [], "usage": NaN}\n\n')
+            case "infinite count":
+                await self._chunk(writer, b'data: {"usage": {"completion_tokens": 1e999}}\n\n')
+            case "text is a list":
+                await self._chunk(writer, b'data: {"choices": [{"text": ["a"]}]}\n\n')
+            case "deep":
+                await self._chunk(writer, b"data: " + b"[" * 500_000 + b"\n\n")
             case "closes":
                 writer.transport.abort()
             case "ends early":

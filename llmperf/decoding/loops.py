@@ -27,6 +27,7 @@ MOST_CHECK_TOKENS = 1024
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # of the logits' norm, compiled to eager
 _chosen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module → Prepared of `compiled`
 _lock = threading.RLock()
+DEFAULT_LOOP = "compiled"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def check_loop(loop: str) -> None:
         raise ValueError(f"unknown loop {loop!r}: choose {', '.join(LOOPS)}")
 
 
-def prepare(model, loop: str = "compiled") -> Prepared:
+def prepare(model, loop: str = DEFAULT_LOOP) -> Prepared:
     """Make a loop ready to run, once a model: build the compiled step and check its logits.
 
     A model, machine or thread that cannot run `compiled` gets `cached`, with the reason.
@@ -111,7 +112,7 @@ def decode(
     model,
     requests: Sequence[Request],
     *,
-    loop: str = "compiled",
+    loop: str = DEFAULT_LOOP,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
 ) -> Iterator[list[int | None]]:
@@ -178,7 +179,7 @@ def steps(
     requests: Sequence[Request],
     recorder: Recorder,
     *,
-    loop: str = "compiled",
+    loop: str = DEFAULT_LOOP,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     worker: str = "0",

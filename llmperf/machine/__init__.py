@@ -5,7 +5,9 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "description": "busy busy_warning cache_dir caption cores describe platform_word slug",
+        "child": "Child ChildDied Parent",
+        "description": "busy busy_warning cache_dir caption cores describe platform_word slug"
+        " usable_cores",
         "probes": "PROBES",
         "run_tool": "Unknown ask",
         "units": "DTYPES DTYPE_BYTES GIB",

@@ -6,6 +6,7 @@ Nothing in a description names a person, a host or a folder, so that a record ca
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -94,6 +95,12 @@ def cores(env: dict) -> int:
     """Whole cores that this process may use: the least of cores, affinity and container quota."""
     limits = (env["cores_logical"], env["cores_allowed"], env["cores_quota"])
     return max(1, int(min(limit for limit in (*limits, os.cpu_count() or 1) if limit)))
+
+
+@cache
+def usable_cores() -> int:
+    """As `cores`, of this machine, asked once."""
+    return cores({name: ask(PROBES[name])[0] for name in PROBES if name.startswith("cores_")})
 
 
 def caption(env: dict | None = None) -> str:

@@ -5,15 +5,12 @@ the first has gone through all, and both stay alive: the first pays for what is 
 is what each one after it adds.
 """
 
-import json
-import os
-import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 
-from llmperf import ROOT
+import psutil
+
 from llmperf.machine import gpu
+from llmperf.machine.child import Child, ChildDied, Parent
 from llmperf.machine.run_tool import Unknown
 from llmperf.machine.timing import check_device, spread
 
@@ -64,24 +61,33 @@ def _merge(rounds: list[dict]) -> dict:
 
 def _round(device: str) -> tuple[dict, dict]:
     """The first and a further process, both alive at the end."""
-    measure = _cuda_process if device.startswith("cuda") else _cpu_process
-    with _child(device) as first:
-        one = measure(first, device)
-        with _child(device) as second:
-            return one, measure(second, device)
+    with _process(device) as first:
+        alone = _measured(first, device)
+        with _process(device) as second:
+            return alone, _measured(second, device)
 
 
-def _cpu_process(child, device: str) -> dict:
-    return {stage: child(stage) for stage in STAGES["cpu"]}
+def _process(device: str) -> Child:
+    return Child("llmperf.machine.overhead", device, name="fresh process")
 
 
-def _cuda_process(child, device: str) -> dict:
-    """Device-level use after each stage, minus that before the context and the child's reserve."""
-    child("interpreter")
+def _measured(child: Child, device: str) -> dict:
+    """CPU: what each stage reports. GPU: device-level use after a stage, minus that before the
+    context and minus the child's own reserve. Raises Unknown when the child dies."""
+
+    def enter(stage: str) -> dict:
+        try:
+            return child.ask(STAGE_S, stage=stage)
+        except ChildDied as error:
+            raise Unknown(f"{error} (in stage {stage!r})") from None
+
+    if device == "cpu":
+        return {stage: enter(stage) for stage in STAGES["cpu"]}
+    enter("interpreter")
     before = _device_used(device)
-    reserve = child("context")["reserved"]
+    reserve = enter("context")["reserved"]
     context = _device_used(device) - before - reserve
-    reserve = child("libraries")["reserved"]
+    reserve = enter("libraries")["reserved"]
     total = _device_used(device) - before - reserve
     return {"context": context, "libraries": total - context, "total": total}
 
@@ -94,51 +100,6 @@ def _device_used(device: str) -> int:
         except pynvml.NVMLError as error:
             raise Unknown(f"NVML does not tell the memory of {device}: {error}") from None
         return info["total"] - info["free"]
-
-
-@contextmanager
-def _child(device: str):
-    """A fresh interpreter as a function: stage → what it reports. Ended on leaving.
-
-    A plain subprocess and not `multiprocessing`, whose child first imports the caller's main
-    module: in a notebook or under pytest that is no fresh interpreter any more.
-    """
-    root = str(ROOT)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmperf.machine.overhead", device],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-    def stage(name: str) -> dict:
-        watch = threading.Timer(STAGE_S, process.kill)
-        watch.start()
-        try:
-            print(name, file=process.stdin, flush=True)
-            line = process.stdout.readline()
-        except OSError:
-            line = ""
-        finally:
-            watch.cancel()
-        if not line:
-            raise Unknown(_last_words(process, name))
-        return json.loads(line)
-
-    try:
-        yield stage
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _last_words(process: subprocess.Popen, stage: str) -> str:
-    process.kill()
-    lines = process.communicate()[1].strip().splitlines() or ["it said nothing"]
-    return f"the fresh process ended in stage {stage!r}: {lines[-1]}"
 
 
 def _tiny_forward(device: str) -> None:
@@ -166,17 +127,15 @@ def _enter(stage: str, device: str) -> dict:
         _ = torch.zeros(1, device=device)
         torch.cuda.synchronize(device)
         return {"reserved": torch.cuda.memory_reserved(device)}
-    import psutil
-
     info = psutil.Process().memory_full_info()
     return {"rss": info.rss, "uss": info.uss}
 
 
 def main() -> None:
-    """The child: a stage name comes in as a line, its report goes out as one."""
-    report, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not disturb
-    for line in sys.stdin:
-        print(json.dumps(_enter(line.strip(), sys.argv[1])), file=report, flush=True)
+    """The child: the name of a stage comes in, its report goes out."""
+    parent = Parent()
+    for message in parent.messages():  # in this thread: the stages import torch
+        parent.send(**_enter(message["stage"], sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmperf.memory import Window
+from llmperf.memory.sampler import Window
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,10 @@ def ledger(
     rows = tensors(module, cache)
     if window is None:
         return rows
+    seen = {name: channel.summary() for name, channel in window.channels.items()}
     held = sum(row.bytes for row in rows)
-    if "max" in window.channels["allocated"].summary():
-        return rows + _on_a_gpu(window, held)
-    return rows + _on_the_cpu(window, held, base_bytes)
+    gpu = "max" in seen["allocated"]
+    return rows + (_on_a_gpu(seen, held) if gpu else _on_the_cpu(seen, held, base_bytes))
 
 
 def tensors(module: Any, cache: Any = None) -> list[Row]:
@@ -85,72 +85,62 @@ def _storages(found: Iterable[torch.Tensor]) -> tuple[int, int]:
     return sum(sizes.values()), len(sizes)
 
 
-def _on_a_gpu(window: Window, held: int) -> list[Row]:
+def _on_a_gpu(seen: Mapping, held: int) -> list[Row]:
     """At the peak: each level less the one inside it."""
-    seen = {name: channel.summary() for name, channel in window.channels.items()}
-    allocated, reserved = seen["allocated"]["max"], seen["reserved"]["max"]
-    rows = [
-        _row("activations, logits, workspaces", "allocated", allocated - held,
-             "allocated at the peak, beyond weights, buffers and cache"),
-        _row("allocator slack", "reserved", reserved - allocated, "reserved but not allocated"),
-    ]  # fmt: skip
-    process, device = (seen[name].get("max") for name in ("process_vram", "device_used"))
-    if process is None:
-        why = seen["process_vram"]["reason"]
-        rows.append(Row("context and libraries", "process", None, f"inside the next row: {why}"))
-    else:
-        why = "what the process holds beyond torch's allocator"
-        rows.append(_row("context and libraries", "process", process - reserved, why))
-    if device is None:
-        return [*rows, Row("idle use", "device", None, seen["device_used"]["reason"])]
-    inside = reserved if process is None else process
-    return [*rows, _row("idle use", "device", device - inside, "the device beyond this process")]
+    levels = (
+        ("activations, logits, workspaces", "allocated", "allocated",
+         "allocated at the peak, beyond weights, buffers and cache"),
+        ("allocator slack", "reserved", "reserved", "reserved but not allocated"),
+        ("context and libraries", "process", "process_vram",
+         "what the process holds beyond torch's allocator"),
+        ("idle use", "device", "device_used", "the device beyond this process"),
+    )  # fmt: skip
+    rows = []
+    for name, level, channel, why in levels:
+        peak = seen[channel].get("max")
+        if peak is None:
+            rows.append(Row(name, level, None, f"inside the next row: {seen[channel]['reason']}"))
+        else:
+            rows.append(Row(name, level, int(peak - held), why))
+            held = peak
+    return rows
 
 
-def _on_the_cpu(window: Window, held: int, base_bytes: int | None) -> list[Row]:
-    """The resident set at its peak; of it, what other processes share is told apart."""
-    seen = {name: channel.summary() for name, channel in window.channels.items()}
-    beyond = seen["rss"]["max"] - held
-    names = "activations, logits, freed memory that is kept, tokenizer"
+def _on_the_cpu(seen: Mapping, held: int, base_bytes: int | None) -> list[Row]:
+    """The resident set at its peak, and how much of it other processes hold too."""
+    rss, uss = seen["rss"], seen["uss"]
+    if "max" not in rss:
+        return [Row("rest of the process", "process", None, rss["reason"])]
+    beyond, names = int(rss["max"] - held), "activations, logits, freed memory that is kept"
     if base_bytes is None:
-        rest = Row("rest of the process", "process", beyond, f"interpreter, libraries, {names}")
-        found = [rest]
+        rows = [Row("rest of the process", "process", beyond, f"interpreter, libraries, {names}")]
     else:
         why = "a fresh process before its model, measured apart"
-        found = [
+        rows = [
             Row("context and libraries", "process", int(base_bytes), why),
-            Row("residual", "process", int(beyond - base_bytes), names),
+            Row("residual", "process", beyond - int(base_bytes), f"{names}, tokenizer"),
         ]
-    return [*found, _shared(seen["rss"], seen["uss"])]
+    both, why = None, uss.get("reason", "held by other processes or mapped from files: RSS - USS")
+    if "last" in uss:
+        both = int(rss["last"] - uss["last"])
+    return [*rows, Row("of it shared", "of process", both, why)]  # inside the rows above
 
 
-def _shared(rss: Mapping, uss: Mapping) -> Row:
-    """Not a part of the sum but of the rows above: it has a level of its own."""
-    if "last" not in uss:
-        return Row("of it shared", "of process", None, uss["reason"])
-    why = "pages that other processes share or that are mapped from files: RSS less USS at the end"
-    return Row("of it shared", "of process", int(rss["last"] - uss["last"]), why)
-
-
-def _row(name: str, level: str, size: float, why: str) -> Row:
-    return Row(name, level, int(size), why)
-
-
-def beside(rows: Sequence[Row], predicted: Sequence[Mapping]) -> list[dict]:
+def against_prediction(rows: Sequence[Row], predicted: Sequence[Mapping]) -> list[dict]:
     """Measured and predicted in one table: name, level, measured, low, high (bytes, or None).
 
     `predicted` are the lines of a predicted ledger as dicts (`Ledger.to_dict()["lines"]`). Names
     that only one side has stand with None on the other.
     """
     lines = {line["name"]: line for line in predicted}
-    mine = {row.name for row in rows}
-    table = [
-        {"name": r.name, "level": r.level, "measured": r.bytes,
-         "low": lines.get(r.name, {}).get("low"), "high": lines.get(r.name, {}).get("high")}
-        for r in rows
-    ]  # fmt: skip
-    return table + [
-        {"name": n, "level": x["level"], "measured": None, "low": x["low"], "high": x["high"]}
-        for n, x in lines.items()
-        if n not in mine
+    found = {row.name: row for row in rows}
+    return [
+        {
+            "name": name,
+            "level": found[name].level if name in found else lines[name]["level"],
+            "measured": found[name].bytes if name in found else None,
+            "low": lines.get(name, {}).get("low"),
+            "high": lines.get(name, {}).get("high"),
+        }
+        for name in {**found, **lines}
     ]

@@ -4,5 +4,11 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {"strategy": "Strategy", "table": "STRATEGIES get check session ready"},
+    {
+        "strategy": "Strategy",
+        "table": "STRATEGIES get check session ready",
+        "server": "Server ServerFailed",
+        "answers": "RequestFailed Stream Token",
+        "threads": "gil_watch",
+    },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median
@@ -14,15 +14,16 @@ from llmperf import decoding
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import shared
+from llmperf.strategies import run_control
 from llmperf.strategies.strategy import Strategy, choice, in_words, workers
 
-VARIANTS = ("blocking", "yielding", "to_thread", "executor")
+IN_THE_LOOP = ("blocking", "yielding")
+IN_THREADS = ("to_thread", "executor")
 BEAT_S = 0.01  # the heartbeat task asks for its turn this often
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
-    """Each task takes the next request until none is left; all share one event loop.
+    """Each task takes the next request until none is left; all are tasks of one event loop.
 
     Options: `workers` (default: a task for each request), `loop`, `on_step`, and `variant`:
     `blocking` calls the decoding loop inside the task, as published; `yielding` gives the event
@@ -33,11 +34,9 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     took 6 % longer on two cores: OpenMP counts the threads of both callers, finds more than cores,
     and puts its workers to sleep between operators (6,800 sleeps in 64 tokens instead of 67).
     """
-    run_ = _Run(model, workload, options)
     with _no_event_loop_here(), asyncio.Runner() as runner:
         # not `runner.run`: it would hold Ctrl-C back until the next await, so for a whole answer
-        runner.get_loop().run_until_complete(run_.main())
-    return run_.trace
+        return runner.get_loop().run_until_complete(_run(model, workload, options))
 
 
 @contextmanager
@@ -59,116 +58,76 @@ def _no_event_loop_here() -> Iterator[None]:
             asyncio.tasks._enter_task(outer, task)
 
 
-class _Run:
-    """One run: what its tasks share."""
+async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
+    """Start all tasks and the heartbeat, wait for the tasks, close the trace."""
+    variant = options.get("variant", "blocking")
+    tasks = options.get("workers", len(workload.requests))
+    cancel = threading.Event()
+    step = run_control.stepper(cancel, options.get("on_step"))
+    how, queue = run_control.how(workload, options), run_control.in_order(workload.requests)
 
-    def __init__(self, model, workload, options):
-        self.model, self.workload = model, workload
-        self.loop = options.get("loop", "cached")
-        self.variant = options.get("variant", "blocking")
-        self.workers = options.get("workers", len(workload.requests))
-        self.cancel = threading.Event()
-        self.step = shared.stepper(self.cancel, options.get("on_step"))
-        self.recorder: Recorder | None = None
-        self.trace: Trace | None = None
+    def block(request: Request, worker: str) -> None:
+        """The decoding loop to its end: whoever calls this does nothing else meanwhile."""
+        decoding.run(model, [request], recorder, on_step=step, worker=worker, **how)
 
-    async def main(self) -> None:
-        """Start all tasks and the heartbeat, wait for the tasks, close the trace."""
-        late: list[float] = []
-        queue = shared.in_order(self.workload.requests)
-        with self.answerer() as answer, _heartbeat(late) as heart:
-            await asyncio.sleep(0)  # the heartbeat is running before the first task
-            self.recorder = Recorder(self.workload.requests)
-            await asyncio.gather(*(self.task(queue, answer, str(i)) for i in range(self.workers)))
-            self.trace = self.recorder.trace()
-            heart.cancel()
-            await asyncio.gather(heart, return_exceptions=True)
-        self.trace.notes.update(
-            variant=self.variant,
-            tasks=self.workers,
-            event_loop={
-                "beat_s": BEAT_S,
-                "beats": len(late),
-                "longest_block_s": max(late),
-                "median_lag_s": median(late),
-            },
-        )
+    async def answer(request: Request, worker: str) -> None:
+        if variant == "blocking":  # nobody else runs: there is no `await`
+            block(request, worker)
+        elif variant == "yielding":
+            for _ in decoding.steps(model, [request], recorder, worker=worker, **how):
+                step()
+                await asyncio.sleep(0)
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(pool, block, request, worker)
 
-    async def task(self, queue: Iterator[Request], answer: Callable, label: str) -> None:
-        """One task: its share of the queue, one request after another."""
+    async def task(worker: str) -> None:
         try:
             for request in queue:
-                while (left := request.arrival_s - self.recorder.now()) > 0:
-                    await asyncio.sleep(min(left, shared.SLEEP_S))
-                    if self.cancel.is_set():
-                        raise shared.Cancelled
-                await answer(request, label)
+                while (left := request.arrival_s - recorder.now()) > 0:
+                    await asyncio.sleep(min(left, run_control.SLEEP_S))
+                    if cancel.is_set():
+                        raise run_control.Cancelled
+                await answer(request, worker)
         except BaseException:
-            self.cancel.set()  # the other tasks, and their threads, end at their next token
+            cancel.set()  # the other tasks, and their threads, end at their next token
             raise
 
-    @contextmanager
-    def answerer(self) -> Iterator[Callable[[Request, str], Awaitable[None]]]:
-        """How this variant answers a request: `await answer(request, label)`."""
-        if self.variant == "executor":
-            with ThreadPoolExecutor(self.workers) as pool:
-                loop = asyncio.get_running_loop()
-                yield lambda *request: loop.run_in_executor(pool, self.block, *request)
-            return
-        yield {
-            "blocking": self.blocking,
-            "yielding": self.yielding,
-            "to_thread": lambda *request: asyncio.to_thread(self.block, *request),
-        }[self.variant]
-
-    def how(self, label: str) -> dict:
-        return {
-            "loop": self.loop,
-            "sampling": self.workload.sampling,
-            "stop": self.workload.stop,
-            "worker": label,
-        }
-
-    def block(self, request: Request, label: str) -> None:
-        """The decoding loop to its end: whoever calls this does nothing else meanwhile."""
-        how = self.how(label)
-        decoding.run(self.model, [request], self.recorder, on_step=self.step, **how)
-
-    async def blocking(self, request: Request, label: str) -> None:
-        """`async`, and yet nobody else runs: there is no `await` inside."""
-        self.block(request, label)
-
-    async def yielding(self, request: Request, label: str) -> None:
-        """The event loop gets a turn after each token."""
-        for _ in decoding.steps(self.model, [request], self.recorder, **self.how(label)):
-            self.step()
-            await asyncio.sleep(0)
-
-
-@contextmanager
-def _heartbeat(late: list[float]) -> Iterator[asyncio.Task]:
-    """A task that wants its turn every `BEAT_S` and notes in `late` by how much it came later."""
-
-    async def beat() -> None:
-        due = time.perf_counter() + BEAT_S
-        try:
-            while True:
-                await asyncio.sleep(BEAT_S)
-                late.append(max(0.0, time.perf_counter() - due))
-                due = time.perf_counter() + BEAT_S
-        finally:  # when nobody else ever ran, the only beat is one that is overdue
-            late.append(max(0.0, time.perf_counter() - due))
-
-    task = asyncio.create_task(beat())
+    late: list[float] = []
+    pool = ThreadPoolExecutor(tasks) if variant == "executor" else None  # None: asyncio's own
     try:
-        yield task
+        heart = asyncio.create_task(_beat(late))
+        await asyncio.sleep(0)  # the heartbeat is running before the first task
+        recorder = Recorder(workload.requests)
+        await asyncio.gather(*(task(str(i)) for i in range(tasks)))
+        trace = recorder.trace()
     finally:
-        task.cancel()
+        heart.cancel()
+        if pool:
+            pool.shutdown()
+    await asyncio.gather(heart, return_exceptions=True)
+    lag = {"longest_block_s": max(late), "median_lag_s": median(late)}
+    trace.notes.update(
+        variant=variant, tasks=tasks, event_loop={"beat_s": BEAT_S, "beats": len(late), **lag}
+    )
+    return trace
+
+
+async def _beat(late: list[float]) -> None:
+    """Want a turn every `BEAT_S`, and note in `late` by how much it came later."""
+    due = time.perf_counter() + BEAT_S
+    try:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            late.append(max(0.0, time.perf_counter() - due))
+            due = time.perf_counter() + BEAT_S
+    finally:  # when nobody else ever ran, the only beat is one that is overdue
+        late.append(max(0.0, time.perf_counter() - due))
 
 
 def _threads(level: int, options: Mapping) -> int:
-    alone = options.get("variant", "blocking") in ("blocking", "yielding")
-    return 1 if alone else min(options.get("workers", level), level)
+    in_loop = options.get("variant", "blocking") in IN_THE_LOOP
+    return 1 if in_loop else min(options.get("workers", level), level)
 
 
 STRATEGY = Strategy(
@@ -176,6 +135,6 @@ STRATEGY = Strategy(
     run,
     in_words("{level} coroutines", "variant", "workers"),
     style=4,
-    options={"variant": choice(*VARIANTS), "workers": workers},
+    options={"variant": choice(*IN_THE_LOOP, *IN_THREADS), "workers": workers},
     threads=_threads,
 )

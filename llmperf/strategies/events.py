@@ -12,10 +12,11 @@ from dataclasses import dataclass
 LONGEST_EVENT = 1 << 20  # bytes: no honest event is longer
 DRAIN_S = 0.5  # for what may follow the answer's end
 CHARACTERS_PER_TOKEN = 64  # of the longest plausible answer, so that memory stays bounded
+MOST_TOKENS = 10**9  # that a server may say it has counted
 
 
 class BrokenStream(ValueError):
-    """The stream is not what it should be; the message says how."""
+    """The stream is not what it should be; the message says how, and is not yet cut or cleaned."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,18 @@ class Chunk:
 async def read_chunks(stream: AsyncIterator[bytes], max_new_tokens: int) -> AsyncIterator[Chunk]:
     """The pieces of one answer, up to its end.
 
-    Raises BrokenStream for an event that is not JSON, the server's own error event, one that never
-    ends, far more text than was asked for, and a stream that stops before its end.
+    Raises BrokenStream for an event that is not what the interface says, the server's own error
+    event, an event that never ends, far more text than was asked for, and a stream that stops
+    before its end.
     """
     ended, characters = False, 0
     events = _events(stream)
     async for data, at in events:
         if data == "[DONE]":
-            await _drain(events)
+            with contextlib.suppress(TimeoutError):  # only a body read to its end frees the line
+                async with asyncio.timeout(DRAIN_S):
+                    async for _ in events:
+                        pass
             return
         chunk, last = _parse(data, at)
         ended = ended or last
@@ -49,43 +54,42 @@ async def read_chunks(stream: AsyncIterator[bytes], max_new_tokens: int) -> Asyn
         raise BrokenStream("the server closed the stream before the answer's end")
 
 
-async def _drain(events: AsyncIterator) -> None:
-    """Read to the end of the body: only then can the connection be used again."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_S):
-            async for _ in events:
-                pass
-
-
 async def _events(stream: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, float]]:
     """Each line of data and when it came; comments and field names are left out."""
-    rest = b""
-    async for part in stream:
+    unfinished = b""
+    async for received in stream:
         at = time.perf_counter()
-        *lines, rest = (rest + part).split(b"\n")
+        *lines, unfinished = (unfinished + received).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip().decode(errors="replace"), at
-        if len(rest) > LONGEST_EVENT:
+        if len(unfinished) > LONGEST_EVENT:
             raise BrokenStream(f"the server sent an event of more than {LONGEST_EVENT} bytes")
 
 
 def _parse(data: str, at: float) -> tuple[Chunk, bool]:
     """The chunk and whether it is the last with text, from one event."""
     try:
-        event = json.loads(data)
-    except ValueError:
-        raise BrokenStream(f"the server sent an event that is not JSON: {data[:80]!r}") from None
+        event = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise BrokenStream(f"the server sent an event that is not JSON: {data!r}") from None
     if not isinstance(event, dict):
-        raise BrokenStream(f"the server sent an event that is no object: {data[:80]!r}")
+        raise BrokenStream(f"the server sent an event that is no object: {data!r}")
     if event.get("error"):
         error = event["error"]
         said = error.get("message", error) if isinstance(error, dict) else error
-        raise BrokenStream(f"the server reported an error: {str(said)[:200]}")
+        raise BrokenStream(f"the server reported an error: {said}")
     try:
         choice = (event.get("choices") or [{}])[0]
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        usage = (event.get("usage") or {}).get("completion_tokens")
-        return Chunk(str(text), at, usage), choice.get("finish_reason") is not None
-    except (AttributeError, TypeError, KeyError):
-        raise BrokenStream(f"the server sent an event of another form: {data[:80]!r}") from None
+        text.encode()  # a lone surrogate is no text
+        tokens = (event.get("usage") or {}).get("completion_tokens")
+        if tokens is not None and not (type(tokens) is int and 0 <= tokens <= MOST_TOKENS):
+            raise TypeError
+        return Chunk(text, at, tokens), choice.get("finish_reason") is not None
+    except (AttributeError, TypeError, LookupError, UnicodeError):
+        raise BrokenStream(f"the server sent an event of another form: {data!r}") from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(word)  # NaN and Infinity are not JSON

@@ -1,21 +1,26 @@
 """Other engines on the same weights and requests, to compare the kit's own loops with.
 
-`generate` and `generate-static` are transformers' own generation, as one batch; `llamacpp` is
-llama.cpp, one request after another in a process of its own. Greedily `generate` gives the tokens
-of `cached`; when sampling, each engine has its own random numbers, and the notes say so.
+`generate` and `generate-static` are transformers' own generation, as one batch;
+`transformers-continuous` is its continuous batching; `llamacpp` is llama.cpp, one request after
+another in another process. When sampling, each has its own random numbers, and the notes say so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from llmperf import decoding
 from llmperf.decoding.requests import Stop, Workload
+from llmperf.decoding.sampling import Sampling
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import continuous, llamacpp, shared
+from llmperf.strategies import llamacpp, run_control, transformers_continuous
 from llmperf.strategies.strategy import Strategy, choice
 
-ENGINES = ("generate", "generate-static", "llamacpp")
+ENGINES = ("generate", "generate-static", "transformers-continuous", "llamacpp")
 
 
 def unavailable(model: Model, engine: str) -> str | None:
@@ -33,39 +38,28 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
         raise ValueError("peer generates forced lengths only: leave stop at its default")
     engine = options.get("engine", "generate")
     if engine == "llamacpp":
-        return llamacpp.run(model, workload)
-    recorder = Recorder(workload.requests)
-    _generate(model, workload, recorder, engine == "generate-static", options.get("on_step"))
-    return recorder.trace(engine=engine, tokens_comparable=workload.sampling.greedy)
+        trace = llamacpp.run(model, workload)
+    elif engine == "transformers-continuous":
+        config = generation_config(workload.sampling, max_new_tokens=1)
+        trace = transformers_continuous.run(model, workload, config)
+    else:
+        trace = _generate(model, workload, engine == "generate-static", options.get("on_step"))
+    trace.notes.update(engine=engine, tokens_comparable=workload.sampling.greedy)
+    return trace
 
 
-def _generate(model: Model, workload: Workload, recorder: Recorder, static: bool, on_step) -> None:
+def _generate(model: Model, workload: Workload, static: bool, on_step) -> Trace:
     """`model.generate` on one left-padded batch, each token timed when it can be read."""
-    from llmperf import decoding
-
-    requests = list(shared.in_order(workload.requests))
-    shared.wait_for_arrival(requests[-1], recorder)
+    recorder = Recorder(workload.requests)
+    requests = list(run_control.in_order(workload.requests))
+    run_control.wait_for_arrival(requests[-1], recorder)
     recorder.started(r.id for r in requests)
     batch = decoding.pad(requests, model.torch_device)
-    config = continuous.generation_config(workload.sampling)
-    config.max_new_tokens = batch.steps
-    config.cache_implementation = "static" if static else None
-    model.module.generate(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        generation_config=config,
-        stopping_criteria=_watch(requests, recorder, on_step),
-    )
-
-
-def _watch(requests, recorder: Recorder, on_step):
-    """Criteria that stop nothing: generate calls them after every step."""
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
     left = [r.max_new_tokens for r in requests]
 
     class Watch(StoppingCriteria):
+        """Called after every step; stops nothing."""
+
         def __call__(self, ids, scores, **kwargs):
             tokens, now = ids[:, -1].tolist(), recorder.now()  # waits for the device
             for row, request in enumerate(requests):
@@ -76,7 +70,28 @@ def _watch(requests, recorder: Recorder, on_step):
                 on_step()
             return torch.zeros(len(requests), dtype=torch.bool, device=ids.device)
 
-    return StoppingCriteriaList([Watch()])
+    model.module.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        generation_config=generation_config(
+            workload.sampling,
+            max_new_tokens=batch.steps,
+            cache_implementation="static" if static else None,
+        ),
+        stopping_criteria=StoppingCriteriaList([Watch()]),
+    )
+    return recorder.trace()
+
+
+def generation_config(sampling: Sampling, **how) -> GenerationConfig:
+    """The same way of drawing in transformers' words; no end token."""
+    drawn = {"do_sample": False}
+    if not sampling.greedy:
+        drawn = {"do_sample": True, "temperature": sampling.temperature}
+        drawn |= {"top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+    if sampling.suppress:
+        drawn["suppress_tokens"] = list(sampling.suppress)
+    return GenerationConfig(**drawn, eos_token_id=-1, pad_token_id=0, **how)
 
 
 def _refuse(model: Model, level: int, options: Mapping) -> None:
@@ -87,7 +102,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
 STRATEGY = Strategy(
     "peer",
     run,
-    lambda level, options: f"{options.get('engine', 'generate')}, batches of {level}",
+    lambda level, options: f"{options.get('engine', 'generate')}, {level} requests",
     style=5,
     options={"engine": choice(*ENGINES)},
     refuse=_refuse,

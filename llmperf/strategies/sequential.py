@@ -6,27 +6,20 @@ from llmperf import decoding
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import shared
+from llmperf.strategies import run_control
 from llmperf.strategies.strategy import Strategy, in_words
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """In the order of arrival; each waits until those before it have ended.
 
-    Options: `loop` (default cached), `on_step` (called after each token).
+    Options: `loop`, `on_step` (called after each token).
     """
+    how = run_control.how(workload, options) | {"on_step": options.get("on_step")}
     recorder = Recorder(workload.requests)
-    for request in shared.in_order(workload.requests):
-        shared.wait_for_arrival(request, recorder)
-        decoding.run(
-            model,
-            [request],
-            recorder,
-            loop=options.get("loop", "cached"),
-            sampling=workload.sampling,
-            stop=workload.stop,
-            on_step=options.get("on_step"),
-        )
+    for request in run_control.in_order(workload.requests):
+        run_control.wait_for_arrival(request, recorder)
+        decoding.run(model, [request], recorder, **how)
     return recorder.trace()
 
 

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from llmperf.models import Model
 
 Check = Callable[[str, object, int], None]  # (option, its value, level); raises ValueError
+Count = Callable[[int, Mapping], int]  # (level, options) → a number
 RUN_OPTIONS = ("loop", "on_step")  # every run gets these from its condition
 OWN_LOOP = (None, "cached", "compiled")  # values of `loop` that a foreign engine accepts: defaults
 
 
-def one(level: int, options: Mapping) -> int:
+def _single(level: int, options: Mapping) -> int:
     """The count of a strategy that needs no other: one process, one thread, one row."""
     return 1
 
@@ -34,9 +35,10 @@ class Strategy:
     style: int  # index of colour and marker in figures
     options: Mapping[str, Check] = field(default_factory=dict)
     refuse: Callable[[Model, int, Mapping], None] | None = None  # what no single option shows
-    rows_per_step: Callable[[int, Mapping], int] = one  # most requests in one pass over the weights
-    processes: Callable[[int, Mapping], int] = one  # that hold the model here; 0: another machine
-    threads: Callable[[int, Mapping], int] = one  # that decode at the same time in one process
+    ready: Callable[[Model, int, Mapping], list[int]] | None = None  # start processes before a run
+    rows_per_step: Count = _single  # requests in one pass over the weights, at most
+    processes: Count = _single  # that hold the model here; 0: another machine
+    threads: Count = _single  # that decode at the same time in one process
     foreign: bool = False  # another engine: its decoding loop and random numbers are its own
     checks_memory: bool = False  # `refuse` says no to what cannot fit
 
@@ -103,7 +105,7 @@ def text(name: str, value: object, level: int = 0) -> None:
         raise ValueError(f"{name} is {value!r}: it must be a text")
 
 
-def at_most(option: str, default: int | None = None) -> Callable[[int, Mapping], int]:
+def at_most(option: str, default: int | None = None) -> Count:
     """A count: the value of `option` (default: the level), never more than the level."""
     return lambda level, options: min(options.get(option, default or level), level)
 

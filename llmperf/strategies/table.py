@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from llmperf.models import Model
 from llmperf.strategies import (
@@ -15,9 +14,13 @@ from llmperf.strategies import (
     peer,
     processes,
     sequential,
+    served,
     threads,
 )
+from llmperf.strategies.served import session
 from llmperf.strategies.strategy import Strategy
+
+__all__ = ["STRATEGIES", "check", "get", "ready", "session"]
 
 _FILES = (
     sequential, batch, coroutine, threads, processes, dynamic, continuous, endpoint, peer,
@@ -43,22 +46,10 @@ def check(
         found.check(model, level, options or {})
 
 
-@contextmanager
-def session() -> Iterator[None]:
-    """Keep expensive processes alive between runs; on leaving all have ended."""
-    with processes.session(), dynamic.session():
-        yield
-
-
 def ready(name: str, model: Model, level: int, options: Mapping) -> list[int]:
     """Start what a run of this condition needs, so that no measurement sees it being started.
 
     Gives the process ids of workers that stay idle in it: they are not part of its memory.
     """
-    idle: list[int] = []
-    for module in (processes, dynamic):
-        if module.STRATEGY.name == name:
-            idle += module.ready(model, level, options)
-        else:
-            idle += module.rest(model)
-    return idle
+    known = get(name)
+    return known.ready(model, level, options) if known.ready else served.ready(model, 0)

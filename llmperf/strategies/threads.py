@@ -2,128 +2,165 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
+
+import torch
 
 from llmperf import decoding
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import shared, strategy
+from llmperf.strategies import run_control, strategy
 from llmperf.strategies.strategy import Strategy, at_most, choice, count, in_words
 
-STREAMS = ("default", "own")
+try:
+    import gilknocker
+except ImportError:
+    gilknocker = None
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """Each thread takes the next request until none is left; all start together.
 
     Options: `workers` (default: a thread for each request), `intra_op` (threads that one operator
-    may use, per worker, on the CPU; default: what torch has now), `stream` (`default`, shared by
-    all as published, or `own` on a GPU), `loop`, `on_step`.
+    may use, per worker, on the CPU; default: what torch has now), `stream` (`default`, one stream
+    for all as published, or `own` on a GPU), `loop`, `on_step`.
     """
-    import torch
-
     workers = options.get("workers", len(workload.requests))
     intra_op = options.get("intra_op", torch.get_num_threads())
-    job = _Job(model, workload, options, workers, intra_op)
-    with _intra_op_restored(), shared.gil_watch() as gil:
-        shared.run_threads([job.begin, *(job.worker(i) for i in range(workers))], job.cancel)
-        _synchronize(model)
-        trace = job.recorder.trace()
+    stream = options.get("stream", "default")
+    queue, cancel = run_control.in_order(workload.requests), threading.Event()
+    how = run_control.how(workload, options)
+    how["on_step"] = run_control.stepper(cancel, options.get("on_step"))
+    recorder: Recorder | None = None
+    seen: dict[int, dict] = {}
+
+    def start_clock() -> None:
+        nonlocal recorder
+        recorder = Recorder(workload.requests)
+
+    start = threading.Barrier(workers, start_clock)
+
+    def work(i: int) -> None:
+        torch.set_num_threads(intra_op)  # OpenMP keeps this number per thread
+        with _on_stream(model, i, stream):
+            start.wait()
+            wall, cpu, done = time.perf_counter(), time.thread_time(), 0
+            for request in queue:
+                run_control.wait_for_arrival(request, recorder, cancel)
+                decoding.run(model, [request], recorder, worker=str(i), **how)
+                done += 1
+        wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+        seen[i] = {"worker": str(i), "requests": done, "wall_s": wall, "cpu_s": cpu}
+
+    before = torch.get_num_threads()
+    try:
+        with gil_watch() as gil:
+            _run_all([lambda i=i: work(i) for i in range(workers)], cancel, start)
+            if model.device != "cpu":
+                torch.cuda.synchronize(model.torch_device)
+            trace = recorder.trace()
+    finally:
+        torch.set_num_threads(before)  # a thread's setting becomes the default of later threads
     trace.notes.update(
-        workers=[job.seen[i] for i in sorted(job.seen)],
+        workers=[seen[i] for i in sorted(seen)],
         intra_op_threads=intra_op if model.device == "cpu" else None,
-        stream=options.get("stream", "default") if model.device != "cpu" else None,
+        stream=stream if model.device != "cpu" else None,
         gil=gil,
-        interpreter=shared.interpreter(),
+        interpreter={
+            "python": sys.version.split()[0],
+            "gil_enabled": getattr(sys, "_is_gil_enabled", lambda: True)(),  # from 3.13 on
+            "switch_interval_s": sys.getswitchinterval(),
+        },
     )
     return trace
 
 
-class _Job:
-    """One run: the queue that the threads share, and when they may begin."""
+def _run_all(
+    works: Sequence[Callable[[], None]], cancel: threading.Event, start: threading.Barrier
+) -> None:
+    """Run each in its own thread and wait for all.
 
-    def __init__(self, model, workload, options, workers, intra_op):
-        self.model, self.workload, self.options = model, workload, options
-        self.intra_op = intra_op
-        self.cancel = threading.Event()
-        self.seen: dict[int, dict] = {}
-        self.recorder: Recorder | None = None
-        self._gate = shared.Gate(workers, self.cancel)
-        self._queue = shared.in_order(workload.requests)
+    The first error, or Ctrl-C here, cancels the others; it is raised when every thread has ended.
+    """
+    errors: list[BaseException] = []
+    ended = threading.Semaphore(0)
 
-    def begin(self) -> None:
-        """When every thread is there, the clock starts."""
-        self._gate.wait_for_all()
-        self.recorder = Recorder(self.workload.requests)
-        self._gate.open()
+    def stop() -> None:
+        cancel.set()
+        start.abort()
 
-    def worker(self, i: int):
-        """The work of thread `i`, as a function without arguments."""
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (run_control.Cancelled, threading.BrokenBarrierError):
+            pass
+        except BaseException as error:  # carried over to the caller's thread
+            errors.append(error)
+            stop()
+        finally:
+            ended.release()
 
-        def work() -> None:
-            import torch
-
-            # OpenMP keeps this number per thread, so that it is set here and not once for all.
-            torch.set_num_threads(self.intra_op)
-            with _stream(self.model, self.options.get("stream", "default")):
-                self._gate.enter()
-                wall, cpu, done = time.perf_counter(), time.thread_time(), 0
-                for request in self._queue:
-                    self.one(request, str(i))
-                    done += 1
-            wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
-            self.seen[i] = {"worker": str(i), "requests": done, "wall_s": wall, "cpu_s": cpu}
-
-        return work
-
-    def one(self, request, label: str) -> None:
-        """Answer one request once it has arrived."""
-        shared.wait_for_arrival(request, self.recorder, self.cancel)
-        decoding.run(
-            self.model,
-            [request],
-            self.recorder,
-            loop=self.options.get("loop", "cached"),
-            sampling=self.workload.sampling,
-            stop=self.workload.stop,
-            worker=label,
-            on_step=shared.stepper(self.cancel, self.options.get("on_step")),
-        )
+    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+        for _ in threads:
+            while not ended.acquire(timeout=0.2):  # Windows cannot interrupt a wait without limit
+                pass
+    except BaseException:
+        stop()
+        raise
+    finally:  # not before: where Ctrl-C ends a join, Python 3.11 takes the thread for ended
+        for thread in started:
+            thread.join()
+    if errors:
+        raise errors[0]
 
 
 @contextmanager
-def _intra_op_restored() -> Iterator[None]:
-    """A thread's setting becomes the default of later threads: put the old one back."""
-    import torch
+def gil_watch() -> Iterator[dict]:
+    """Measure how much threads waited for the interpreter lock, if gilknocker is installed.
 
-    before = torch.get_num_threads()
+    The dictionary gets `contention`, the share of knocks at which the lock was not free (0 to 1),
+    or `unavailable` with the reason.
+    """
+    found: dict = {}
+    if gilknocker is None:
+        found["unavailable"] = "gilknocker is not installed (it is the optional extra `gil`)"
+        yield found
+        return
+    knocker = gilknocker.KnockKnock(
+        polling_interval_micros=1_000, sampling_interval_micros=10_000, sleeping_interval_micros=1
+    )
+    knocker.start()
     try:
-        yield
+        yield found
     finally:
-        torch.set_num_threads(before)
+        found["contention"] = knocker.contention_metric
+        knocker.stop()
 
 
-def _stream(model: Model, kind: str):
-    """This thread's stream. A new one first waits for what the default stream still has to do."""
+@cache
+def _stream(device: str, worker: int):
+    """One stream a worker for all runs: torch keeps a cuBLAS workspace for each it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def _on_stream(model: Model, worker: int, kind: str):
+    """This thread's stream; its own one first waits for what the default stream still has to do."""
     if kind == "default":
         return nullcontext()
-    import torch
-
-    stream = torch.cuda.Stream(model.torch_device)
+    stream = _stream(str(model.torch_device), worker)
     stream.wait_stream(torch.cuda.default_stream(model.torch_device))
     return torch.cuda.stream(stream)
-
-
-def _synchronize(model: Model) -> None:
-    """Wait until every stream of the device has ended: only then the clock may be read."""
-    if model.device != "cpu":
-        import torch
-
-        torch.cuda.synchronize(model.torch_device)
 
 
 def _refuse(model: Model, level: int, options: Mapping) -> None:
@@ -141,7 +178,11 @@ STRATEGY = Strategy(
     run,
     in_words("{level} threads", "workers", "intra_op", "stream"),
     style=1,
-    options={"workers": strategy.workers, "intra_op": count, "stream": choice(*STREAMS)},
+    options={
+        "workers": strategy.workers,
+        "intra_op": count,
+        "stream": choice("default", "own"),
+    },
     refuse=_refuse,
     threads=at_most("workers"),
 )

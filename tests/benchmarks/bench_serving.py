@@ -7,6 +7,7 @@ python tests/benchmarks/bench_serving.py soak       # 10,000 requests, cancels, 
 """
 
 import asyncio
+import os
 import random
 import sys
 import time
@@ -16,16 +17,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, TESTS)
+os.environ["PYTHONPATH"] = TESTS  # where the inference process finds `engines`
 
 import engines  # noqa: E402
 
-from llmperf import models, stats, strategies
-from llmperf.decoding import requests as workload
+from llmperf import models, stats, strategies  # noqa: E402
+from llmperf.decoding import requests as workload  # noqa: E402
 from llmperf.decoding.requests import Request  # noqa: E402
 from llmperf.decoding.sampling import GREEDY  # noqa: E402
 from llmperf.measure import load, metrics, paired  # noqa: E402
-from llmperf.strategies.serving import RequestFailed, Server  # noqa: E402
+from llmperf.strategies import RequestFailed, Server  # noqa: E402
 
 
 def front(n: int = 2_000, rate: float = 500.0) -> None:
@@ -106,8 +109,8 @@ def soak(n: int = 10_000, rate: float = 400.0) -> None:
 
     async def go():
         times = load.arrival_times("poisson", n, rate, seed=0)
-        async with Server(engines.front(), engine="engines:null", max_batch=16) as server:
-            watched = [psutil.Process(), *map(psutil.Process, server.pids)]
+        async with Server(engines.front(), engine="engines:null", rows=16) as server:
+            watched = [psutil.Process(), *map(psutil.Process, server.pids())]
             sizes = []
             for part in np.array_split(times, 10):
                 origin = time.perf_counter() + 0.05 - part[0]

@@ -8,9 +8,8 @@ import argparse
 import tempfile
 import time
 
-import torch
-
-from llmperf import decoding, models, stats, strategies
+from llmperf import models, stats, strategies
+from llmperf.decoding import loops
 from llmperf.decoding import requests as workload
 from llmperf.measure import paired
 from llmperf.strategies import STRATEGIES
@@ -57,7 +56,7 @@ def batch_against_workers(model, rounds: int, n: int = 8) -> None:
 
 def overhead(model, rounds: int, requests: int = 50, new_tokens: int = 50) -> None:
     """With a loop that costs nothing: microseconds a request, and a token, of each strategy."""
-    real, decoding.LOOPS["cached"] = decoding.LOOPS["cached"], _costless
+    real, loops.decode = loops.decode, _costless
     try:
         for name, options in (
             ("sequential", {}),
@@ -73,14 +72,13 @@ def overhead(model, rounds: int, requests: int = 50, new_tokens: int = 50) -> No
             request = short / requests * 1e6
             print(f"{name} {options}: {request:.0f} us a request, {token:.1f} us a token")
     finally:
-        decoding.LOOPS["cached"] = real
+        loops.decode = real
     print("  wanted: under 100 us a request more than sequential, and 20 us a token")
 
 
-def _costless(model, batch, choose):
-    tokens = torch.zeros(len(batch.ids), dtype=torch.long)
-    for _ in range(batch.steps):
-        yield tokens
+def _costless(model, requests, **how):
+    for step in range(max(r.max_new_tokens for r in requests)):
+        yield [0 if step < r.max_new_tokens else None for r in requests]
 
 
 def _seconds(model, name, options, requests, new_tokens, rounds) -> float:

@@ -26,6 +26,9 @@ CEILINGS = {
 class Blind:
     """In the sampler's place: starts no process and sees nothing."""
 
+    def __init__(self, **_):
+        pass
+
     def __enter__(self):
         return self
 

@@ -16,6 +16,11 @@ PACKAGE = Path(llmperf.__file__).parent
 # Comparisons that are still on the way out: file → at most so many.
 ALLOWED = {
     "predict/ledger_lines.py": 3,
+    "findings/published.py": 3,
+    "findings/published_audit.py": 3,
+    "findings/published_rows.py": 2,
+    "findings/space.py": 1,
+    "findings/verdict.py": 1,
 }
 
 

@@ -2,8 +2,7 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
@@ -46,7 +45,10 @@ def test_sampled_tokens_are_said_to_be_its_own(tiny):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"engine": "vllm"}, "engine is 'vllm': choose generate or generate-static or llamacpp"),
+        (
+            {"engine": "vllm"},
+            "engine is 'vllm': choose generate or generate-static or transformers",
+        ),
         ({"threads": 2}, "peer has no option 'threads': its options are engine"),
         ({"loop": "recompute"}, "peer has its own decoding loop: leave loop at its default"),
     ],
@@ -74,55 +76,79 @@ def test_llama_cpp_has_the_embedded_weights_alone(tiny, monkeypatch):
 
 
 FAKE = """
-import json, sys, time
-print(json.dumps({"ready": True}), flush=True)
-for line in sys.stdin:
-    q = json.loads(line)
-    if q["new"] == 99: import os; os.abort()
-    if q["new"] == 98: print(json.dumps({"error": "ValueError: no"}), flush=True); break
+import os, time
+from llmperf.machine import Parent
+parent = Parent()
+messages = parent.messages()
+next(messages)
+parent.send(ready=True)
+for q in messages:
+    if q["new"] == 99: os.abort()
+    if q["new"] == 98: parent.send(error="ValueError: no"); break
     now = time.perf_counter()
-    print(json.dumps({"started_s": now, "tokens": [q["prompt"][0]] * q["new"],
-                      "token_s": [now + i for i in range(q["new"])]}), flush=True)
+    parent.send(started_s=now, tokens=[q["prompt"][0]] * q["new"],
+                token_s=[now + i * 1e-6 for i in range(q["new"])])
 """
 
 
 @pytest.fixture
 def fake_llama(monkeypatch, tmp_path):
     """A process that answers as the real one does, for a model that the real one would refuse."""
-    script = tmp_path / "fake.py"
-    script.write_text(FAKE, encoding="utf-8")
+    (tmp_path / "fake_llama.py").write_text(FAKE, encoding="utf-8")
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before]))
     monkeypatch.setattr(llamacpp, "unavailable", lambda model: None)
     monkeypatch.setattr(llamacpp, "gguf", lambda dtype: tmp_path / "none.gguf")
-    real, started = subprocess.Popen, []
-
-    def popen(command, **how):
-        started.append(real([sys.executable, str(script)], **how))
-        return started[-1]
-
-    monkeypatch.setattr(llamacpp.subprocess, "Popen", popen)
-    return started
+    return lambda model, work: llamacpp.run(model, work, module="fake_llama")
 
 
 def test_rows_of_the_other_process_become_a_trace(tiny, fake_llama):
     work = make(tiny)
-    trace = run(tiny, work, {"engine": "llamacpp"})
+    trace = fake_llama(tiny, work)
     assert [r.tokens for r in trace.requests] == [
         (r.prompt_ids[0],) * r.max_new_tokens for r in work.requests
     ]
     assert all(0 < r.started_s <= trace.duration_s for r in trace.requests)
-    assert fake_llama[0].poll() == 0
 
 
 @pytest.mark.parametrize(
     ("new", "sentence"),
-    [(99, "process of llama.cpp ended with"), (98, "llama.cpp failed: ValueError: no")],
+    [(99, "process of llama.cpp ended"), (98, "llama.cpp failed: ValueError: no")],
 )
 def test_a_crash_of_llama_cpp_is_one_sentence_and_leaves_no_process(
     tiny, fake_llama, new, sentence
 ):
     with pytest.raises(RuntimeError, match=sentence):
-        run(tiny, make(tiny, 1, new), {"engine": "llamacpp"})
-    assert fake_llama[0].poll() is not None
+        fake_llama(tiny, make(tiny, 1, new))
+
+
+CONTINUOUS = {"engine": "transformers-continuous"}
+
+
+def test_continuous_batching_of_transformers_gives_the_greedy_tokens_of_sequential(tiny):
+    work = make(tiny, 6)
+    before = tiny.module.config._attn_implementation
+    trace = run(tiny, work, CONTINUOUS)
+    assert trace.digest() == STRATEGIES["sequential"](tiny, work, {}).digest()
+    for r in trace.requests:
+        assert r.submitted_s <= r.started_s <= r.token_s[0] <= r.token_s[-1]
+    assert tiny.module.config._attn_implementation == before
+    assert not run(tiny, make(tiny, sampling=PUBLISHED), CONTINUOUS).notes["tokens_comparable"]
+
+
+def test_an_engine_that_fails_midway_fails_its_requests_and_hides_nothing(tiny, monkeypatch):
+    forward, calls = tiny.module.forward, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(tiny.module, "forward", failing)
+    trace = run(tiny, make(tiny, 6, 12), CONTINUOUS)
+    assert {r.status for r in trace.requests} == {"error"}
+    assert all("out of memory" in r.reason for r in trace.requests)
 
 
 @pytest.mark.slow

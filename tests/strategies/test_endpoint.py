@@ -18,7 +18,7 @@ from llmperf.decoding import requests as workload
 from llmperf.decoding.sampling import GREEDY, Sampling
 from llmperf.decoding.trace import Trace
 from llmperf.measure import load, metrics
-from llmperf.strategies import STRATEGIES, endpoint, sequential
+from llmperf.strategies import STRATEGIES
 
 SECRET = "sk-very-secret"
 
@@ -49,6 +49,7 @@ def test_tokens_are_counted_by_the_tokenizer_and_timed_by_their_event(front):
         assert len(r.tokens) == len(r.token_s) == 18  # the byte tokenizer's count, not 4 events
         assert [r.token_s.count(t) for t in sorted(set(r.token_s))] == [3, 5, 4, 6]
     assert trace.notes["answers_with_usage"] == 3 and trace.notes["usage_tokens"] == 57
+    assert trace.notes["usage_tokens_by_request"] == {0: 19, 1: 19, 2: 19}
     assert not trace.notes["tokens_comparable"]
 
 
@@ -122,6 +123,12 @@ def test_retries_end(front):
         ("hangs", "no event for 0.4 s"),
         ("endless event", "event of more than"),
         ("endless text", "far more than 19 tokens"),
+        ("surrogate", "another form"),
+        ("not a number", "not JSON"),
+        ("infinite count", "another form"),
+        ("text is a list", "another form"),
+        ("deep", "not JSON"),
+        ("compressed", "compressed its answer"),
     ],
 )
 def test_whatever_the_server_does_each_request_gets_its_answer(front, mode, says):
@@ -132,6 +139,23 @@ def test_whatever_the_server_does_each_request_gets_its_answer(front, mode, says
         assert re.search(says, r.reason), r.reason
         assert len(r.tokens) == len(r.token_s)  # what had come before is kept, and discarded
     assert metrics.summarize(trace)["requests_ok"] == 0
+
+
+def test_an_endless_error_body_is_read_no_further_than_its_reason_needs(front):
+    with FakeEndpoint("endless error") as server:
+        trace = run(front, server, retries=0, deadline_s=20)
+    assert trace.requests[0].reason.startswith("the server answered 500: xxx")
+    assert len(trace.requests[0].reason) == 300
+    assert server.written < 50_000_000  # a few socket buffers, not twenty seconds of it
+
+
+@pytest.mark.parametrize("before", [270, 285, 295])
+def test_a_key_is_replaced_before_anything_is_cut(front, before):
+    with FakeEndpoint("error event", error="x" * before + SECRET) as server:
+        reason = run(front, server).requests[0].reason
+    assert len(reason) <= 300 and "sk-" not in reason
+    with FakeEndpoint("refuses", error="x" * before) as server:
+        assert "sk-" not in run(front, server).requests[0].reason
 
 
 def test_a_server_that_is_down_is_an_answer_with_counted_retries(front):
@@ -157,6 +181,11 @@ def test_an_answer_without_text_is_an_error(front):
         ({"url": "http://me:pw@host/v1"}, "password"),
         ({"url": "http://host/v1", "api": "talk"}, "completions or chat"),
         ({"url": "http://host/v1", "retries": 99}, "0 to 10"),
+        ({"url": "http://host/v1", "retries": 1.5}, "whole number from 0 to 10"),
+        ({"url": "http://host/v1", "timeout_s": "5"}, "timeout_s is '5'"),
+        ({"url": "http://host/v1", "deadline_s": float("nan")}, "deadline_s"),
+        ({"url": "http://host/v1", "extra": 3}, "give a mapping"),
+        ({"url": 3}, "url is 3"),
         ({"url": "http://host/v1", "timeout_s": 0}, "timeout_s"),
         ({"url": "http://host/v1", "key": "sk"}, "no option 'key'"),
     ],
@@ -213,8 +242,8 @@ def test_a_real_server_gives_the_tokens_of_sequential_and_the_times_a_listener_s
     work = workload.build(embedded.tokenizer, 2, 24, 16, sampling=GREEDY)
     options = {"served_model": folder, "concurrency": 1, "timeout_s": 300}
     with Tap("127.0.0.1", port) as tap:
-        trace = endpoint.run(embedded, work, options | {"url": tap.url})
-    alone = sequential.run(embedded, work, {})
+        trace = STRATEGIES["endpoint"](embedded, work, options | {"url": tap.url})
+    alone = STRATEGIES["sequential"](embedded, work, {})
     for r, mine in zip(trace.requests, alone.requests, strict=True):
         assert r.status == "ok", r.reason
         theirs = embedded.tokenizer.decode(mine.tokens, skip_special_tokens=True)

@@ -108,7 +108,7 @@ def test_beside_the_prediction():
     spec = predict.RunSpec(shape, "fp32", rows=2, prompt_tokens=20, new_tokens=4, platform="cpu")
     book = predict.memory(spec)
     rows = measured.ledger(module, generated(module))
-    table = {t["name"]: t for t in measured.beside(rows, book.to_dict()["lines"])}
+    table = {t["name"]: t for t in measured.against_prediction(rows, book.to_dict()["lines"])}
     for name in ("weights", "buffers", "kv cache"):
         assert table[name]["measured"] == table[name]["low"] == table[name]["high"]
     assert table["logits"]["measured"] is None and table["logits"]["high"] > 0

@@ -27,7 +27,8 @@ CONFIG = dict(
 SWEEP = [(1, 64, 8), (16, 64, 8), (4, 128, 8), (8, 64, 24), (1, 64, 8)]  # large before small
 SCRIPT = """
 import json, sys
-from llmperf import decoding, memory, models, workload
+from llmperf import decoding, memory, models
+from llmperf.decoding import requests as workload
 llm = models.load(sys.argv[1], dtype="fp32", device="cpu")
 peaks = []
 with memory.Sampler(interval_s=0.005) as sampler:

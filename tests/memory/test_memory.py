@@ -1,14 +1,17 @@
-"""The sampler: what it sees, what it says it cannot see, and that it never outlives its parent."""
+"""The sampler: what it sees, what it cannot see, and that it ends with its parent."""
 
 import math
+import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from llmperf.memory import CHANNELS, GPU_CHANNELS, Channel, Sampler, Window
+from llmperf.memory.probe import Probe
 
 MB = 10**6
 CHILD = """
@@ -21,10 +24,9 @@ PARENT = """
 import time
 from llmperf.memory import Sampler
 sampler = Sampler()
-context = sampler.window()
-if {open}:
-    context.__enter__()
-print(sampler._process.pid, flush=True)
+with sampler.window():
+    print(sampler.pid, flush=True)
+    time.sleep({open_s})
 time.sleep(60)
 """
 
@@ -119,9 +121,9 @@ def test_samples_are_timed_from_the_opening(sampler):
     assert times == sorted(times) and times[0] < 0.1 and times[-1] >= 0.15 and len(times) >= 4
 
 
-@pytest.mark.parametrize("window_is_open", [False, True])
-def test_it_ends_when_its_parent_is_killed(window_is_open):
-    parent = child(PARENT.format(open=window_is_open))
+@pytest.mark.parametrize("open_s", [0, 60], ids=["closed window", "open window"])
+def test_it_ends_when_its_parent_is_killed(open_s):
+    parent = child(PARENT.format(open_s=open_s))
     watching = psutil.Process(int(parent.stdout.readline()))
     assert watching.is_running()
     parent.kill()
@@ -130,23 +132,115 @@ def test_it_ends_when_its_parent_is_killed(window_is_open):
     assert gone and not alive
 
 
-def test_closing_ends_it_at_once_even_with_a_window_open():
+def test_closing_twice_is_no_error():
     sampler = Sampler()
-    process = sampler._process
-    sampler.window().__enter__()
-    process.stdin.close()
-    assert process.wait(timeout=4) == 0  # `close` kills it after 5 s
     sampler.close()
-    sampler.close()  # closing twice is no error
+    sampler.close()
+    assert not psutil.pid_exists(sampler.pid)
 
 
-def test_a_dead_sampler_is_a_clear_error():
-    sampler = Sampler()
-    sampler._process.kill()
-    sampler._process.wait()
-    with pytest.raises((RuntimeError, OSError)):
-        sampler.window().__enter__()
-    sampler._process.stdout.close()
+def test_a_sampler_that_dies_costs_its_window_and_is_restarted():
+    with Sampler() as sampler:
+        with sampler.window() as window:
+            psutil.Process(sampler.pid).kill()
+        assert window.channels["rss"].status.startswith("unavailable: the sampler died: ")
+        assert list(window.summary()) == list(CHANNELS)
+        first = sampler.pid
+        with sampler.window() as window:
+            pass
+        assert window.channels["rss"].status == "ok" and sampler.pid != first
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_leaving_a_window_never_replaces_an_exception(kind):
+    with Sampler() as sampler:
+        for killed in (True, False):
+            with pytest.raises(kind), sampler.window():
+                if killed:
+                    psutil.Process(sampler.pid).kill()
+                raise kind
+        with sampler.window() as window:  # the samples of the window before are not taken for its
+            held = b"x" * (100 * MB)
+        rss = window.summary()["rss"]
+        assert rss["last"] - rss["first"] > 90 * MB
+        del held
+
+
+class FakeNvml:
+    """NVML of one card: every third call fails; processes as given."""
+
+    class NVMLError(Exception):
+        pass
+
+    nvmlMemory_v2 = NVML_CLOCK_SM = 0  # noqa: N815 - NVML's own names
+
+    def __init__(self, listed=()):
+        self.calls, self.listed, self.asked = 0, listed, []
+
+    def nvmlInit(self):  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        self.asked.append(uuid)
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        self.asked.append(index)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu, version):  # noqa: N802
+        return SimpleNamespace(used=10, free=20, reserved=1)
+
+    def nvmlDeviceGetUtilizationRates(self, gpu):  # noqa: N802
+        return SimpleNamespace(gpu=50)
+
+    def nvmlDeviceGetPowerUsage(self, gpu):  # noqa: N802
+        self.calls += 1
+        if self.calls % 3:
+            raise self.NVMLError("GPU is lost for a moment")
+        return 70_000
+
+    def nvmlDeviceGetClockInfo(self, gpu, clock):  # noqa: N802
+        return 1500
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu):  # noqa: N802
+        return self.listed
+
+
+def gpu_probe(monkeypatch, listed=(), uuid="GPU-1"):
+    nvml = FakeNvml(listed)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    return Probe(os.getpid(), uuid), nvml
+
+
+def test_the_card_is_asked_for_by_its_uuid(monkeypatch):
+    assert gpu_probe(monkeypatch)[1].asked == ["GPU-1"]
+    assert gpu_probe(monkeypatch, uuid=None)[1].asked == [0]
+
+
+def test_a_failing_call_does_not_silence_its_channel_for_good(monkeypatch):
+    probe, _ = gpu_probe(monkeypatch)
+    seen = [probe.fast().get("power") for _ in range(6)]
+    assert seen == [None, None, 70.0] * 2 and probe.reasons["power"] == "GPU is lost for a moment"
+
+
+@pytest.mark.parametrize(
+    ("listed", "says"),
+    [
+        ((), "NVML lists no process"),
+        ([(1_000_000, 5)], "a container"),
+        ([(os.getpid(), None)], "WDDM"),
+        ([(os.getpid(), 7)], None),
+    ],
+)
+def test_memory_of_a_process_that_is_not_listed_is_unavailable_and_never_zero(
+    monkeypatch, listed, says
+):
+    listed = [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in listed]
+    probe, _ = gpu_probe(monkeypatch, listed)
+    value = probe.fast().get("process_vram")
+    if says:
+        assert value is None and says in probe.reasons["process_vram"]
+    else:
+        assert value == 7
 
 
 @pytest.mark.parametrize("interval_s", [0, -1.0, math.nan, math.inf])

@@ -1,0 +1,200 @@
+"""`Child`: the one way to start, feed, watch and end a child process. `Parent` is its other end.
+
+A child is a module run by a fresh interpreter, without a shell. Both sides send JSON objects, one a
+line. Plain pipes and threads, because asyncio's subprocesses need an event loop that Jupyter on
+Windows does not run, and `multiprocessing` imports the caller's main module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from llmperf import ROOT
+
+ERROR_LINES = 20  # of standard error that are kept
+EXIT_S = 5.0  # a child that was told to end may take so long
+SLICE_S = 0.2  # Windows cannot interrupt a wait without a limit, so waiting is done in slices
+
+
+class ChildDied(RuntimeError):
+    """The child ended or fell silent: exit code and last words."""
+
+
+class Child:
+    """`python -m module arguments`: send it messages, receive its messages, end it.
+
+    `on_message` gets each message in the reading thread, and None as the last one when the child
+    has ended; without it, `receive` returns the messages. Leaving a `with` block ends the child.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: object,
+        name: str = "child process",
+        on_message: Callable[[dict | None], None] | None = None,
+    ):
+        self.name = name
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._take = on_message or self._inbox.put
+        self._words: deque[str] = deque(maxlen=ERROR_LINES)
+        self._because = ""
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            process_group=0,  # a terminal's Ctrl-C is for the parent alone
+        )
+        targets = (self._write, self._read_errors, self._read)
+        self._threads = [threading.Thread(target=t, daemon=True) for t in targets]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def send(self, **message) -> None:
+        """Queue a message. Never blocks and never raises: `receive` tells when the child died."""
+        self._outbox.put(message)
+
+    def receive(self, timeout_s: float) -> dict:
+        """The next message. Raises ChildDied when none comes in time (it is killed then)."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(queue.Empty):
+                message = self._inbox.get(timeout=SLICE_S)
+                if message is None:
+                    self._inbox.put(None)  # for the next caller
+                    raise ChildDied(self.obituary())
+                return message
+            if time.monotonic() > deadline:
+                self.kill(f"no answer within {timeout_s:g} s")
+
+    def ask(self, timeout_s: float, **message) -> dict:
+        """Send a message and return the next one that comes back."""
+        self.send(**message)
+        return self.receive(timeout_s)
+
+    def kill(self, because: str = "") -> None:
+        """End it now; `because` replaces its last words."""
+        self._because = self._because or because
+        self.process.kill()
+
+    def end(self, timeout_s: float = EXIT_S) -> None:
+        """Close its input, which tells it to go, wait, and kill it when it does not. Repeatable."""
+        self._outbox.put(None)
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        finally:  # an interrupt while waiting: killed too
+            if self.alive:
+                self.process.kill()
+            self.process.wait()
+            for thread in self._threads:
+                thread.join(EXIT_S)
+            self.process.stdout.close()
+            self.process.stderr.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end()
+
+    def obituary(self) -> str:
+        """One sentence: how the child ended, and its last words."""
+        try:
+            code = self.process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:  # it closed its output and stays
+            self.process.kill()
+            code = self.process.wait()
+        self._threads[1].join(EXIT_S)
+        words = self._because or next((w for w in reversed(self._words) if w.strip()), "none")
+        how = f"exit code {code}"
+        if code < 0:
+            how = signal.Signals(-code).name
+        return f"the {self.name} ended ({how}): {words}"
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # it has died; the reading thread says so
+            while (message := self._outbox.get()) is not None:
+                self.process.stdin.write(_line(message))
+                self.process.stdin.flush()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+    def _read_errors(self) -> None:
+        for line in self.process.stderr:
+            self._words.append(line.decode(errors="replace").rstrip())
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):  # torn by its death in the middle of a line
+                self._take(json.loads(line))
+        self._take(None)
+
+
+class Parent:
+    """The child's end. Make it first: prints of libraries then go to the error stream.
+
+    The reading thread must start after numpy, torch and NVML have been imported: on Windows a
+    thread that waits for standard input deadlocks these imports (numpy#24290, cpython#78961).
+    """
+
+    def __init__(self):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
+        self._out = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        self._lock = threading.Lock()
+
+    def send(self, **message) -> None:
+        """Send a message, from any thread. Ends this process when the parent is gone."""
+        try:
+            with self._lock:
+                self._out.write(_line(message))
+                self._out.flush()
+        except OSError:
+            os._exit(0)
+
+    def messages(self) -> Iterator[dict]:
+        """Read messages in this thread, until the parent closes the pipe or ends."""
+        return map(json.loads, iter(sys.stdin.buffer.readline, b""))
+
+    def listen(self, take: Callable[[dict], None], at_end: Callable[[], None] = int) -> None:
+        """Read messages in a thread from now on; end this process when the parent ends."""
+
+        def read() -> None:
+            try:
+                for message in self.messages():
+                    take(message)
+            finally:
+                at_end()
+                os._exit(0)  # in the middle of its work too
+
+        threading.Thread(target=read, daemon=True).start()
+
+
+def _line(message: dict) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,172 @@
+"""The sampling process: `python -m llmperf.memory.probe PID INTERVAL_S [GPU_UUID]`."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import time
+
+import psutil
+
+from llmperf.machine.child import Parent
+from llmperf.memory.channels import GPU_CHANNELS, SYSTEM_CHANNELS
+
+# The share of one core that a costly reading may take: so much rarer is it made.
+UNIQUE_SHARE, CHILDREN_SHARE = 0.002, 0.002
+
+
+class Probe:
+    """Reads every channel of one process tree and one GPU; remembers why one has no answer."""
+
+    def __init__(self, pid: int, gpu_uuid: str | None = None):
+        self.root = psutil.Process(pid)
+        self.tree = [self.root]
+        self.without = {os.getpid()}  # processes of the tree that are not watched
+        self.reasons: dict[str, str] = {}
+        self.no_gpu: str | None = None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self.nvml = pynvml
+            by_uuid, first = pynvml.nvmlDeviceGetHandleByUUID, pynvml.nvmlDeviceGetHandleByIndex
+            self.gpu = by_uuid(gpu_uuid) if gpu_uuid else first(0)
+        except Exception as error:  # no driver, no library, no card: all mean "no GPU to watch"
+            self.no_gpu = f"no NVIDIA GPU to ask ({error})"
+
+    def fast(self) -> dict[str, float]:
+        """What is cheap enough for every tick."""
+        values = {"rss": sum(self._each(lambda p: p.memory_info().rss))}
+        return values if self.no_gpu else values | self._on_gpu()
+
+    def children(self) -> dict[str, float]:
+        """Look for child processes anew; gives no value itself."""
+        found = self.root.children(recursive=True)
+        self.tree = [self.root, *(c for c in found if c.pid not in self.without)]
+        return {}
+
+    def unique(self) -> dict[str, float]:
+        """The unique set size (a walk over page tables) and the clock."""
+        values = {}
+        try:
+            values["cpu_clock"] = max(core.current for core in psutil.cpu_freq(percpu=True))
+        except (AttributeError, NotImplementedError, OSError, TypeError, ValueError):
+            self.reasons["cpu_clock"] = "the operating system shows no clock of the CPU"
+        try:
+            values["uss"] = sum(self._each(lambda p: p.memory_full_info().uss))
+        except psutil.AccessDenied:
+            self.reasons["uss"] = "the operating system does not let this user read it"
+        return values
+
+    def _each(self, read) -> list[int]:
+        values = []
+        for process in self.tree:
+            try:
+                values.append(read(process))
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+        return values
+
+    def _on_gpu(self) -> dict[str, float]:
+        """Each reading by itself, at every tick: one that fails may work the next time."""
+        nvml, gpu = self.nvml, self.gpu
+
+        def memory(name: str) -> int:  # version 2 keeps driver-reserved memory apart from used
+            return getattr(nvml.nvmlDeviceGetMemoryInfo(gpu, version=nvml.nvmlMemory_v2), name)
+
+        readings = {
+            "device_used": lambda: memory("used"),
+            "device_free": lambda: memory("free"),
+            "device_reserved": lambda: memory("reserved"),
+            "utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "power": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+            "gpu_clock": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            "process_vram": self._process_vram,
+        }
+        values = {}
+        for name, read in readings.items():
+            try:
+                values[name] = read()
+            except (nvml.NVMLError, LookupError) as error:
+                self.reasons[name] = str(error)
+        return values
+
+    def _process_vram(self) -> int:
+        """Sum over the watched processes. NVML gives host ids, which containers do not share."""
+        listed = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.gpu)
+        used = {p.pid: p.usedGpuMemory for p in listed}
+        watched = [used[p.pid] for p in self.tree if p.pid in used]
+        if not used:
+            raise LookupError("NVML lists no process on this card")
+        if not watched:
+            raise LookupError("NVML lists other process ids than this system (a container?)")
+        if None in watched:
+            raise LookupError("the driver model does not report memory per process (WDDM, WSL2)")
+        return sum(watched)
+
+
+def sample(probe: Probe, interval_s: float, inbox: queue.SimpleQueue, started) -> dict[str, dict]:
+    """Each channel's samples, or why it has none, until the next message.
+
+    The costly first readings end before `started` is called, and so before the run may begin.
+    """
+    samples: dict[str, list] = {}
+    costly = {probe.children: CHILDREN_SHARE, probe.unique: UNIQUE_SHARE}
+    due = dict.fromkeys(costly, 0.0)
+    opened = None
+    probe.reasons.clear()
+
+    def keep(values: dict[str, float]) -> None:
+        now = 0.0 if opened is None else round(time.perf_counter() - opened, 4)
+        for name, value in values.items():
+            samples.setdefault(name, []).append((now, value))
+
+    def keep_costly(at_once: bool = False) -> None:
+        for read, share in costly.items():
+            began = time.perf_counter()
+            if at_once or began >= due[read]:
+                keep(read())
+                ended = time.perf_counter()
+                due[read] = ended + (ended - began) / share
+
+    keep_costly()
+    keep(probe.fast())
+    started()
+    opened = time.perf_counter()
+    while True:
+        try:
+            inbox.get(timeout=interval_s)
+            break
+        except queue.Empty:
+            keep_costly()
+            keep(probe.fast())
+    keep_costly(at_once=True)
+    keep(probe.fast())
+    reasons = dict.fromkeys(GPU_CHANNELS, probe.no_gpu) if probe.no_gpu else probe.reasons
+    return {
+        name: {"samples": samples.get(name, []), "reason": None}
+        if name in samples
+        else {"samples": [], "reason": reasons.get(name) or "no sample was taken in time"}
+        for name in GPU_CHANNELS | SYSTEM_CHANNELS
+    }
+
+
+def main(pid: str, interval_s: str, gpu_uuid: str | None = None) -> None:
+    """Serve `start` and `stop` messages until the parent ends."""
+    parent, inbox = Parent(), queue.SimpleQueue()
+    probe = Probe(int(pid), gpu_uuid)
+    parent.listen(inbox.put)
+    while True:
+        asked = inbox.get()
+        if asked["do"] == "start":
+            window = asked["window"]
+            probe.without = {os.getpid(), *asked["without"]}
+            found = sample(
+                probe, float(interval_s), inbox, lambda n=window: parent.send(window=n, channels={})
+            )
+            parent.send(window=window, channels=found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,161 @@
+"""The memory sampler: watches this process, its children and a GPU from a process of its own.
+
+Watching costs the watched process nothing then. Only torch's allocator, which no other process can
+read, is read here, at step boundaries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from llmperf.machine.child import Child, ChildDied
+from llmperf.memory.channels import ALLOCATOR_CHANNELS, GPU_CHANNELS, SYSTEM_CHANNELS, Channel
+
+INTERVAL_S = 0.02
+ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its time
+
+
+@dataclass
+class Window:
+    """What the sampler saw between opening and closing. `channels` is filled on closing."""
+
+    channels: dict[str, Channel] = field(default_factory=dict)
+    device: str | None = None  # torch's name of the GPU; None: the current one
+    _allocator: list[tuple[float, int, int]] = field(default_factory=list)
+    _opened: float = field(default_factory=time.perf_counter)
+
+    def step(self) -> None:
+        """Read the allocator now. The decoding loops call this at each step's end."""
+        if torch := _torch_on_gpu():
+            now = time.perf_counter() - self._opened
+            read = torch.cuda.memory_allocated, torch.cuda.memory_reserved
+            self._allocator.append((now, *(f(self.device) for f in read)))
+
+    def summary(self) -> dict[str, dict]:
+        """Each channel's summary, for the record."""
+        return {name: channel.summary() for name, channel in self.channels.items()}
+
+    def _close(self, found: dict[str, dict], died: str | None) -> None:
+        for name, unit in (GPU_CHANNELS | SYSTEM_CHANNELS).items():
+            data = found.get(name, {"samples": [], "reason": died})
+            samples = tuple((at, value) for at, value in data["samples"])
+            self.channels[name] = Channel(unit, samples, data["reason"])
+        torch, seen = _torch_on_gpu(), self._allocator
+        if not torch or not seen:
+            reason = "torch has no caching allocator on the CPU"
+            self.channels |= {n: Channel(u, reason=reason) for n, u in ALLOCATOR_CHANNELS.items()}
+            return
+        peaks = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+        for i, (name, unit) in enumerate(ALLOCATOR_CHANNELS.items()):
+            last = (seen[-1][0], peaks[i](self.device))  # torch's own exact peak
+            self.channels[name] = Channel(unit, (*((s[0], s[i + 1]) for s in seen), last))
+
+
+class Sampler:
+    """Samples until closed; one window a measurement. A sampling process that dies is restarted.
+
+    with Sampler() as sampler:
+        with sampler.window() as window:
+            ...
+        window.channels["rss"].samples
+
+    `device`: torch's name of the model's device. A GPU is watched by its UUID, since torch and NVML
+    may count cards differently; on the CPU the first card, if any, is watched.
+    """
+
+    def __init__(self, interval_s: float = INTERVAL_S, device: str = "cpu"):
+        if not 0 < interval_s <= 60:
+            raise ValueError(
+                f"interval_s is {interval_s}: it must be above 0 and at most 60 seconds"
+            )
+        self._device = None if device == "cpu" else device
+        gpu = [] if device == "cpu" else [_uuid(device)]
+        self._arguments = (os.getpid(), interval_s, *gpu)
+        self._windows = 0
+        self._child = self._start()
+
+    def _start(self) -> Child:
+        return Child("llmperf.memory.probe", *self._arguments, name="memory sampler")
+
+    @property
+    def pid(self) -> int:
+        """The sampling process."""
+        return self._child.pid
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the sampling process."""
+        self._child.end()
+
+    @contextlib.contextmanager
+    def window(self, without: Sequence[int] = ()) -> Iterator[Window]:
+        """A `Window` on what happens inside. When sampling fails, its channels say so.
+
+        `without`: ids of child processes that only wait, and do not count as measured.
+        """
+        if not self._child.alive:
+            self._child.end()
+            self._child = self._start()
+        give_back()
+        if torch := _torch_on_gpu():
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._windows += 1
+        died = self._answer(do="start", without=list(without))[1]
+        window = Window(device=self._device)
+        window.step()
+        try:
+            yield window
+        except BaseException:
+            self._child.send(do="stop", window=self._windows)  # nobody waits for the samples
+            raise
+        window.step()
+        found, died_now = ({}, died) if died else self._answer(do="stop")
+        window._close(found, died or died_now)
+
+    def _answer(self, **message) -> tuple[dict, str | None]:
+        """The answer for this window, or why the sampling process gave none."""
+        self._child.send(**message, window=self._windows)
+        try:
+            while (answer := self._child.receive(ANSWER_S))["window"] != self._windows:
+                pass  # of a window that was left by an exception
+            return answer["channels"], None
+        except ChildDied as error:
+            return {}, f"the sampler died: {error}"
+
+
+def _torch_on_gpu():
+    """torch when it has initialised CUDA; importing it here would be part of what is measured."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
+
+
+def _uuid(device: str) -> str:
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def give_back() -> None:
+    """Return freed memory to the operating system, where the C library can (glibc on Linux).
+
+    glibc keeps freed memory, so that without this the resident set of a small run after a large
+    one shows the large one. Young garbage only is collected: a full collection takes a quarter of
+    a second once transformers is loaded, and a run's own tensors are young.
+    """
+    gc.collect(1)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim:
+            trim(0)

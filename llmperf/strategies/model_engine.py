@@ -1,0 +1,40 @@
+"""The model in an inference process. Imported there before its reading thread starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers  # noqa: F401 - its imports too must be over before a thread reads
+
+from llmperf import decoding, models
+from llmperf.models import mapped
+from llmperf.strategies.grouped import Grouped
+
+
+def load(config: dict) -> Callable:
+    """Load the model of `config["spec"]`, over the mapped weights in `config["folder"]` if named.
+
+    Returns `slots(batching, rows, max_length, loop, threads)`: something with the methods of
+    `decoding.Slots`, one group at a time for `groups`.
+    """
+    spec = models.LoadSpec(**config["spec"])
+    folder = config["folder"]
+    model = mapped.load(Path(folder), spec) if folder else models.load_spec(spec)
+
+    def slots(batching: str, rows: int, max_length: int, loop: str, threads: int | None):
+        if threads:
+            torch.set_num_threads(threads)
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        if batching == "slots":
+            return decoding.Slots(model, rows, max_length, loop=loop)
+
+        def decode(requests, sampling, stop):
+            return decoding.decode(model, requests, loop=loop, sampling=sampling, stop=stop)
+
+        prepared = decoding.prepare(model, loop)
+        return Grouped(decode, rows, prepared.loop, prepared.reason)
+
+    return slots

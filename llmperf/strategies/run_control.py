@@ -1,0 +1,56 @@
+"""What every run in this process needs: the queue, arrivals, an end from outside."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from llmperf.decoding.requests import Request, Workload
+from llmperf.decoding.trace import Recorder
+
+SLEEP_S = 0.05  # the longest sleep before a thread looks whether the run was cancelled
+
+
+class Cancelled(Exception):
+    """The run was ended from outside: by Ctrl-C, or because another worker failed."""
+
+
+def how(workload: Workload, options: Mapping) -> dict:
+    """How to decode, as `decoding.run` takes it; without `loop` the default of `decoding` holds."""
+    loop = {"loop": options["loop"]} if "loop" in options else {}
+    return loop | {"sampling": workload.sampling, "stop": workload.stop}
+
+
+def in_order(requests: Iterable[Request]) -> Iterator[Request]:
+    """The requests by arrival, as one queue: `next` on it is safe from several threads."""
+    lock, waiting = threading.Lock(), iter(sorted(requests, key=lambda r: r.arrival_s))
+
+    def take() -> Request | None:
+        with lock:
+            return next(waiting, None)
+
+    return iter(take, None)
+
+
+def wait_for_arrival(
+    request: Request, recorder: Recorder, cancel: threading.Event | None = None
+) -> None:
+    """Sleep until the request has arrived. Raises Cancelled when the run ends before."""
+    cancel = cancel or threading.Event()
+    while (left := request.arrival_s - recorder.now()) > 0:
+        time.sleep(min(left, SLEEP_S))
+        if cancel.is_set():
+            raise Cancelled
+
+
+def stepper(cancel: threading.Event, on_step: Callable | None) -> Callable[[], None]:
+    """What a decoding loop calls after each token: it ends the loop when the run is cancelled."""
+
+    def step() -> None:
+        if cancel.is_set():
+            raise Cancelled
+        if on_step:
+            on_step()
+
+    return step
