@@ -1,7 +1,7 @@
 """What this machine can do at best, measured: bytes read, FLOPs and launches per second.
 
-Every rate is a median with its median absolute deviation (MAD) over repeats, beside the figure of
-the data sheet where one is known. A roofline drawn from these is this machine's own.
+Every rate is a median with its median absolute deviation (MAD) over repeats, next to the figure of
+the data sheet where one is known.
 """
 
 import contextlib

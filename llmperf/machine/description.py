@@ -85,10 +85,10 @@ def slug(env: dict | None = None) -> str:
     env = env or describe()
     system = env["os"] or "unknown"
     if env["gpus"]:
-        parts = [_gpu_word(env["gpus"][0]["name"] or "gpu"), system]
+        words = [_gpu_word(env["gpus"][0]["name"] or "gpu"), system]
     else:
-        parts = [system, f"{cores(env)}core", _cpu_word(env["cpu_model"])]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+        words = [system, f"{cores(env)}core", _cpu_word(env["cpu_model"])]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def cores(env: dict) -> int:
@@ -107,19 +107,19 @@ def caption(env: dict | None = None) -> str:
     """One line under a plot: `AMD EPYC, 2 cores, Linux, torch 2.13, no GPU`."""
     env = env or describe()
     count = cores(env)
-    parts = [env["cpu_model"] or "unknown CPU", f"{count} core{'s' * (count > 1)}", env["os"]]
+    words = [env["cpu_model"] or "unknown CPU", f"{count} core{'s' * (count > 1)}", env["os"]]
     torch = env["packages"].get("torch") if env["packages"] else None
-    parts.append("torch " + ".".join(torch.split(".")[:2]) if torch else "no torch")
+    words.append("torch " + ".".join(torch.split(".")[:2]) if torch else "no torch")
     for card in env["gpus"][:1]:
         memory = card["memory_total_bytes"]
         size = f" {memory / 2**30:.0f} GB" if memory else ""
         model = f", {card['driver_model']}" if card["driver_model"] else ""
-        parts.append(f"{_gpu_word(card['name'] or 'GPU')}{size}, driver {card['driver']}{model}")
-    return ", ".join([part for part in parts if part] + ([] if env["gpus"] else ["no GPU"]))
+        words.append(f"{_gpu_word(card['name'] or 'GPU')}{size}, driver {card['driver']}{model}")
+    return ", ".join([part for part in words if part] + ([] if env["gpus"] else ["no GPU"]))
 
 
-def busy_warning(cpu_percent: float | None, gpus: list[dict], own: set[int]) -> str | None:
-    """Why a measurement now would be dirty, or None. `own`: our process ids.
+def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]) -> str | None:
+    """Why a measurement now would be dirty, or None. `our_pids`: ours and our children's.
 
     A desktop under WDDM lists every window as a user of the card, so there only the utilisation
     counts; elsewhere a foreign compute process is enough.
@@ -131,7 +131,7 @@ def busy_warning(cpu_percent: float | None, gpus: list[dict], own: set[int]) -> 
         if (card.get("utilization_percent") or 0) > BUSY_GPU_PERCENT:
             found.append(f"{card['name']} is {card['utilization_percent']} % busy before the run")
         listed = card.get("processes") or []
-        others = [p for p in listed if "C" in p["type"] and p["pid"] not in own]
+        others = [p for p in listed if "C" in p["type"] and p["pid"] not in our_pids]
         if others and card.get("driver_model") != "WDDM":
             found.append(f"{len(others)} other process(es) compute on {card['name']}")
     return "; ".join(found) or None
@@ -146,5 +146,5 @@ def busy(window_s: float = 0.3) -> str | None:
     cpu, _ = ask(lambda: cpu_others_percent(window_s), window_s + 5)
     gpus, _ = ask(gpu.cards, 20.0)
     me = psutil.Process()
-    own = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    return busy_warning(cpu, gpus or [], own)
+    our_pids = {me.pid, *(child.pid for child in me.children(recursive=True))}
+    return busy_warning(cpu, gpus or [], our_pids)

@@ -115,8 +115,8 @@ def _last_level_cache() -> int:
     caches: dict[int, dict[str, int]] = {}
     for size in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*/size"):
         level = int(_read(str(size.parent / "level")))
-        shared = _read(str(size.parent / "shared_cpu_list"))
-        caches.setdefault(level, {})[shared] = probe_text.cache_size(_read(str(size)))
+        cores = _read(str(size.parent / "shared_cpu_list"))
+        caches.setdefault(level, {})[cores] = probe_text.cache_size(_read(str(size)))
     return sum(_known(caches, "the kernel lists no caches")[max(caches)].values())
 
 
@@ -182,7 +182,7 @@ def _packages() -> dict[str, str | None]:
     return found
 
 
-def _own_cpu_s() -> float:
+def _our_cpu_s() -> float:
     me = psutil.Process()
     total = 0.0
     for process in (me, *me.children(recursive=True)):
@@ -198,12 +198,12 @@ def cpu_others_percent(window_s: float = 0.3) -> float:
 
     Time that a hypervisor gave to others counts too.
     """
-    before, own, start = psutil.cpu_times(), _own_cpu_s(), time.perf_counter()
+    before, ours, start = psutil.cpu_times(), _our_cpu_s(), time.perf_counter()
     time.sleep(window_s)
-    after, own_after = psutil.cpu_times(), _own_cpu_s()
+    after, ours_after = psutil.cpu_times(), _our_cpu_s()
     idle = sum(getattr(after, k, 0) - getattr(before, k, 0) for k in ("idle", "iowait"))
     capacity = (time.perf_counter() - start) * psutil.cpu_count()
-    used = capacity - idle - (own_after - own)
+    used = capacity - idle - (ours_after - ours)
     return round(min(max(100 * used / capacity, 0.0), 100.0), 1)
 
 

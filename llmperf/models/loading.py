@@ -65,8 +65,8 @@ class Model:
 
     def label(self) -> str:
         """For captions: the name, what was done to the weights, and whether they are random."""
-        parts = [self.name, self.quantization or self.dtype]
-        return " ".join(parts + ["(random weights)"] * (self.weights == "random"))
+        words = [self.name, self.quantization or self.dtype]
+        return " ".join(words + ["(random weights)"] * (self.weights == "random"))
 
 
 def load(

@@ -196,18 +196,18 @@ def cached_tensors(layer) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _cache_layer(layer, before: dict, after: dict) -> CacheLayer:
     """From the cached tensors at three and at four tokens."""
-    token, row, fixed = [0, 0], [0, 0], 0
+    token, row, once = [0, 0], [0, 0], 0
     for name, tensor in after.items():
-        own = tensor.dtype != FOLLOWS
-        size = tensor.element_size() if own else 1
+        fixed = tensor.dtype != FOLLOWS
+        size = tensor.element_size() if fixed else 1
         grown = tensor.numel() - before[name].numel()
         if grown:
-            token[own] += grown // ROWS * size
+            token[fixed] += grown // ROWS * size
         elif tensor.dim() and tensor.shape[0] == ROWS:
-            row[own] += tensor.numel() // ROWS * size
+            row[fixed] += tensor.numel() // ROWS * size
         else:
-            fixed += tensor.nbytes
-    return CacheLayer(*token, *row, fixed, getattr(layer, "sliding_window", None))
+            once += tensor.nbytes
+    return CacheLayer(*token, *row, once, getattr(layer, "sliding_window", None))
 
 
 def _split(flops: list[float], states: bool) -> tuple[float, float, float]:

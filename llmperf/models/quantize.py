@@ -1,4 +1,4 @@
-"""Give a model quantised linear layers: torch's own kernels, or bitsandbytes."""
+"""Give a model quantised linear layers: torch's tensors kernels, or bitsandbytes."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def random_module(config, word: str, dtype, device: str, seed: int):
 
 def _fill(module, child, device: str) -> None:
     """Give one layer its storage and the weights that its family starts with."""
-    own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+    tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
     tied = child is module.get_output_embeddings() and module.config.tie_word_embeddings
-    if own and not (tied and len(own) == 1):
+    if tensors and not (tied and len(tensors) == 1):
         child.to_empty(device=device, recurse=False)
         module._init_weights(child)
 

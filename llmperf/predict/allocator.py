@@ -1,4 +1,4 @@
-"""What PyTorch's caching allocator makes of a list of tensors, by its own rules.
+"""What PyTorch's caching allocator makes of a list of tensors, by its rules.
 
 The constants and rules are those of `c10/cuda/CUDACachingAllocator` (torch 2.1 to 2.13). Nothing
 is measured and nothing fitted: a request is rounded, placed in the smallest free block of its
@@ -15,7 +15,7 @@ MIN_BLOCK = 512  # every request is rounded up to a multiple of this
 SMALL = MIB  # up to here from the pool of small blocks
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB  # asked of the driver for requests below MIN_LARGE
-MIN_LARGE = 10 * MIB  # from here on a segment of its own, rounded up to 2 MiB
+MIN_LARGE = 10 * MIB  # from here on one segment a request, rounded up to 2 MiB
 ROUND_LARGE = 2 * MIB
 
 # cuBLAS workspace for each (handle, stream), by default: 2 x 4 MiB + 8 x 16 KiB before Hopper,
@@ -61,9 +61,9 @@ def place(sizes: Iterable[int]) -> Placed:
         else:
             block = segment(size)
             reserved += block
-        rest = block - size
-        if rest >= MIN_BLOCK if small else rest > SMALL:
-            insort(blocks, rest)
+        left = block - size
+        if left >= MIN_BLOCK if small else left > SMALL:
+            insort(blocks, left)
             block = size
         requested += wanted
         allocated += block

@@ -21,11 +21,11 @@ def tensors(
     item, how = dtype_bytes(dtype), scheme(shape, quantization)
     found = []
     for t in shape.tensors:
-        own = t.item_bytes or item
+        element = t.item_bytes or item
         if how and converted(shape, t, how):
-            found += [(t, size) for size in stored(t, how, own)]
+            found += [(t, size) for size in stored(t, how, element)]
         else:
-            found.append((t, t.numel * own))
+            found.append((t, t.numel * element))
     return tuple(found)
 
 

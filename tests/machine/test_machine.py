@@ -356,7 +356,7 @@ def test_cpu_others_does_not_count_ourselves(monkeypatch):
     own, clock = iter([3.0, 3.5]), iter([10.0, 11.0])
     monkeypatch.setattr(probes.psutil, "cpu_times", lambda: next(ticks))
     monkeypatch.setattr(probes.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(probes, "_own_cpu_s", lambda: next(own))
+    monkeypatch.setattr(probes, "_our_cpu_s", lambda: next(own))
     monkeypatch.setattr(probes.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(probes.time, "sleep", lambda s: None)
     assert probes.cpu_others_percent() == 25.0
