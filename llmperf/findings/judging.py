@@ -12,6 +12,7 @@ from functools import cache
 
 from llmperf import REFERENCE
 from llmperf.findings.checks import CANNOT_TELL, FAILS, HOLDS, SHAPES, Checked, Row
+from llmperf.findings.published import published_records
 from llmperf.measure import Record, frame
 from llmperf.measure.records import PLACE, WORK
 
@@ -98,8 +99,8 @@ def claims() -> tuple[Claim, ...]:
     return tuple(Claim(**row) for row in yaml.safe_load(text)["claims"])
 
 
-def judge_all(records: Iterable[Record]) -> list[Verdict]:
-    """One verdict a claim over these records (of one machine or several), in their order."""
+def judge_all(records: Iterable[Record], of: Sequence[Claim] = ()) -> list[Verdict]:
+    """One verdict a claim (default: the published ones) over records of one machine or several."""
     wanted = [r for r in records if r.kind in ("measure", "failed") and r.status in ("ok", "oom")]
     rows = []
     for row, r in zip(frame(wanted).to_dict("records"), wanted, strict=True):
@@ -109,14 +110,12 @@ def judge_all(records: Iterable[Record]) -> list[Verdict]:
         if not row["foreign"]:
             rows.append({k: v for k, v in row.items() if v is not None and v == v})
     possible = [row for row in rows if row["possible"]]
-    return [_judge(claim, possible, rows) for claim in claims()]
+    return [_judge(claim, possible, rows) for claim in of or claims()]
 
 
 @cache
 def published_verdicts() -> list[Verdict]:
     """The claims judged by the publication's own rows."""
-    from llmperf.findings.published import published_records
-
     return judge_all(published_records())
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from llmperf import findings
 from llmperf.findings import CANNOT_TELL, FAILS, HOLDS, NOT_TESTABLE
@@ -174,6 +175,25 @@ def test_verdicts(id, good, bad):
     assert nothing.verdict == NOT_TESTABLE and nothing.needed
     assert yes.figures and no.figures and yes.settings
     assert yes.here.startswith("as claimed"), "what holds at its own level is seen here too"
+
+
+def test_a_finding_is_added_as_one_row():
+    row = """
+    id: two-for-one
+    claim: Two requests take little more time than one.
+    figure: ours
+    level: 2
+    device: cpu
+    needs: notebook 03 with batches 1 and 2
+    checks:
+    - {check: ratio, metric: duration_s, of: {strategy: batch}, to: {strategy: batch, level: 1},
+       most: 1.2, says: "batch {n} takes {x} times as long as one"}
+    """
+    claim = findings.Claim(**yaml.safe_load(row))
+    for seconds, word in ((1.05, HOLDS), (2.0, FAILS)):
+        rows = [r for n, s in ((1, 1.0), (2, seconds)) for r in run("batch", n, s, gpu=None)]
+        (found,) = findings.judge_all(rows, [claim])
+        assert found.verdict == word and "batch 2 takes" in found.figures
 
 
 BYTES = ["batch-reserved", "processes-memory", "vram-same-inside", "kv-share", "available-vram"]
