@@ -141,13 +141,13 @@ def scorecard(records: Iterable[Record]):
 
 
 def _judge(claim: Claim, possible: Sequence[Row], everything: Sequence[Row]) -> Verdict:
-    strict, here = _parts(claim, possible, True), _parts(claim, possible, False)
+    strict, here = _by_setting(claim, possible, True), _by_setting(claim, possible, False)
     top = max((p.n for p in here), default=0)  # the claim is of ten: what ran highest says most
     shown = [f"{LIKE_CLAIM[p.verdict]}: {p.text} ({p.setting})" for p in here if p.n == top]
     seen = ". ".join(shown[:2]) or "nothing was measured of it"
     if not strict:
         why = f"needs {claim.at}: {claim.needs}"
-        if _parts(claim, everything, True):
+        if _by_setting(claim, everything, True):
             why = f"the runs that would test it are faster than their machine can be; {why}"
         return Verdict(
             claim.id, claim.claim, claim.at, NOT_TESTABLE, why, seen, why, needed=claim.needs
@@ -168,8 +168,8 @@ def _judge(claim: Claim, possible: Sequence[Row], everything: Sequence[Row]) -> 
     )  # fmt: skip
 
 
-def _noticed(parts: Sequence[Part], impossible: Sequence[Row]) -> Iterable[str]:
-    rows = [r for p in parts for r in p.rows]
+def _noticed(found: Sequence[Part], impossible: Sequence[Row]) -> Iterable[str]:
+    rows = [r for p in found for r in p.rows]
     warned = [r["warnings"] for r in rows if r["warnings"]]
     if warned:
         yield f"{len(warned)} of {len(rows)} runs were not quiet ({warned[0].split('; ')[0]})"
@@ -178,7 +178,7 @@ def _noticed(parts: Sequence[Part], impossible: Sequence[Row]) -> Iterable[str]:
         yield f"{left_out} runs left out: faster than their machine can be"
 
 
-def _parts(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
+def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
     """What each setting says: settings of one experiment, else those of several together."""
     rows = [r for r in rows if claim.arriving == ("arrivals" in r)]
     if strict:
@@ -189,8 +189,8 @@ def _parts(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
             and (not claim.platforms or r["os"] in claim.platforms)
             and claim.tokens in (None, r.get("new_tokens"))
         ]
-    shared = [name for name in (*WORK, *PLACE) if name not in claim.varied]
-    for by in (["experiment", *shared], shared):
+    columns = [name for name in (*WORK, *PLACE) if name not in claim.varied]
+    for by in (["experiment", *columns], columns):
         groups: dict[tuple, list[Row]] = {}
         for r in rows:
             groups.setdefault(tuple(r.get(name) for name in by), []).append(r)

@@ -73,9 +73,9 @@ def groups(strategy: str, **wanted) -> pd.DataFrame:
         allocated_gb=("allocated_gb", "min"),
     )
     out["output_tokens_per_s"] = out.concurrency * NEW_TOKENS / out.seconds
-    one = measurements(strategy="sequential").groupby(["experiment", "label"]).seconds.median()
+    alone = measurements(strategy="sequential").groupby(["experiment", "label"]).seconds.median()
     out["times_one"] = out.seconds / [
-        one.get(page, float("nan")) for page in zip(out.experiment, out.label, strict=True)
+        alone.get(page, float("nan")) for page in zip(out.experiment, out.label, strict=True)
     ]
     return out
 
@@ -172,11 +172,11 @@ def yi_deployment() -> pd.DataFrame:
     known = [models.shape_of(f"{name}-chat".lower()) for name in names[0]]
     quantized = [YI_QUANTIZATION.get(bits.strip("-")) for bits in names[2]]
     pairs = zip(known, quantized, strict=True)
-    rest = [predict.at_rest(shape, "fp16", bits).allocated for shape, bits in pairs]
-    rows["rest_gb"] = [x / GIB for x in rest]
+    at_rest = [predict.at_rest(shape, "fp16", bits).allocated for shape, bits in pairs]
+    rows["rest_gb"] = [x / GIB for x in at_rest]
     rows["per_token_bytes"] = rows.batch_size * [predict.kv_bytes(k, 1, 1, "fp16") for k in known]
     for column, off in (("tokens", 0), ("tokens_low", -0.5), ("tokens_high", 0.5)):
-        tokens = ((rows.vram_gb + off) * GIB - rest) / rows.per_token_bytes
+        tokens = ((rows.vram_gb + off) * GIB - at_rest) / rows.per_token_bytes
         rows[column] = tokens.round().clip(lower=0).astype(int)
     exact = rows[rows.batch_size.ge(16) & rows.bound.eq("=")].groupby("model").tokens.median()
     rows["typical_tokens"] = rows.model.map(exact).round().astype(int)

@@ -75,18 +75,18 @@ def share(source: Path | str, target: Path | str | None = None) -> Path:
 
 def lines(run: Run) -> Iterator[str]:
     """The lines of the pack, one a record."""
-    own = own_words()
+    private = private_words()
     for record in run.records:
         known = asdict(record)
         kept = {name: known[name] for name in KEPT}
         kept |= {"condition": _condition(record), "trace": _trace(record), "run_id": "shared"}
-        kept = scrub(kept, own)
+        kept = scrub(kept, private)
         # A WSL2 kernel's version looks like an internet address.
-        kept["environment"] = scrub(_environment(record.environment), own, addresses=False)
+        kept["environment"] = scrub(_environment(record.environment), private, addresses=False)
         yield json.dumps(kept, ensure_ascii=False) + "\n"
 
 
-def own_words() -> tuple[str, ...]:
+def private_words() -> tuple[str, ...]:
     """The words that name this user and machine; a name with blanks gives each of its words."""
     words = {Path.home().name, *Path.home().name.split(), *socket.gethostname().split(".")}
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may lack a name
@@ -95,15 +95,17 @@ def own_words() -> tuple[str, ...]:
     return tuple(sorted(known, key=len, reverse=True))
 
 
-def scrub(value, own: Sequence[str] = (), addresses: bool = True):
-    """The value with own words, keys, paths and addresses in its texts and keys replaced."""
+def scrub(value, private: Sequence[str] = (), addresses: bool = True):
+    """The value with private words, keys, paths and addresses in its texts and keys replaced."""
     if isinstance(value, Mapping):
-        return {scrub(k, own, addresses): scrub(v, own, addresses) for k, v in value.items()}
+        return {
+            scrub(k, private, addresses): scrub(v, private, addresses) for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [scrub(v, own, addresses) for v in value]
+        return [scrub(v, private, addresses) for v in value]
     if not isinstance(value, str):
         return value
-    for word in own:
+    for word in private:
         value = re.sub(rf"(?i)(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", "<name>", value)
     for pattern, word in SECRETS:
         value = pattern.sub(word, value)

@@ -188,15 +188,15 @@ def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
         legend(ax)
 
 
-def stacked(ax: Axes, parts: pd.DataFrame, unit: str) -> None:
-    """Horizontal stacked bars: one bar a row of `parts`, one segment a column, hatched apart."""
+def stacked(ax: Axes, table: pd.DataFrame, unit: str) -> None:
+    """Horizontal stacked bars: one bar a row of `table`, one segment a column, hatched apart."""
     hatches = ("", "//", "..", "xx", "\\\\", "--", "oo")
-    left = pd.Series(0.0, index=parts.index)
-    for i, column in enumerate(parts.columns):
+    left = pd.Series(0.0, index=table.index)
+    for i, column in enumerate(table.columns):
         color = COLORS[i % len(COLORS)]
         ax.barh(
-            [str(label) for label in parts.index],
-            parts[column],
+            [str(label) for label in table.index],
+            table[column],
             left=left,
             color=color,
             alpha=0.85,
@@ -204,7 +204,7 @@ def stacked(ax: Axes, parts: pd.DataFrame, unit: str) -> None:
             edgecolor="white",
             label=column,
         )
-        left = left + parts[column]
+        left = left + table[column]
     ax.set_xlabel(unit)
     ax.invert_yaxis()
     legend(ax)
@@ -217,8 +217,8 @@ def ledgers(ax: Axes, books: Mapping[str, Ledger], most: int = 5) -> None:
         {label: {line.name: line.low / GIB for line in b.lines} for label, b in books.items()}
     ).T
     lows = lows[lows.max().sort_values(ascending=False, kind="stable").index]
-    parts = lows.iloc[:, :most].assign(rest=lows.iloc[:, most:].sum(axis=1))
-    stacked(ax, parts, "GiB")
+    table = lows.iloc[:, :most].assign(rest=lows.iloc[:, most:].sum(axis=1))
+    stacked(ax, table, "GiB")
     for label, book in books.items():
         width, name = (book.high - book.low) / GIB, "up to" if label == next(iter(books)) else None
         ax.barh(label, width, left=book.low / GIB, color="white", edgecolor=GREY, hatch="////",

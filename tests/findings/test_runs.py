@@ -10,7 +10,7 @@ import pytest
 from llmperf import findings
 from llmperf.__main__ import main
 from llmperf.decoding.trace import RequestTrace, Trace
-from llmperf.findings.sharing import own_words, scrub
+from llmperf.findings.sharing import private_words, scrub
 from llmperf.measure import Record, Store, metrics
 
 ENV = {
@@ -255,7 +255,7 @@ def test_scrubbing_leaves_figures_and_usual_words():
     for text in ("12.0 steps take 6.5 GB, 0.305 s at 21 GB/s", "GNU/Linux", "01-ai/Yi-6B-Chat",
                  "the first token came late"):  # fmt: skip
         assert scrub(text, ("someone",)) == text
-    assert all(len(word) > 2 for word in own_words())
+    assert all(len(word) > 2 for word in private_words())
 
 
 SECRETS = (
