@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 
 from llmperf import models
-from llmperf.models import shapes
 from llmperf.strategies.grouped import Grouped
 
 # The byte tokenizer gives "!" the id 0, so these ids spell a text.
@@ -93,7 +92,7 @@ def unable(config):
 
 def front(max_positions=512):
     """A Model without weights, for a Server with one of these engines."""
-    shape = replace(shapes.preset("gpt2"), name="null", vocab=257, max_positions=max_positions)
+    shape = replace(models.shape_of("gpt2"), name="null", vocab=257, max_positions=max_positions)
     source = models.LoadSpec("null", "fp32", "cpu", "random")
     tokenizer = models.byte_tokenizer()
     return models.Model("null", None, tokenizer, shape, "fp32", "cpu", "random", None, 0.0, source)

@@ -67,7 +67,11 @@ def measure(
     session.predict = lambda c: prediction.predict_run(c, expect, limits)
     stopped = f"{most} repeats"
     bar = _bar(len(session.slots) * most, experiment, progress)
-    with sampler or Sampler(device=conditions[0].model.device) as watching, strategies.session(), bar:
+    with (
+        sampler or Sampler(device=conditions[0].model.device) as watching,
+        strategies.session(),
+        bar,
+    ):
         for done in range(1, most + 1):
             session.round(done - 1, watching, bar)
             alive = session.alive_records() if width is not None and done >= repeats else []

@@ -13,7 +13,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from functools import cache
 
-from llmperf import decoding, predict
+from llmperf import decoding, machine, predict
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.machine.probes import PROBES
@@ -156,16 +156,15 @@ def check_memory(
     The low bounds count, so that what is refused surely does not fit. `free_bytes` is asked of the
     machine when it is not given; memory that the kept processes hold counts as free.
     """
-    cpu = model.device == "cpu"
-    system = "cpu" if cpu else PROBES["os"]().lower()
-    platform = system if system in ("cpu", "windows", "wsl2") else "linux"
-    how = {"dtype": model.dtype, "quantization": model.quantization, "platform": platform}
-    single = predict.memory(model.shape, **how, idle_bytes=0)
+    spec = predict.RunSpec(
+        model.shape, model.dtype, model.quantization, platform=machine.platform_word(model.device)
+    )
+    single = predict.memory(spec, idle_bytes=0)
     weights_bytes = single.line("weights").low
     each = single.low - weights_bytes
     copies = 1 if weights == "shared" else processes
     need = copies * weights_bytes + processes * each
-    free = _free_bytes(cpu) if free_bytes is None else free_bytes
+    free = _free_bytes(model.device) if free_bytes is None else free_bytes
     free += single.low * len(_kept[0].pids()) if _kept and free_bytes is None else 0
     if need > free:
         most = (free - weights_bytes) // each if weights == "shared" else free // single.low
@@ -177,14 +176,14 @@ def check_memory(
         )
 
 
-def _free_bytes(cpu: bool) -> int:
-    if cpu:
+def _free_bytes(device: str) -> int:
+    if device == "cpu":
         import psutil
 
         return psutil.virtual_memory().available
     import torch
 
-    return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def mps_daemon() -> object:
