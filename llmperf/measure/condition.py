@@ -22,7 +22,7 @@ class Condition:
     model: Model
     strategy: str = "sequential"
     level: int = 1
-    loop: str = "cached"
+    loop: str = decoding.DEFAULT_LOOP
     prompt_tokens: int | tuple[int, ...] = 32  # several lengths are cycled through
     new_tokens: int | tuple[int, ...] = 32
     sampling: Sampling = PUBLISHED
