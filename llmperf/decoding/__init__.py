@@ -5,12 +5,12 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "requests": "LOOPS WINDOW Request Stop Workload build prompts published_sampling"
-        " published_stop",
+        "requests": "DEFAULT_LOOP LOOPS WINDOW Request Stop Workload build prompts"
+        " published_sampling published_stop",
         "sampling": "GREEDY PUBLISHED Sampling",
         "trace": "Agreement Recorder RequestTrace Trace agreement",
         "batch": "Batch last_column pad positions",
-        "loops": "DEFAULT_LOOP Prepared check_loop decode prepare run steps",
+        "loops": "Prepared check_loop decode prepare run steps",
         "slots": "Slots",
     },
 )

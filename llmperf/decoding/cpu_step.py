@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
+from contextlib import nullcontext
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -114,21 +116,39 @@ class CpuStep:
         `wanted` are the indices of the tokens whose logits are asked for: → (wanted, vocabulary),
         fp32. Keys and values are written to `cache` at each token's slot and position.
         """
+        return self._run(self.description, ids, slots, positions, wanted, cache, scratch)
+
+    def first_layer_seconds(self, rows: int, position: int, repeats: int = 5) -> list[float]:
+        """Seconds of a step of `rows` tokens in which every layer reads the first one's weights.
+
+        Where a cache of the processor holds one layer, this is what a step takes beside reading
+        weights from memory. The output layer is left out.
+        """
+        alike = Description.from_buffer_copy(self.description)
+        layers = (Layer * alike.layer_count)(*[self.layers[0]] * alike.layer_count)
+        alike.layers = ctypes.cast(layers, ctypes.POINTER(Layer))
+        cache, scratch = self.new_cache(rows, position + 1), self.scratch(rows, position + 1)
+        call = ([0] * rows, list(range(rows)), [position] * rows, [], cache, scratch)
+        seconds = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            self._run(alike, *call)
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]  # the first one fetches the layer and the new cache's memory
+
+    def _run(self, description, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
         keys, values = cache
         self._tables(keys.shape[3])
         numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
         asked = torch.tensor(wanted, dtype=torch.int32)
-        logits = torch.empty(len(wanted), self.description.vocabulary)
+        logits = torch.empty(len(wanted), description.vocabulary)
         threads = torch.get_num_threads()
         pointers = [*numbers, asked, logits, keys, values, scratch]
         sizes = (len(ids), len(wanted), keys.shape[1], keys.shape[3], threads)
         arguments = Arguments(*(t.data_ptr() for t in pointers), *sizes)
-        call = (ctypes.byref(self.description), ctypes.byref(arguments))
-        if threads == 1:
+        call = (ctypes.byref(description), ctypes.byref(arguments))
+        with _pool if threads > 1 else nullcontext():
             failed = self.library.run_step(*call)
-        else:
-            with _pool:
-                failed = self.library.run_step(*call)
         if failed:
             raise RuntimeError("the threads of the compiled step could not be started")
         return logits

@@ -16,7 +16,7 @@ import torch
 
 from llmperf.decoding import batch as eager
 from llmperf.decoding import cpu_step, graph_step
-from llmperf.decoding.requests import LOOPS, Request, Stop
+from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS, Request, Stop
 from llmperf.decoding.sampling import Sampling
 from llmperf.decoding.slots import Slots
 from llmperf.decoding.trace import Recorder
@@ -27,7 +27,6 @@ MOST_CHECK_TOKENS = 1024
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # of the logits' norm, compiled to eager
 _chosen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module → Prepared of `compiled`
 _lock = threading.RLock()
-DEFAULT_LOOP = "compiled"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from llmperf import DATA
 from llmperf.decoding.sampling import PUBLISHED, Sampling
 
 LOOPS = ("recompute", "cached", "compiled")
+DEFAULT_LOOP = "compiled"
 WINDOW = 200  # tokens that the published loop looks back
 
 

@@ -30,12 +30,12 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     """
     m = condition.model
     limits = limits or ceilings.cached(m.device)
-    bandwidth, flops = _ceilings(limits, m.dtype)
-    prompt, new = _mean(condition.prompt_tokens), _mean(condition.new_tokens)
-    loop = prepared(condition).loop
-    whole = predict.bound(_cost(condition, loop), bandwidth, flops)
-    spec = spec_of(condition, loop)
-    step = predict.latency(spec, {**limits, "launch_s": None}, context=prompt + new // 2).decode
+    bandwidth = limits["read_bytes_per_s"]["median"]
+    flops = (limits["flops_per_s"][m.dtype] or {}).get("median")  # None: not measured in this dtype
+    spec = spec_of(condition, prepared(condition).loop)
+    whole = predict.bound(_cost(condition, spec), bandwidth, flops)
+    middle = spec.prompt_tokens + spec.new_tokens // 2
+    step = predict.latency(spec, {**limits, "launch_s": None}, context=middle).decode
     found = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops,
@@ -43,14 +43,16 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
         "limit": whole.limit,
         "bound_tpot_ms": step.seconds * 1e3,
         "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
-        "kv_bytes": predict.kv_bytes(m.shape, condition.level, prompt + new, m.dtype),
+        "kv_bytes": predict.kv_bytes(
+            m.shape, condition.level, spec.prompt_tokens + spec.new_tokens, m.dtype
+        ),
     }
     if (book := ledger(condition)) is not None:
         level = "process" if m.device == "cpu" else "reserved"
         low, high = book.at(level)
         found |= {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
     if expect:
-        found |= step_time.expected(condition, loop, step.seconds, limits)
+        found |= step_time.expected(condition, spec, step.seconds, limits)
     return found
 
 
@@ -60,7 +62,8 @@ def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     A rate above a ceiling makes the record implausible. The cost is that of the loop that ran.
     """
     ran = trace.notes.get("loop")  # several where threads differ: then the one asked for
-    cost = _cost(condition, ran if ran in decoding.LOOPS else condition.loop)
+    spec = spec_of(condition, ran if ran in decoding.LOOPS else condition.loop)
+    cost = _cost(condition, spec)
     bandwidth, flops = prediction["read_bytes_per_s"], prediction["flops_per_s"]
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
@@ -98,37 +101,34 @@ def refusal(condition: Condition) -> str | None:
     return None
 
 
-def spec_of(condition: Condition, loop: str | None = None) -> predict.RunSpec:
-    """The run as numbers, with mean lengths; `loop` is the one that runs (default: that asked)."""
-    m, how = condition.model, (condition.level, condition.options)
-    known = strategies.STRATEGIES[condition.strategy]
-    return predict.RunSpec(
-        m.shape,
-        m.dtype,
-        m.quantization,
-        condition.rows_per_step,
-        _mean(condition.prompt_tokens),
-        _mean(condition.new_tokens),
-        loop or condition.loop,
-        max(1, known.processes(*how)),
-        known.threads(*how),
-        machine.platform_word(m.device),
-    )
-
-
 def ledger(condition: Condition) -> predict.Ledger | None:
     """The predicted ledger of a run, nothing else on the device.
 
     None where another program holds the memory, or the strategy itself checks that it fits.
     """
-    known = strategies.STRATEGIES[condition.strategy]
-    if known.checks_memory or not known.processes(condition.level, condition.options):
+    known, how = strategies.STRATEGIES[condition.strategy], (condition.level, condition.options)
+    if known.checks_memory or not known.processes(*how):
         return None
-    longest = {
-        name: max(n) if isinstance(n := getattr(condition, name), Sequence) else n
-        for name in ("prompt_tokens", "new_tokens")
-    }
-    return predict.memory(replace(spec_of(condition), **longest), idle_bytes=0)
+    longest = {n: max(_lengths(getattr(condition, n))) for n in ("prompt_tokens", "new_tokens")}
+    return predict.memory(replace(spec_of(condition, condition.loop), **longest), idle_bytes=0)
+
+
+def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
+    """The run as numbers, of the mean lengths, in the loop that runs."""
+    m, how = condition.model, (condition.level, condition.options)
+    known = strategies.STRATEGIES[condition.strategy]
+    threads, lengths = known.threads(*how), (condition.prompt_tokens, condition.new_tokens)
+    return predict.RunSpec(
+        m.shape,
+        m.dtype,
+        m.quantization,
+        condition.rows_per_step,
+        *(round(statistics.mean(_lengths(length))) for length in lengths),
+        loop,
+        processes=max(1, known.processes(*how)),
+        threads=threads if threads > 1 else 0,
+        platform=machine.platform_word(m.device),
+    )
 
 
 def cap_allocator(model: Model) -> float | None:
@@ -164,16 +164,10 @@ def memory(model: Model) -> tuple[int, int]:
     return predict.budget(platform, free, total), held
 
 
-def _cost(condition: Condition, loop: str) -> predict.Cost:
+def _cost(condition: Condition, spec: predict.RunSpec) -> predict.Cost:
     """Bytes and FLOPs of the whole run at least."""
-    batch = predict.run_cost(spec_of(condition, loop))
-    return batch * (condition.level / condition.rows_per_step)
+    return predict.run_cost(spec) * (condition.level / spec.rows)
 
 
-def _ceilings(limits: Mapping, dtype: str) -> tuple[float, float | None]:
-    """Bytes/s that memory gives, and FLOP/s in this dtype where it was measured."""
-    return limits["read_bytes_per_s"]["median"], (limits["flops_per_s"][dtype] or {}).get("median")
-
-
-def _mean(lengths: int | Sequence[int]) -> int:
-    return round(sum(lengths) / len(lengths)) if isinstance(lengths, Sequence) else lengths
+def _lengths(value: int | Sequence[int]) -> Sequence[int]:
+    return value if isinstance(value, Sequence) else (value,)

@@ -3,12 +3,12 @@ overhead, and the draw of the next token.
 
 eager loops on a processor   max(bound, products as torch runs them) + operations x overhead + draw
 eager loops on a GPU         max(bound, operations x time of a launch) + draw
-compiled loop                bound + kernels x time of a launch (none on a GPU: one graph) + draw
+compiled on a processor      max(bound, the step itself on weights that a cache holds) + draw
+compiled on a GPU            bound + draw (one graph: no launches)
 
 An eager operation is counted in a real step of the model, so every decoder of transformers has a
-number. What is left out: barriers between threads, elementwise work on long inputs, and that the
-compiled kernels of a processor reach less arithmetic than torch's products, so the sum is low for
-`recompute` and for compiled steps of many rows. `RANGE` bounds one row on an idle machine.
+number. What is left out: elementwise work on long inputs, and on a GPU whatever keeps kernels from
+the memory's bandwidth. `RANGE` says how far off a step on an idle machine may be.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from llmperf import predict, strategies
+from llmperf import decoding, predict, strategies
 from llmperf.decoding.sampling import Sampling, next_tokens
-from llmperf.machine import DTYPES, rates
-from llmperf.machine.rates import waiter
+from llmperf.machine import DTYPE_BYTES, DTYPES, rates
 from llmperf.machine.timing import seconds_of
 from llmperf.models import CHECKPOINT, Model, quantize
 
@@ -33,7 +32,7 @@ RANGE = (0.6, 2.0)  # measured over expected
 TINY = 16  # width of the tensors on which the overhead of an operation is measured
 
 
-def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -> dict:
+def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits: Mapping) -> dict:
     """`expected_tpot_ms`, its range, and `limit`: Python or launches where operations take longest.
 
     None with a reason for engines and weights whose step is not this sum.
@@ -45,10 +44,11 @@ def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -
         return {"expected_tpot_ms": None, "expected_reason": "its kernels are not ours to time"}
     on_cpu, launch_s = m.device == "cpu", limits["launch_s"]["drained"]["median"]
     step_s, operations_s = bound_s, 0.0
-    if loop == "compiled":
-        operations_s = predict.launches(m.shape) * launch_s if on_cpu else 0.0
+    if spec.loop == "compiled":
+        step_s = max(bound_s, arithmetic_s(m, rows, spec.prompt_tokens)) if on_cpu else bound_s
     elif on_cpu:
-        new = 1 if loop == "cached" else _positions(condition)
+        seen = min(predict.WINDOW, spec.prompt_tokens + spec.new_tokens // 2 + 1)
+        new = 1 if spec.loop == "cached" else seen
         step_s = max(bound_s, products_s(m, rows * new))
         operations_s = operations(m) * operation_s()
     else:
@@ -58,14 +58,25 @@ def expected(condition: Condition, loop: str, bound_s: float, limits: Mapping) -
     whole = (step_s + operations_s + draw_s) * 1e3
     found = {"expected_low_ms": RANGE[0] * whole, "expected_high_ms": RANGE[1] * whole}
     if operations_s > max(step_s, bound_s):
-        found["limit"] = "Python" if on_cpu and loop != "compiled" else "launches"
+        found["limit"] = "Python" if on_cpu else "launches"
     return {"expected_tpot_ms": whole, **found}
 
 
-def _positions(condition: Condition) -> int:
-    """Positions that `recompute` passes through the model in the middle of an answer."""
-    asked = condition.workload.requests[0]
-    return min(predict.WINDOW, len(asked.prompt_ids) + asked.max_new_tokens // 2 + 1)
+_arithmetic: WeakKeyDictionary = WeakKeyDictionary()  # module → rows → seconds
+
+
+def arithmetic_s(model: Model, rows: int, position: int) -> float:
+    """Seconds of a compiled step on a processor without reading the weights from memory.
+
+    Every layer reads the first one's weights; the output layer is added by its share of them.
+    """
+    known = _arithmetic.setdefault(model.module, {})
+    if rows not in known:
+        step = decoding.prepare(model, "compiled").step
+        head = model.shape.vocab * model.shape.hidden
+        layers = predict.weights_read(model.shape, model.dtype) / DTYPE_BYTES[model.dtype] - head
+        known[rows] = median(step.first_layer_seconds(rows, position)) * (1 + head / layers)
+    return known[rows]
 
 
 def products_s(model: Model, rows: int) -> float:
@@ -129,4 +140,4 @@ def sampling_s(vocabulary: int, dtype: str, device: str, rows: int, sampling: Sa
     logits = torch.randn(rows, vocabulary, device=device).to(getattr(torch, DTYPES[dtype]))
     uniform = torch.rand(rows, dtype=torch.float64, device=device)
     draw = lambda: next_tokens(logits, sampling, uniform)  # noqa: E731
-    return median(seconds_of(draw, waiter(device), 9))
+    return median(seconds_of(draw, rates.waiter(device), 9))

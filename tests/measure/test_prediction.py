@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmperf import predict
+from llmperf import machine, predict
 from llmperf.decoding.trace import RequestTrace, Trace
-from llmperf.machine import ceilings
 from llmperf.measure import Condition, predict_run, prediction, step_time
 
 LIMITS = {
@@ -27,7 +26,7 @@ def asked(monkeypatch):
         rows.extend(batches)
         return [{"n": n, "k": k, "seconds": {"median": STEP_S}} for n, k in shapes]
 
-    monkeypatch.setattr(ceilings, "matmul_rates", rates)
+    monkeypatch.setattr(step_time.rates, "matmul_rates", rates)
     monkeypatch.setattr(step_time, "operation_s", lambda: 1e-5)
     monkeypatch.setattr(step_time, "sampling_s", lambda *_: 1e-4)
     step_time._products_s.cache_clear()
@@ -41,7 +40,7 @@ def trace(gap_s, tokens=5, **notes):
 
 
 def test_an_eager_step_is_its_products_its_operations_and_the_draw(tiny, asked):
-    condition = Condition(tiny, "batch", 3, prompt_tokens=8, new_tokens=4)
+    condition = Condition(tiny, "batch", 3, "cached", prompt_tokens=8, new_tokens=4)
     found = predict_run(condition, expect=True, limits=LIMITS)
     products = sum(predict.matmul_shapes(tiny.shape).values()) * STEP_S
     whole = products + 1e-5 * step_time.operations(tiny) + 1e-4
@@ -60,16 +59,24 @@ def test_operations_are_those_that_torch_runs(tiny):
     assert step_time.operations(tiny) == pytest.approx(len(outer), rel=0.3)
 
 
-def test_a_compiled_step_is_its_bound_and_its_kernels(tiny, asked):
+@pytest.mark.parametrize("arithmetic_s", [1e-9, 0.5])
+def test_a_compiled_step_is_its_bound_or_its_arithmetic(tiny, asked, monkeypatch, arithmetic_s):
+    monkeypatch.setattr(step_time, "arithmetic_s", lambda *_: arithmetic_s)
     condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
     found = predict_run(condition, expect=True, limits=LIMITS)
-    kernels_ms = predict.launches(tiny.shape) * 1e-3
-    assert found["expected_tpot_ms"] == pytest.approx(found["bound_tpot_ms"] + kernels_ms + 0.1)
-    assert not asked, "nothing of it is timed"
+    longer_ms = max(found["bound_tpot_ms"], arithmetic_s * 1e3)
+    assert found["expected_tpot_ms"] == pytest.approx(longer_ms + 0.1)
+    assert not asked, "none of torch's products is timed"
+
+
+def test_the_arithmetic_of_a_compiled_step_is_timed_once_a_number_of_rows(tiny):
+    first = step_time.arithmetic_s(tiny, 2, 8)
+    assert first > 0
+    assert step_time.arithmetic_s(tiny, 2, 8) == first
 
 
 def test_the_limit_is_python_where_operations_take_longest(tiny, asked, monkeypatch):
-    condition = Condition(tiny, prompt_tokens=8, new_tokens=4)
+    condition = Condition(tiny, loop="cached", prompt_tokens=8, new_tokens=4)
     assert predict_run(condition, expect=True, limits=LIMITS)["limit"] == "bandwidth"
     monkeypatch.setattr(step_time, "operation_s", lambda: 1.0)
     assert predict_run(condition, expect=True, limits=LIMITS)["limit"] == "Python"
@@ -111,14 +118,14 @@ def test_a_peer_is_predicted_with_the_rows_that_it_runs_together(tiny):
 
 @pytest.mark.parametrize("word", [None, "int8"])
 def test_the_products_of_a_model_can_be_timed(tiny, word, monkeypatch):
-    monkeypatch.setattr("llmperf.machine.timing.past_caches_bytes", lambda device: 1 << 16)
+    monkeypatch.setattr("llmperf.machine.rates.past_caches_bytes", lambda device: 1 << 16)
     step_time._products_s.cache_clear()
     assert step_time.products_s(replace(tiny, quantization=word), 2) > 0
 
 
 def test_what_surely_does_not_fit_is_refused_with_the_arithmetic(tiny):
     """Its cache alone: 2 x 2 layers x 16 entries x 4 bytes x 11 tokens for each row."""
-    condition = Condition(tiny, "batch", 2, prompt_tokens=10, new_tokens=2)
+    condition = Condition(tiny, "batch", loop="cached", level=2, prompt_tokens=10, new_tokens=2)
     assert prediction.refusal(condition) is None
     object.__setattr__(condition, "level", 200_000_000)  # no machine here has 524 GiB
     said = prediction.refusal(condition)
@@ -134,6 +141,6 @@ def test_where_a_full_card_spills_the_allocator_is_capped(tiny, monkeypatch):
     assert prediction.cap_allocator(tiny) is None
     on_card = replace(tiny, device="cuda:0")
     for system, share in (("WSL2", 0.85), ("Windows", 0.85), ("Linux", None)):
-        monkeypatch.setitem(prediction.PROBES, "os", lambda system=system: system)
+        monkeypatch.setitem(machine.PROBES, "os", lambda system=system: system)
         assert prediction.cap_allocator(on_card) == (share and pytest.approx(share))
     assert [device for _, device in told] == ["cuda:0", "cuda:0"]
