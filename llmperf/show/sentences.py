@@ -1,0 +1,120 @@
+"""What the numbers of this run say, in words: more, less, cannot tell, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from llmperf import stats
+from llmperf.measure import Record
+from llmperf.stats import Interval
+
+WORDS = {
+    "output_tokens_per_s": "tokens/s",
+    "duration_s": "time",
+    "ttft_ms": "time to the first token",
+    "tpot_ms": "time per output token",
+    "e2el_ms": "time until the whole answer",
+    "max_rss_bytes": "memory (RSS)",
+}
+
+
+def ratio_sentence(
+    frame: pd.DataFrame,
+    quantity: str,
+    a: str | Mapping,
+    b: str | Mapping,
+    *,
+    names: tuple[str, str] | None = None,
+    than: float = 1.0,
+    more: str = "more",
+    less: str = "less",
+    unclear: str = "cannot tell whether more or less",
+) -> str:
+    """`batch of 10: 4.2 (3.9 to 4.5) times the tokens/s of batch of 1: more`.
+
+    `a` and `b` are a label or values of columns; `quantity` is a column. Rounds that hold both are
+    compared in pairs. `more`, `less` and `unclear` end the sentence when the 95 % interval lies
+    above `than`, below it, or around it; `unclear` too where the rounds are too few for one.
+    """
+    left, right = (_samples(frame, quantity, side) for side in (a, b))
+    names = names or tuple(s if isinstance(s, str) else str(dict(s)) for s in (a, b))
+    of = WORDS.get(quantity, quantity.replace("_", " "))
+    for name, values in zip(names, (left, right), strict=True):
+        if values.empty:
+            return f"not measured: the {of} of {name}."
+    common = left.index.intersection(right.index)
+    if pairs := len(common) > 1:
+        left, right = left[common], right[common]
+    found = stats.ratio_interval(left.tolist(), right.tolist(), paired=pairs)
+    end = _outcome(found, than, more, less, unclear)
+    return f"{names[0]}: {_shown(found)} times the {of} of {names[1]}: {end}."
+
+
+def value_sentence(
+    what: str,
+    samples: float | Sequence[float] | pd.Series | None,
+    limit: float,
+    *,
+    above: str,
+    below: str,
+    unclear: str = "cannot tell which side of {limit}",
+    unit: str = "",
+) -> str:
+    """`GIL contention of 10 threads: 0.42 (0.38 to 0.47): above`, for any quantity.
+
+    One number is compared as it is, several by the 95 % interval of their median.
+    """
+    values = pd.Series(samples, dtype=float).dropna()
+    if values.empty:
+        return f"{what}: not measured."
+    found = stats.median_interval(values.tolist())
+    if pd.api.types.is_scalar(samples):
+        found = Interval(found.value, found.value, found.value, 1)
+    end = _outcome(found, limit, above, below, unclear.format(limit=f"{limit:.3g}{unit}"))
+    return f"{what}: {_shown(found)}{unit}: {end}."
+
+
+def agreement_sentence(frame: pd.DataFrame) -> str:
+    """In how many requests the tokens are those of `sequential`."""
+    if "agree" not in frame or not (total := int(frame.compared.sum())):
+        return "Tokens: not compared with sequential."
+    if (agree := int(frame.agree.sum())) == total:
+        return f"Tokens: the same as in sequential in all {total} compared requests."
+    parted = ", ".join(frame[frame.agree < frame.compared].label.unique())
+    return f"Tokens: {agree} of {total} requests agree with sequential; not in {parted}."
+
+
+def loops_sentence(records: Iterable[Record]) -> str:
+    """Which decoding loop was asked for and which one ran, and why another."""
+    words: dict[str, None] = {}
+    for r in records:
+        notes = (r.trace or {}).get("notes") or {}
+        loop, ran, why = r.condition.get("loop"), notes.get("loop"), notes.get("fallback")
+        if r.status == "ok" and ran:
+            words[f"{loop} ran as {ran} ({why})" if why else f"{ran} ran as asked"] = None
+    return "Loops: " + ("; ".join(words) or "not noted in these runs") + "."
+
+
+def _samples(frame: pd.DataFrame, quantity: str, side: str | Mapping) -> pd.Series:
+    """The values above 0 of the rows that `side` names, one a round."""
+    if quantity not in frame:
+        return pd.Series(dtype=float)
+    rows = frame[frame.status == "ok"]
+    for column, value in ({"label": side} if isinstance(side, str) else side).items():
+        rows = rows[rows[column] == value] if column in rows else rows.iloc[:0]
+    rows = rows[rows[quantity] > 0]
+    return rows.groupby([c for c in ("run_id", "repeat") if c in rows])[quantity].median()
+
+
+def _outcome(found: Interval, limit: float, above: str, below: str, unclear: str) -> str:
+    if found.low is None:
+        return f"cannot tell: {found.reason}"
+    return above if found.low > limit else below if found.high < limit else unclear
+
+
+def _shown(found: Interval) -> str:
+    if found.low is None or found.low == found.high:
+        return f"{found.value:.3g}"
+    return f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})"
