@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from transformers import DynamicCache
 
 from llmperf.decoding.requests import WINDOW, Request
 from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
+from llmperf.models import cache_argument
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,8 @@ def last_column(ids: torch.Tensor) -> int | torch.Tensor:
 
 
 def with_cache(module, cache) -> dict:
-    """The arguments that hand a cache to `module`: `cache`, or `past_key_values` before that.
-
-    Raises ValueError for a model that takes neither, since it would drop the cache in silence.
-    """
-    return {_cache_argument(type(module)): cache, "use_cache": True}
-
-
-@cache
-def _cache_argument(kind: type) -> str:
-    known = inspect.signature(kind.forward).parameters
-    found = next((n for n in ("cache", "past_key_values") if n in known), None)
-    if found is None:
-        raise ValueError(f"{kind.__name__} takes no cache of keys and values: use loop recompute")
-    return found
+    """The arguments that hand a cache to `module`, by the name that it has there."""
+    return {cache_argument(module): cache, "use_cache": True}
 
 
 @dataclass(frozen=True)

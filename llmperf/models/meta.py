@@ -6,6 +6,7 @@ its cache holds and count the FLOPs of each kind.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -101,8 +102,20 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
 
 
 def cache_argument(module) -> str:
-    """What the forward pass calls its cache: newer releases of transformers renamed it."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+    """What the forward pass calls its cache: newer releases of transformers renamed it.
+
+    Raises ValueError for a model that takes none, since it would drop one in silence.
+    """
+    return _cache_argument(type(module))
+
+
+@functools.cache
+def _cache_argument(kind: type) -> str:
+    known = inspect.signature(kind.forward).parameters
+    found = next((n for n in ("cache", "past_key_values") if n in known), None)
+    if found is None:
+        raise ValueError(f"{kind.__name__} takes no cache of keys and values: use loop recompute")
+    return found
 
 
 def _first_line(error: Exception) -> str:

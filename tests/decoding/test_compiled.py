@@ -1,6 +1,8 @@
 """The compiled loop and slots: the tokens of the eager loop, and a reason where it cannot run."""
 
 import random
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -257,6 +259,16 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_library, "SOURCE", broken)
     with pytest.raises(cpu_step.Unsupported, match="the C compiler failed: .*error"):
         cpu_library._build(cpu_library._compiler(), tmp_path / "step.so")
+
+
+@pytest.mark.parametrize("target", ["x86_64-windows-gnu", "aarch64-macos", "aarch64-linux-gnu"])
+def test_the_step_compiles_for_other_systems(target, tmp_path):
+    pytest.importorskip("ziglang", reason="needs the optional extra `compiler`")
+    flags = [f for f in cpu_library.FLAGS if f != "-march=native"]
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, *flags, "-shared"]
+    made = tmp_path / "step"
+    subprocess.run([*command, "-o", str(made), str(cpu_library.SOURCE)], check=True)
+    assert made.stat().st_size > 10_000
 
 
 def test_a_step_that_computes_something_else_is_refused(monkeypatch):

@@ -158,7 +158,7 @@ def test_a_failure_is_a_record_then_skipped_and_the_rest_go_on(points, tiny, sto
 
 def test_what_surely_does_not_fit_is_refused_with_the_arithmetic(points, tiny, store, monkeypatch):
     """Its cache alone: 2 x 2 layers x 16 entries x 4 bytes x 11 tokens for each row."""
-    huge = Condition(tiny, "batch", 2, prompt_tokens=10, new_tokens=2)
+    huge = Condition(tiny, "batch", 2, "cached", prompt_tokens=10, new_tokens=2)
     object.__setattr__(huge, "level", 200_000_000)  # no machine here has 524 GiB
     monkeypatch.setattr(
         Condition, "run", lambda *a, **k: made_up([1.0])(None, points[0].workload, {})

@@ -1,10 +1,10 @@
 // What a model is, as llmperf/decoding/cpu_step.py describes it, and its matrix products.
-enum { F32, BF16, INT8, INT4 };
+enum { OF_F32, OF_BF16, OF_INT8, OF_INT4 };  // prefixed, since windows.h has an INT8
 enum { SILU, GELU_TANH, GELU, RELU };
 
 typedef struct {  // weight (rows, columns) times an input, times scale, plus bias
   const void *weight;
-  const float *bias, *scale;  // INT4: (groups, 2, rows), a scale and the value of an 8
+  const float *bias, *scale;  // OF_INT4: (groups, 2, rows), a scale and the value of an 8
   int32_t rows, columns, kind, group;
 } Matrix;
 typedef struct { const float *weight, *bias; } Norm;  // no weight: no such norm
@@ -141,11 +141,11 @@ static void products(Team *team, const Matrix *w, int count, Input in, Output ou
     Output here = out;
     while (n >= items[i]) n -= items[i], here.to += w[i++].rows;
     const Matrix *m = w + i;
-    for (int at = n * 64; at < m->rows && at < n * 64 + 64; at += m->kind == INT4 ? 64 : 16) {
+    for (int at = n * 64; at < m->rows && at < n * 64 + 64; at += m->kind == OF_INT4 ? 64 : 16) {
       const int outputs = (int)least(16, m->rows - at);
-      if (m->kind == F32) product_f32(m, in.full, in.stride, in.rows, here, at, outputs);
-      else if (m->kind == INT8) product_int8(m, in.full, in.stride, in.rows, here, at, outputs);
-      else if (m->kind == INT4) product_int4(m, in, here, at);
+      if (m->kind == OF_F32) product_f32(m, in.full, in.stride, in.rows, here, at, outputs);
+      else if (m->kind == OF_INT8) product_int8(m, in.full, in.stride, in.rows, here, at, outputs);
+      else if (m->kind == OF_INT4) product_int4(m, in, here, at);
 #ifdef __AVX512BF16__
       else product_bf16(m, in.half, in.stride, in.rows, here, at, outputs);
 #else

@@ -41,7 +41,7 @@ static void normalise(float *to, const float *from, Norm norm, int n, int centre
 }
 
 INLINE float number(const void *from, int64_t at, int dtype) {
-  if (dtype == F32) return ((const float *)from)[at];
+  if (dtype == OF_F32) return ((const float *)from)[at];
   uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
   float value;
   memcpy(&value, &bits, 4);
@@ -70,7 +70,7 @@ INLINE v16 load_head(const void *from, int64_t at, int count, int half) {
   if (count >= 16)
     return half ? load_bf16((const uint16_t *)from + at) : load_f32((const float *)from + at);
   v16 v = all(0);
-  for (int i = 0; i < count; i++) v[i] = number(from, at + i, half ? BF16 : F32);
+  for (int i = 0; i < count; i++) v[i] = number(from, at + i, half ? OF_BF16 : OF_F32);
   return v;
 }
 
@@ -128,7 +128,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
   const Model *m = model;
   const Step *s = step;
   const int rows = s->rows, dim = m->head_dim, group = m->heads / m->kv_heads;
-  const int half = m->dtype != F32;
+  const int half = m->dtype != OF_F32;
   const int64_t hidden = padded(m->hidden), stride = input_columns(m), wide = wide_columns(m);
   float *x = s->scratch, *full = x + rows * hidden, *large = full + rows * stride;
   float *extra = large + rows * wide;
