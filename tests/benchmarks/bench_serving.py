@@ -1,7 +1,8 @@
-"""Serving: what the front process costs, dynamic against sequential and continuous, and a soak.
+"""Serving: what the front process costs, continuous batching against its rivals, and a soak.
 
 python tests/benchmarks/bench_serving.py front      # overhead with a model that costs nothing
 python tests/benchmarks/bench_serving.py saturated  # tokens/s, interleaved, bf16
+python tests/benchmarks/bench_serving.py joins      # ITL while a long prompt joins
 python tests/benchmarks/bench_serving.py idle       # TTFT at low load against sequential
 python tests/benchmarks/bench_serving.py soak       # 10,000 requests, cancels, malformed ones
 """
@@ -24,8 +25,9 @@ os.environ["PYTHONPATH"] = TESTS  # where the inference process finds `engines`
 import engines  # noqa: E402
 
 from llmperf import models, stats, strategies  # noqa: E402
+from llmperf.decoding import Slots  # noqa: E402
 from llmperf.decoding import requests as workload  # noqa: E402
-from llmperf.decoding.requests import Request  # noqa: E402
+from llmperf.decoding.requests import Request, Stop  # noqa: E402
 from llmperf.decoding.sampling import GREEDY  # noqa: E402
 from llmperf.measure import load, metrics, paired  # noqa: E402
 from llmperf.strategies import RequestFailed, Server  # noqa: E402
@@ -54,21 +56,58 @@ def front(n: int = 2_000, rate: float = 500.0) -> None:
     asyncio.run(go())
 
 
-def saturated(n: int = 32, rounds: int = 5) -> None:
-    """All requests at once: output tokens/s of dynamic over sequential and over continuous."""
+def saturated(n: int = 32, rounds: int = 7) -> None:
+    """All requests at once, 16 rows: continuous batching against its rivals, output tokens/s."""
     model = models.load("smollm2-135m", dtype="bf16", device="cpu")
-    work = workload.build(model.tokenizer, n, 32, 32, sampling=GREEDY)
 
-    def arm(name, **options):
+    def arm(work, name, **options):
         return lambda: strategies.STRATEGIES[name](model, work, options)
 
+    equal = workload.build(model.tokenizer, n, 32, 32, sampling=GREEDY)
+    lengths = [int(x) for x in np.linspace(16, 128, n)]
+    random.Random(0).shuffle(lengths)
+    mixed = workload.build(model.tokenizer, n, 32, lengths, sampling=GREEDY)
     with strategies.session():
-        arms = {"sequential": arm("sequential"), "dynamic": arm("dynamic", max_batch=16)}
-        arms["continuous"] = arm("continuous", max_batch=16)
-        speeds = paired(arms, rounds)
-    for other in ("sequential", "continuous"):
-        ratio = stats.ratio_interval(speeds["dynamic"], speeds[other], paired=True)
-        print(f"dynamic / {other}: {ratio.value:.2f} [{ratio.low}, {ratio.high}]")
+        for title, work in (("equal lengths", equal), ("lengths from 16 to 128", mixed)):
+            arms = {
+                "continuous": arm(work, "continuous", max_batch=16),
+                "dynamic": arm(work, "dynamic", max_batch=16),
+                "batches of 16": arm(work, "batch", batch_size=16),
+                "padded generate": arm(work, "peer", engine="generate"),
+                "transformers-continuous": arm(work, "peer", engine="transformers-continuous"),
+                "sequential": arm(work, "sequential"),
+            }
+            speeds = paired(arms, rounds)
+            print(title)
+            for other, values in speeds.items():
+                ratio = stats.ratio_interval(speeds["continuous"], values, paired=True)
+                span = f"({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low else ""
+                print(f"  continuous over {other}: {ratio.value:.2f} {span},", end=" ")
+                print(f"{np.median(values):.0f} tokens/s")
+
+
+def joins(rounds: int = 7, rows: int = 4, new: int = 64) -> None:
+    """p95 of the gaps between tokens of running requests while a prompt of 512 tokens joins."""
+    model = models.load("smollm2-135m", dtype="bf16", device="cpu")
+    asked = workload.build(model.tokenizer, rows, 32, new, sampling=GREEDY).requests
+    late = Request(99, workload.build(model.tokenizer, 1, 512, 4).requests[0].prompt_ids, 4)
+
+    def gaps(joining: bool) -> float:
+        slots = Slots(model, rows + 1, 600)
+        for request in asked:
+            slots.admit(request.id, request, GREEDY, Stop())
+        times = []
+        for step in range(new):
+            if joining and step == 10:
+                slots.admit(late.id, late, GREEDY, Stop())
+            slots.step()
+            times.append(time.perf_counter())
+        return float(np.quantile(np.diff(times[5:]), 0.95))
+
+    pairs = [(gaps(True), gaps(False)) for _ in range(rounds + 1)][1:]
+    ratio = stats.ratio_interval(*map(list, zip(*pairs, strict=True)), paired=True)
+    print(f"p95 gap while 512 tokens join / without: {ratio.value:.2f}", end=" ")
+    print(f"({ratio.low:.2f} to {ratio.high:.2f}), {np.median([b for _, b in pairs]) * 1e3:.1f} ms")
 
 
 def idle(n: int = 20, rate: float = 0.5) -> None:
@@ -127,4 +166,4 @@ def soak(n: int = 10_000, rate: float = 400.0) -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["front", "soak"]:
-        {"front": front, "saturated": saturated, "idle": idle, "soak": soak}[name]()
+        {"front": front, "saturated": saturated, "joins": joins, "idle": idle, "soak": soak}[name]()
