@@ -50,7 +50,7 @@ class Layer(ctypes.Structure):
 
 SIZES = (
     "layer_count hidden heads kv_heads head_dim feed vocabulary rotary"
-    " dtype activation gated centred first_position"
+    " dtype activation gated centred"
 ).split()
 FACTORS = (
     "epsilon embedding_scale attention_scale attention_cap residual_scale logit_scale logit_cap"
@@ -103,12 +103,12 @@ class CpuStep:
         return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
     def scratch(self, rows: int, length: int) -> torch.Tensor:
-        """Working memory for calls of up to `rows` tokens."""
-        threads = torch.get_num_threads()
-        count = self.library.scratch_floats(
-            ctypes.byref(self.description), rows, length, threads + 1
-        )
-        return torch.empty(count, dtype=torch.float32)
+        """Working memory for calls of up to `rows` tokens, with the threads that torch has now."""
+        return torch.empty(self._scratch_floats(rows, length), dtype=torch.float32)
+
+    def _scratch_floats(self, rows: int, length: int) -> int:
+        threads = self.library.pool_threads() or torch.get_num_threads()
+        return self.library.scratch_floats(ctypes.byref(self.description), rows, length, threads)
 
     def __call__(self, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
         """Run tokens through the model; lists of equal length, one entry a token.
@@ -139,6 +139,8 @@ class CpuStep:
     def _run(self, description, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
         keys, values = cache
         self._tables(keys.shape[3])
+        if scratch.numel() < self._scratch_floats(len(ids), keys.shape[3]):
+            scratch = self.scratch(len(ids), keys.shape[3])  # there are more threads than then
         numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
         asked = torch.tensor(wanted, dtype=torch.int32)
         logits = torch.empty(len(wanted), description.vocabulary)

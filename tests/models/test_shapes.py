@@ -36,6 +36,17 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert PUBLISHED.get(name, preset["parameters"]) == preset["parameters"]
 
 
+def test_a_preset_is_added_as_one_file(tmp_path, monkeypatch):
+    family, fields = CONFIGS["qwen3"]
+    file = tmp_path / "my-model.json"
+    known = {"hub_id": "me/my-model", "source": "its authors", "date": "2026-11-24"}
+    config = {"model_type": family, "architectures": ["Qwen3ForCausalLM"], **fields}
+    file.write_text(json.dumps(known | {"config": config, "parameters": 0}))
+    monkeypatch.setitem(configs.FILES, "my-model", file)
+    configs.preset.cache_clear()
+    assert models.shape_of("my-model").parameters() == shape("qwen3").parameters()
+
+
 def test_a_preset_answers_to_its_name_and_its_hub_id():
     by_id = models.shape_of("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert models.shape_of("smollm2-135m").tensors == by_id.tensors

@@ -20,7 +20,7 @@ typedef struct {
   Matrix head;
   const Layer *layers;
   int32_t layer_count, hidden, heads, kv_heads, head_dim, feed, vocabulary, rotary;
-  int32_t dtype, activation, gated, centred, first_position;
+  int32_t dtype, activation, gated, centred;
   float epsilon, embedding_scale, attention_scale, attention_cap, residual_scale, logit_scale,
       logit_cap;
 } Model;

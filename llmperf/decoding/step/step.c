@@ -141,7 +141,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
   const int64_t queries = (int64_t)m->heads * dim, width = half ? 2 : 4;
 
   FOR_ITEMS(r, rows) {
-    const int64_t id = s->ids[r], place = s->positions[r] + m->first_position;
+    const int64_t id = s->ids[r], place = s->positions[r];
     for (int i = 0; i < m->hidden; i++) {
       x[r * hidden + i] = number(m->embedding, id * m->hidden + i, m->dtype) * m->embedding_scale;
       if (m->positions) x[r * hidden + i] += number(m->positions, place * m->hidden + i, m->dtype);
@@ -249,3 +249,6 @@ static void forward(const void *model, const void *step, Team *team, int thread)
 EXPORT int run_step(const Model *m, const Step *s) {
   return run_together(forward, m, s, s->threads);
 }
+
+// Threads of the pool, 0 before it exists: scratch memory must have room for as many.
+EXPORT int32_t pool_threads(void) { return pool.team.threads; }
