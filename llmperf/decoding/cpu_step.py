@@ -169,12 +169,7 @@ class CpuStep:
         if embedding.dtype not in (torch.float32, torch.bfloat16):
             raise Unsupported(f"it is in {embedding.dtype}: the step has fp32 and bf16")
         d.embedding, d.dtype, d.vocabulary = embedding.data_ptr(), KINDS[embedding.dtype], 0
-        d.embedding_scale = float(
-            getattr(self.module.get_input_embeddings(), "scalar_embed_scale", 1)
-        )
-        if config.model_type == "gemma" or config.model_type == "gemma2":
-            d.embedding_scale = d.hidden**0.5
-        d.embedding_scale *= getattr(config, "embedding_multiplier", 1.0)
+        d.embedding_scale = self._embedding_scale() * getattr(config, "embedding_multiplier", 1.0)
         d.residual_scale = getattr(config, "residual_multiplier", 1.0)
         d.logit_scale = 1 / getattr(config, "logits_scaling", 1.0)
         d.attention_cap = getattr(config, "attn_logit_softcapping", None) or 0.0

@@ -21,7 +21,6 @@ from llmperf import RUNS
 from llmperf.decoding.trace import Trace
 
 SCHEMA = 1
-STATUSES = ("ok", "oom", "error", "skipped")
 MOST_LINE_BYTES = 64 * 2**20  # a longer line is no record
 MOST_DAMAGED = 10_000  # lines; after these a file is not read further
 # What two runs share when their times are compared as times of two strategies.
