@@ -10,7 +10,8 @@ __getattr__, __all__ = lazy_face(
         "sampling": "GREEDY PUBLISHED Sampling",
         "trace": "Agreement Recorder RequestTrace Trace agreement",
         "batch": "Batch last_column pad positions",
-        "loops": "Prepared check_loop decode prepare run steps",
+        "loops": "Prepared check_loop prepare",
+        "generate": "decode run steps",
         "slots": "Slots",
     },
 )

@@ -9,19 +9,13 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llmperf.decoding import batch as eager
 from llmperf.decoding import cpu_step, graph_step
-from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS, Request, Stop
-from llmperf.decoding.sampling import Sampling
-from llmperf.decoding.slots import Slots
-from llmperf.decoding.trace import Recorder
+from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS
 
-EAGER = {"recompute": eager.recompute, "cached": eager.cached}
 CHECK_TOKENS = 48  # at least; a model with windows is checked past its window
 MOST_CHECK_TOKENS = 1024
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # of the logits' norm, compiled to eager
@@ -105,91 +99,3 @@ def _check(model, step: cpu_step.CpuStep) -> None:
     error = (errors.max() if model.dtype == "fp32" else errors.median()).item()
     if not error <= TOLERANCE[model.dtype]:
         raise cpu_step.Unsupported(f"its logits differ from the eager ones by {error:.1%}")
-
-
-def decode(
-    model,
-    requests: Sequence[Request],
-    *,
-    loop: str = DEFAULT_LOOP,
-    sampling: Sampling | None = None,
-    stop: Stop | None = None,
-) -> Iterator[list[int | None]]:
-    """Generate for `requests` as one batch; yields one list a step, None for rows that ended.
-
-    A step is yielded when its tokens have reached the processor, so its time is the time at which
-    a caller could read them.
-    """
-    sampling, stop = sampling or Sampling(), stop or Stop()
-    chosen = prepare(model, loop)
-    if chosen.step is None:
-        yield from _eager(model, requests, chosen.loop, sampling, stop)
-        return
-    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-    slots = Slots(model, len(requests), longest, prefill_tokens=None)
-    for place, request in enumerate(requests):
-        slots.admit(place, request, sampling, stop)
-    while slots.busy:
-        row: list[int | None] = [None] * len(requests)
-        for place, token, _ in slots.step():
-            row[place] = token
-        yield row
-
-
-def _eager(model, requests, loop: str, sampling: Sampling, stop: Stop) -> Iterator[list]:
-    """A row that has ended is computed on until the last one ends, as in `model.generate`."""
-    device = model.torch_device
-    batch = eager.pad(requests, device)
-    draw = eager.Draw.of(requests, sampling, batch.steps, device)
-    left = [r.max_new_tokens for r in requests]
-    tokens_of_steps = EAGER[loop](model, batch, draw)
-    for step in range(1, batch.steps + 1):
-        with torch.inference_mode():  # per step: a suspended generator must not leave it on
-            tokens = next(tokens_of_steps).tolist()  # waits for the device
-        row = [t if n else None for t, n in zip(tokens, left, strict=True)]
-        yield row
-        for i, token in enumerate(row):
-            if token is not None:
-                ended = stop.ends(token, step, requests[i].prompt_ids)
-                left[i] = 0 if ended else left[i] - 1
-        if not any(left):
-            return
-
-
-def run(
-    model,
-    requests: Sequence[Request],
-    recorder: Recorder,
-    *,
-    on_step: Callable[[], None] | None = None,
-    **how,
-) -> None:
-    """Decode `requests` as one batch and record when each token came.
-
-    `how` is what `steps` takes; `on_step` is called after each step.
-    """
-    for _ in steps(model, requests, recorder, **how):
-        if on_step:
-            on_step()
-
-
-def steps(
-    model,
-    requests: Sequence[Request],
-    recorder: Recorder,
-    *,
-    loop: str = DEFAULT_LOOP,
-    sampling: Sampling | None = None,
-    stop: Stop | None = None,
-    worker: str = "0",
-) -> Iterator[None]:
-    """As `run`, for a caller that wants the processor back after each step."""
-    chosen = prepare(model, loop)
-    recorder.started([r.id for r in requests], worker)
-    recorder.ran(chosen.loop, chosen.reason)
-    for row in decode(model, requests, loop=chosen.loop, sampling=sampling, stop=stop):
-        now = recorder.now()
-        for request, token in zip(requests, row, strict=True):
-            if token is not None:
-                recorder.token(request.id, token, now)
-        yield

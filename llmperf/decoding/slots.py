@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from llmperf.decoding import cpu_step, graph_step
 from llmperf.decoding.batch import last_column, with_cache
+from llmperf.decoding.loops import prepare
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
 
@@ -52,8 +53,6 @@ class Slots:
 
     def __init__(self, model, rows: int, max_length: int, *, loop: str = "compiled",
                  prefill_tokens: int | None = PREFILL_TOKENS):  # fmt: skip
-        from llmperf.decoding.loops import prepare
-
         if rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
             raise ValueError(f"{rows} rows with prefill_tokens {prefill_tokens}: use at least 1")
         if loop == "recompute":

@@ -133,7 +133,7 @@ def _threads(level: int, options: Mapping) -> int:
 STRATEGY = Strategy(
     "coroutine",
     run,
-    in_words("{level} coroutines", "variant", "workers"),
+    in_words("{level} coroutines", "variant", "workers", single="1 coroutine"),
     style=4,
     options={"variant": choice(*IN_THE_LOOP, *IN_THREADS), "workers": workers},
     threads=_threads,

@@ -42,7 +42,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
 STRATEGY = Strategy(
     "processes",
     run,
-    in_words("{level} processes", "workers", "weights"),
+    in_words("{level} processes", "workers", "weights", single="1 process"),
     style=2,
     options={"workers": strategy.workers, "weights": choice("own", "shared")},
     refuse=_refuse,

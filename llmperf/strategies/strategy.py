@@ -110,11 +110,15 @@ def at_most(option: str, default: int | None = None) -> Count:
     return lambda level, options: min(options.get(option, default or level), level)
 
 
-def in_words(what: str, *shown: str) -> Callable[[int, Mapping], str]:
-    """Words such as `4 threads (intra_op 1)` from `{level} threads`; `shown` options follow."""
+def in_words(what: str, *shown: str, single: str = "") -> Callable[[int, Mapping], str]:
+    """Words such as `4 threads (intra_op 1)` from `{level} threads`; `shown` options follow.
+
+    `single` stands for a level of 1, such as `1 thread`.
+    """
 
     def words(level: int, options: Mapping) -> str:
         further = [f"{name} {options[name]}" for name in shown if name in options]
-        return what.format(level=level) + (f" ({', '.join(further)})" if further else "")
+        name = single if single and level == 1 else what.format(level=level)
+        return name + (f" ({', '.join(further)})" if further else "")
 
     return words

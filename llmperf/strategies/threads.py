@@ -176,7 +176,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
 STRATEGY = Strategy(
     "threads",
     run,
-    in_words("{level} threads", "workers", "intra_op", "stream"),
+    in_words("{level} threads", "workers", "intra_op", "stream", single="1 thread"),
     style=1,
     options={
         "workers": strategy.workers,

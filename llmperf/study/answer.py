@@ -59,7 +59,7 @@ def of_run(folder: Path | str) -> Answer:
         _ceilings(one[0].prediction, one[0].condition),
         _alone(one),
         findings.headline(counted).rstrip(".") + _why(best[0].condition) + ".",
-        f"At {LOAD_PER_S:g} request/s: {str(_recommended(counted)).splitlines()[0]}",
+        f"At {LOAD_PER_S:g} request/s: {_lower(str(_recommended(counted)).splitlines()[0])}",
         f"Of {sum(count.values())} published findings here:"
         f" {', '.join(f'{n} {word}' for word, n in count.most_common())}.",
     )
@@ -117,6 +117,10 @@ def _why(condition: Mapping) -> str:
     counts = _at_once(condition)
     texts = [text.format(n) for text, n in zip(BECAUSE, counts, strict=True) if n > 1]
     return f", because {texts[0]}" if texts else ""
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _recommended(records: Sequence[Record]) -> object:
