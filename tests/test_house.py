@@ -57,3 +57,29 @@ def test_the_check_of_directions_sees_an_import_inside_a_function(tmp_path, monk
     file.parent.mkdir()
     file.write_text("def f():\n    from llmperf import show\n")
     assert upward(file) == ["show"]
+
+
+def files() -> dict[str, Path]:
+    """Module name → file, faces left out: they import lazily."""
+    found = (p for p in PACKAGE.rglob("*.py") if not p.name.startswith("__"))
+    return {".".join(("llmperf", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in found}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = files()
+    graph = {}
+    for name, path in modules.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if hasattr(n, "names")]
+        named = [f"{getattr(n, 'module', '') or ''}.{a.name}".strip(".") for n in nodes
+                 if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names]  # fmt: skip
+        graph[name] = {x for n in named for x in (n, n.rpartition(".")[0]) if x in modules}
+    while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"in circles: {sorted(graph)}"
+
+
+def test_no_file_is_longer_than_300_lines():
+    every = [p for ending in ("py", "c", "h") for p in PACKAGE.rglob(f"*.{ending}")]
+    long = {p.name: n for p in every if (n := len(p.read_text("utf-8").splitlines())) > 300}
+    assert not long

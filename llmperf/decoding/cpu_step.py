@@ -21,8 +21,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 MOST_ROWS = 256  # tokens in one call; more are split
 _pool = threading.Lock()  # one caller at a time works with several threads
-
-
 _address, _int, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -79,9 +77,8 @@ class Arguments(ctypes.Structure):
 class CpuStep:
     """The step of one model: tokens of any slots and positions in, logits out.
 
-    It reads the model's own weights. Small vectors (norms, biases, scales) are copied to fp32, and
-    a Conv1D (GPT-2), which holds its weight transposed, gets a second copy: `extra_bytes`.
-    Raises Unsupported.
+    It reads the model's own weights; `extra_bytes` are copies: small vectors in fp32, and a Conv1D
+    (GPT-2), which holds its weight transposed. Raises Unsupported.
     """
 
     def __init__(self, model):
@@ -121,8 +118,8 @@ class CpuStep:
     def first_layer_seconds(self, rows: int, position: int, repeats: int = 5) -> list[float]:
         """Seconds of a step of `rows` tokens in which every layer reads the first one's weights.
 
-        Where a cache of the processor holds one layer, this is what a step takes beside reading
-        weights from memory. The output layer is left out.
+        Where a cache holds one layer, this is what a step takes without reading weights from
+        memory. The output layer is left out.
         """
         alike = Description.from_buffer_copy(self.description)
         layers = (Layer * alike.layer_count)(*[self.layers[0]] * alike.layer_count)
@@ -143,14 +140,12 @@ class CpuStep:
             scratch = self.scratch(len(ids), keys.shape[3])  # there are more threads than then
         numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
         asked = torch.tensor(wanted, dtype=torch.int32)
-        logits = torch.empty(len(wanted), description.vocabulary)
-        threads = torch.get_num_threads()
-        pointers = [*numbers, asked, logits, keys, values, scratch]
+        logits, threads = torch.empty(len(wanted), description.vocabulary), torch.get_num_threads()
+        pointers = [t.data_ptr() for t in (*numbers, asked, logits, keys, values, scratch)]
         sizes = (len(ids), len(wanted), keys.shape[1], keys.shape[3], threads)
-        arguments = Arguments(*(t.data_ptr() for t in pointers), *sizes)
-        call = (ctypes.byref(description), ctypes.byref(arguments))
+        arguments = Arguments(*pointers, *sizes)
         with _pool if threads > 1 else nullcontext():
-            failed = self.library.run_step(*call)
+            failed = self.library.run_step(ctypes.byref(description), ctypes.byref(arguments))
         if failed:
             raise RuntimeError("the threads of the compiled step could not be started")
         return logits

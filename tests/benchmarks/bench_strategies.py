@@ -9,7 +9,7 @@ import tempfile
 import time
 
 from llmperf import models, stats, strategies
-from llmperf.decoding import loops
+from llmperf.decoding import generate
 from llmperf.decoding import requests as workload
 from llmperf.measure import paired
 from llmperf.strategies import STRATEGIES
@@ -56,7 +56,7 @@ def batch_against_workers(model, rounds: int, n: int = 8) -> None:
 
 def overhead(model, rounds: int, requests: int = 50, new_tokens: int = 50) -> None:
     """With a loop that costs nothing: microseconds a request, and a token, of each strategy."""
-    real, loops.decode = loops.decode, _costless
+    real, generate.decode = generate.decode, _costless
     try:
         for name, options in (
             ("sequential", {}),
@@ -72,7 +72,7 @@ def overhead(model, rounds: int, requests: int = 50, new_tokens: int = 50) -> No
             request = short / requests * 1e6
             print(f"{name} {options}: {request:.0f} us a request, {token:.1f} us a token")
     finally:
-        loops.decode = real
+        generate.decode = real
     print("  wanted: under 100 us a request more than sequential, and 20 us a token")
 
 
