@@ -23,9 +23,10 @@ def load(config: dict) -> Callable:
     folder = config["folder"]
     model = mapped.load(Path(folder), spec) if folder else models.load_spec(spec)
 
+    all_threads = torch.get_num_threads()
+
     def slots(batching: str, rows: int, max_length: int, loop: str, threads: int | None):
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or all_threads)  # a run before may have had fewer
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         if batching == "slots":

@@ -8,10 +8,12 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import llmperf
 from llmperf import machine, models, strategies
@@ -20,7 +22,7 @@ from llmperf.decoding.sampling import GREEDY, Sampling
 from llmperf.decoding.trace import agreement
 from llmperf.measure import Condition, measure
 from llmperf.measure.records import Store
-from llmperf.strategies import STRATEGIES, served
+from llmperf.strategies import STRATEGIES, model_engine, served
 
 SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
 run = STRATEGIES["processes"]
@@ -30,7 +32,6 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to st
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random Llama of 64 MiB: weights that a unique set size shows beside the libraries."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -137,6 +138,19 @@ def test_workers_say_what_they_took(outcomes):
         assert all(w["rss_bytes"] > w["uss_bytes"] > 0 and w["load_s"] > 0 for w in workers)
         assert trace.notes["intra_op_threads"] == max(1, machine.usable_cores() // 2)
         assert "mps_daemon" in trace.notes
+
+
+def test_a_single_process_gets_back_the_threads_that_a_run_before_took(tiny):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        slots = model_engine.load({"spec": asdict(tiny.source), "folder": None})
+        how = {"batching": "slots", "rows": 1, "max_length": 8, "loop": "cached"}
+        for threads, expected in ((1, 1), (None, 3)):
+            slots(**how, threads=threads)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def killed_while_running(model, options, wound):
