@@ -18,6 +18,7 @@ def check(
     elif math.isclose(float(answer), expected, rel_tol=rel):
         print(f"{question}: right, {expected:.4g}.")
     else:
-        word = "much" if not 0.5 < float(answer) / expected < 2 else "a little"
+        near = expected and 0.5 < float(answer) / expected < 2
+        word = "a little" if near else "much"
         side = "high" if float(answer) > expected else "low"
         print(f"{question}: {word} too {side}. Think again.")
