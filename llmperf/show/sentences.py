@@ -115,6 +115,5 @@ def _outcome(found: Interval, limit: float, above: str, below: str, unclear: str
 
 
 def _shown(found: Interval) -> str:
-    if found.low is None or found.low == found.high:
-        return f"{found.value:.3g}"
-    return f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})"
+    value, *ends = ("" if v is None else f"{v:.3g}" for v in (found.value, found.low, found.high))
+    return value if len({*ends}) == 1 else f"{value} ({ends[0]} to {ends[1]})"
