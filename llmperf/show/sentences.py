@@ -88,12 +88,13 @@ def agreement_sentence(frame: pd.DataFrame) -> str:
 
 def loops_sentence(records: Iterable[Record]) -> str:
     """Which decoding loop was asked for and which one ran, and why another."""
-    words: dict[str, None] = {}
+    asked, others = {}, {}  # dictionaries keep the order
     for r in records:
         notes = (r.trace or {}).get("notes") or {}
         loop, ran, why = r.condition.get("loop"), notes.get("loop"), notes.get("fallback")
         if r.status == "ok" and ran:
-            words[f"{loop} ran as {ran} ({why})" if why else f"{ran} ran as asked"] = None
+            (others if why else asked)[f"{loop} ran as {ran} ({why})" if why else ran] = None
+    words = [f"{' and '.join(asked)} ran as asked"] * bool(asked) + [*others]
     return "Loops: " + ("; ".join(words) or "not noted in these runs") + "."
 
 
