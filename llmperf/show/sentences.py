@@ -88,12 +88,13 @@ def agreement_sentence(frame: pd.DataFrame) -> str:
 
 def loops_sentence(records: Iterable[Record]) -> str:
     """Which decoding loop was asked for and which one ran, and why another."""
-    words: dict[str, None] = {}
+    asked, others = {}, {}  # dictionaries keep the order
     for r in records:
         notes = (r.trace or {}).get("notes") or {}
         loop, ran, why = r.condition.get("loop"), notes.get("loop"), notes.get("fallback")
         if r.status == "ok" and ran:
-            words[f"{loop} ran as {ran} ({why})" if why else f"{ran} ran as asked"] = None
+            (others if why else asked)[f"{loop} ran as {ran} ({why})" if why else ran] = None
+    words = [f"{' and '.join(asked)} ran as asked"] * bool(asked) + [*others]
     return "Loops: " + ("; ".join(words) or "not noted in these runs") + "."
 
 
@@ -115,6 +116,5 @@ def _outcome(found: Interval, limit: float, above: str, below: str, unclear: str
 
 
 def _shown(found: Interval) -> str:
-    if found.low is None or found.low == found.high:
-        return f"{found.value:.3g}"
-    return f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})"
+    value, *ends = ("" if v is None else f"{v:.3g}" for v in (found.value, found.low, found.high))
+    return value if len({*ends}) == 1 else f"{value} ({ends[0]} to {ends[1]})"

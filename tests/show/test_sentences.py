@@ -101,9 +101,8 @@ def test_the_loops_sentence_says_what_ran_instead():
     def record(asked, **notes):
         return SimpleNamespace(status="ok", condition={"loop": asked}, trace={"notes": notes})
 
-    assert sentences.loops_sentence([record("compiled", loop="compiled")]) == (
-        "Loops: compiled ran as asked."
-    )
+    both = [record(loop, loop=loop) for loop in ("compiled", "cached")]
+    assert sentences.loops_sentence(both) == "Loops: compiled and cached ran as asked."
     fell = record("compiled", loop="cached", fallback="no compiler")
     assert sentences.loops_sentence([fell]) == "Loops: compiled ran as cached (no compiler)."
     assert "not noted" in sentences.loops_sentence([])
