@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmperf.decoding import last_column, pad, positions
 from llmperf.decoding.requests import Request
 from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
+from llmperf.models import cache_argument
 
 if TYPE_CHECKING:
     from llmperf.models import Model
@@ -63,9 +64,9 @@ def split(model: Model, text: str, new_tokens: int, sampling: Sampling, seed: in
                 logits = model.module(
                     input_ids=column,
                     position_ids=position,
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=last_column(column),
+                    **{cache_argument(model.module): cache},
                 ).logits[:, -1]
             with watch.phase("sampling"):
                 token = next_tokens(logits, sampling, draws[:, step])
