@@ -131,7 +131,7 @@ class _Session:
         """The record of one run, whatever came of it; a condition that failed is not run again.
 
         A failure that says nothing about the condition gets the kind `failed`, so that its place
-        stays open for a resume; None where it happened earlier in this session.
+        stays open for a resume; None where it happened earlier in this call.
         """
         if why := self.refused.get(i) or (i in self.failed and f"failed before: {self.failed[i]}"):
             return None if i in self.gone else replace(bare, status="skipped", reason=why)
