@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmperf import strategies
-from llmperf.decoding import loops
+from llmperf.decoding import generate
 from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.sampling import GREEDY, Sampling
@@ -230,7 +230,7 @@ def costless(monkeypatch):
         for step in range(max(r.max_new_tokens for r in requests)):
             yield [0 if step < r.max_new_tokens else None for r in requests]
 
-    monkeypatch.setattr(loops, "decode", nothing)
+    monkeypatch.setattr(generate, "decode", nothing)
 
 
 @pytest.mark.parametrize(
