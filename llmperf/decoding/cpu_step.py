@@ -16,10 +16,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from llmperf.decoding.cpu_library import Unsupported, library, processor
+from llmperf.decoding.sampling import Sampling, next_tokens
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in model.h
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 MOST_ROWS = 256  # tokens in one call; more are split
+MOST_CANDIDATES = 1024  # as in sample.h; a larger top-k is drawn by torch
 _pool = threading.Lock()  # one caller at a time works with several threads
 _address, _int, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
@@ -74,6 +76,13 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class SamplingArguments(ctypes.Structure):
+    _fields_ = [
+        *[("suppressed", _address), ("suppressed_count", _int), ("top_k", _int)],
+        *[("temperature", ctypes.c_double), ("top_p", ctypes.c_double)],
+    ]
+
+
 class CpuStep:
     """The step of one model: tokens of any slots and positions in, logits out.
 
@@ -114,6 +123,26 @@ class CpuStep:
         fp32. Keys and values are written to `cache` at each token's slot and position.
         """
         return self._run(self.description, ids, slots, positions, wanted, cache, scratch)
+
+    def next_tokens(self, logits, sampling: Sampling, uniform) -> torch.Tensor:
+        """As `sampling.next_tokens`, without torch's threads.
+
+        OpenMP's workers spin for some milliseconds after an operator, on cores that the next step
+        needs: it then took twice as long.
+        """
+        top_k = 1 if sampling.greedy else sampling.top_k
+        if top_k is None or top_k > MOST_CANDIDATES:
+            return next_tokens(logits, sampling, uniform)
+        suppressed = (_int * len(sampling.suppress))(*sampling.suppress)
+        address = ctypes.cast(suppressed, _address)
+        how = SamplingArguments(address, len(suppressed), min(top_k, logits.shape[1]),
+                                sampling.temperature, sampling.top_p or 1.0)  # fmt: skip
+        tokens = torch.empty(len(logits), dtype=torch.int32)
+        self.library.next_tokens(
+            *[_address(logits.data_ptr()), *logits.shape, ctypes.byref(how)],
+            *[_address(uniform.data_ptr()), _address(tokens.data_ptr())],
+        )
+        return tokens
 
     def first_layer_seconds(self, rows: int, position: int, repeats: int = 5) -> list[float]:
         """Seconds of a step of `rows` tokens in which every layer reads the first one's weights.
@@ -281,7 +310,7 @@ class CpuStep:
             raise Unsupported("its weights are not contiguous")
         if weight.dtype == torch.uint8:  # int4, two in a byte; scales (groups, rows, 2)
             columns, group = linear.inputs, 2 * columns // scale.shape[0]
-            if columns % group or rows % 64 or "AVX512" not in processor():
+            if columns % group or group % 64 or rows % 64 or "AVX512" not in processor():
                 raise Unsupported("its 4-bit weights are packed for another kind of step")
             scale = scale.transpose(1, 2)
         bias = getattr(linear, "bias", None)

@@ -19,6 +19,7 @@ from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS
 CHECK_TOKENS = 48  # at least; a model with windows is checked past its window
 MOST_CHECK_TOKENS = 1024
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # of the logits' norm, compiled to eager
+QUANTISED_TOLERANCE = 5e-3  # at least: inputs of int8 and int4 weights are rounded to 16 bits
 _chosen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # module → Prepared of `compiled`
 _lock = threading.RLock()
 
@@ -97,5 +98,6 @@ def _check(model, step: cpu_step.CpuStep) -> None:
     found = torch.cat(parts)
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     error = (errors.max() if model.dtype == "fp32" else errors.median()).item()
-    if not error <= TOLERANCE[model.dtype]:
+    lowest = QUANTISED_TOLERANCE if model.quantization else 0.0
+    if not error <= max(TOLERANCE[model.dtype], lowest):
         raise cpu_step.Unsupported(f"its logits differ from the eager ones by {error:.1%}")

@@ -67,6 +67,7 @@ class Slots:
             if isinstance(chosen.step, graph_step.GraphStep)
             else _CpuRows(chosen.step, rows, max_length)
         )
+        self._next_tokens = getattr(chosen.step, "next_tokens", next_tokens)
         self._rows: list[_Row | None] = [None] * rows
 
     @property
@@ -145,9 +146,8 @@ class Slots:
             rows = [self._rows[slots[p]] for p in places]
             uniform = torch.stack([r.uniforms[r.generated] for r in rows]).to(logits.device)
             some = logits if len(places) == len(slots) else logits[places]
-            for place, token in zip(
-                places, next_tokens(some, sampling, uniform).tolist(), strict=True
-            ):
+            drawn = self._next_tokens(some, sampling, uniform).tolist()
+            for place, token in zip(places, drawn, strict=True):
                 tokens[place] = token
         return tokens
 

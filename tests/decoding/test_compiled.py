@@ -23,6 +23,7 @@ from llmperf.decoding import (
     loops,
 )
 from llmperf.decoding.requests import Stop
+from llmperf.decoding.sampling import next_tokens
 from llmperf.models import Model, quantize
 
 DRAWN = Sampling(temperature=0.8, top_k=20, top_p=0.9, suppress=(0,))
@@ -185,6 +186,24 @@ def test_bf16_is_as_close_to_fp32_as_the_eager_model(case):
     ours = step(*call, step.new_cache(1, 40), step.scratch(40, 40))
     eager, truth = (m.module(torch.tensor([ids])).logits[0].float() for m in (half, exact))
     assert (ours - truth).norm() < 1.2 * (eager - truth).norm()
+
+
+@pytest.mark.parametrize("sampling", [
+    GREEDY,
+    Sampling(greedy=True, suppress=(3, 90)),
+    Sampling(top_k=50, top_p=0.9),
+    Sampling(temperature=0.6, top_k=7, suppress=tuple(range(20))),
+    Sampling(temperature=1.7, top_k=1000, top_p=0.99),
+    Sampling(top_k=5000, top_p=0.5),
+])  # fmt: skip
+def test_the_step_draws_the_tokens_that_torch_draws(loaded, sampling):
+    step = decoding.prepare(loaded("llama")).step
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (91, 127, 128, 1003):
+        logits = torch.randn(200, vocabulary, generator=generator) * 3
+        uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+        ours = step.next_tokens(logits, sampling, uniform).tolist()
+        assert ours == next_tokens(logits, sampling, uniform).tolist()
 
 
 def test_int8_gives_the_tokens_of_the_eager_int8_model():

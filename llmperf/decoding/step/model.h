@@ -33,26 +33,33 @@ typedef struct {
   int32_t rows, wanted_count, slot_count, length, threads;
 } Step;
 
-// Rows of an input in fp32, and rounded to bf16 where the processor multiplies pairs of those.
-typedef struct { float *full; uint16_t *half; int64_t stride; int rows; } Input;
+// Rows of an input in fp32, and in the 16 bits that the weights are multiplied with: bf16, or whole
+// numbers; then `blocks` holds for each BLOCK of them their scale, and their sum times the scale.
+#define BLOCK 64
+#define SCALED 256  // share a scale
+typedef struct { float *full; uint16_t *narrow; float *blocks; int64_t stride; int rows; } Input;
 typedef struct { float *to; int64_t stride; int add; float scale; } Output;
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Store sums of `width` weight rows from n on, `count` of them whole, for input rows from `row` on.
-INLINE void put(const Matrix *w, Output out, int row, int n, int width, int count, v16 total) {
+// Store the sums of `width` weight rows from n on for r input rows from `row` on.
+INLINE void put(const Matrix *w, Output out, int row, int n, int width, int r, v16 total) {
   float sum[16];
-  for (int i = 0; i < 16 && (w->scale || w->bias); i++) {
-    const int at = n + (i % width < count ? i % width : 0);
-    total[i] = total[i] * (w->scale ? w->scale[at] : 1) + (w->bias ? w->bias[at] : 0);
+  if (width == 16) {
+    if (w->scale) total *= load_f32(w->scale + n);
+    if (w->bias) total += load_f32(w->bias + n);
+  } else if (w->scale || w->bias) {
+    for (int i = 0; i < width * r; i++)
+      total[i] = total[i] * (w->scale ? w->scale[n + i % width] : 1) +
+                 (w->bias ? w->bias[n + i % width] : 0);
   }
   total *= out.scale;
   memcpy(sum, &total, 64);
-  for (int j = 0; j < 16 / width; j++) {
+  for (int j = 0; j < r; j++) {
     float *to = out.to + (row + j) * out.stride + n;
-    if (out.add) for (int i = 0; i < count; i++) to[i] += sum[j * width + i];
-    else for (int i = 0; i < count; i++) to[i] = sum[j * width + i];
+    if (out.add) for (int i = 0; i < width; i++) to[i] += sum[j * width + i];
+    else for (int i = 0; i < width; i++) to[i] = sum[j * width + i];
   }
 }
 
@@ -62,16 +69,6 @@ INLINE void put(const Matrix *w, Output out, int row, int n, int width, int coun
 #define WIDTH 16
 #define VECTOR v16
 #define LOAD_WEIGHT load_f32
-#define LOAD_INPUT load_f32
-#define MULTIPLY_ADD(sum, weight, input) ((sum) + (weight) * (input))
-#include "product.h"
-
-#define NAME product_int8
-#define WEIGHT int8_t
-#define INPUT float
-#define WIDTH 16
-#define VECTOR v16
-#define LOAD_WEIGHT load_int8
 #define LOAD_INPUT load_f32
 #define MULTIPLY_ADD(sum, weight, input) ((sum) + (weight) * (input))
 #include "product.h"
@@ -95,42 +92,7 @@ INLINE void put(const Matrix *w, Output out, int row, int n, int width, int coun
 #endif
 #include "product.h"
 
-// 64 outputs from n on, for r input rows. With AVX-512 torch keeps 4-bit weights in blocks of 64
-// outputs: 32 bytes a column, output i in the low half of byte i, output i + 32 in the high half.
-INLINE void int4_tile(const Matrix *w, Input in, Output out, int n, int row, int r) {
-  const uint8_t *block = (const uint8_t *)w->weight + (int64_t)n / 2 * w->columns;
-  const float *x = in.full + row * in.stride;
-  const Matrix plain = {.bias = w->bias};
-  v16 total[16];
-  for (int i = 0; i < 4 * r; i++) total[i] = all(0);
-  for (int g = 0; g * w->group < w->columns; g++) {
-    v16 part[16];
-    float inputs[4] = {0};
-    for (int i = 0; i < 4 * r; i++) part[i] = all(0);
-    for (int k = g * w->group; k < (g + 1) * w->group; k++)
-      for (int q = 0; q < 2; q++) {
-        const i16 pair = load_unsigned(block + (int64_t)k * 32 + q * 16);
-        const v16 low = __builtin_convertvector(pair & 15, v16);
-        const v16 high = __builtin_convertvector(pair >> 4, v16);
-        for (int j = 0; j < r; j++) {
-          part[j * 4 + q] += low * x[j * in.stride + k];
-          part[j * 4 + q + 2] += high * x[j * in.stride + k];
-          if (q) inputs[j] += x[j * in.stride + k];
-        }
-      }
-    const float *scale = w->scale + (int64_t)g * 2 * w->rows + n, *middle = scale + w->rows;
-    for (int j = 0; j < r; j++)
-      for (int q = 0; q < 4; q++)
-        total[j * 4 + q] += (part[j * 4 + q] - 8 * inputs[j]) * load_f32(scale + q * 16) +
-                            inputs[j] * load_f32(middle + q * 16);
-  }
-  for (int i = 0; i < 4 * r; i++) put(&plain, out, row + i / 4, n + i % 4 * 16, 16, 16, total[i]);
-}
-static void product_int4(const Matrix *w, Input in, Output out, int n) {
-  int row = 0;
-  for (; row + 4 <= in.rows; row += 4) int4_tile(w, in, out, n, row, 4);
-  for (; row < in.rows; row++) int4_tile(w, in, out, n, row, 1);
-}
+#include "quantised.h"
 
 // The matrices of one input, such as query, key and value; their outputs follow one another.
 static void products(Team *team, const Matrix *w, int count, Input in, Output out) {
@@ -144,10 +106,10 @@ static void products(Team *team, const Matrix *w, int count, Input in, Output ou
     for (int at = n * 64; at < m->rows && at < n * 64 + 64; at += m->kind == OF_INT4 ? 64 : 16) {
       const int outputs = (int)least(16, m->rows - at);
       if (m->kind == OF_F32) product_f32(m, in.full, in.stride, in.rows, here, at, outputs);
-      else if (m->kind == OF_INT8) product_int8(m, in.full, in.stride, in.rows, here, at, outputs);
+      else if (m->kind == OF_INT8) product_int8(m, in, here, at, outputs);
       else if (m->kind == OF_INT4) product_int4(m, in, here, at);
 #ifdef __AVX512BF16__
-      else product_bf16(m, in.half, in.stride, in.rows, here, at, outputs);
+      else product_bf16(m, in.narrow, in.stride, in.rows, here, at, outputs);
 #else
       else product_bf16(m, in.full, in.stride, in.rows, here, at, outputs);
 #endif

@@ -8,17 +8,40 @@
 #include "vector.h"
 #include "team.h"
 #include "model.h"
+#include "sample.h"
 
 // ---- The other parts of a layer; each works on whole rows or heads.
 
-static void to_half(uint16_t *half, const float *full, int64_t n) {
+// Numbers `from` to `to` of an input row in the 16 bits that weights of this kind take.
+static void narrow(Input in, int row, int64_t from, int64_t to, int kind) {
+  const float *full = in.full + row * in.stride;
+  uint16_t *half = in.narrow + row * in.stride;
+  if (kind == OF_INT8 || kind == OF_INT4)
+    for (int64_t start = from; start < to; start += SCALED) {
+      const int64_t end = least(start + SCALED, to);
+      float highest = 1e-30f;
+      for (int64_t i = start; i < end; i++) {
+        const float size = fabsf(full[i]);
+        highest = size > highest ? size : highest;
+      }
+      const float scale = highest / 32767, inverse = 32767 / highest;
+      for (int64_t at = start; at < end; at += BLOCK) {
+        float *block = in.blocks + (row * in.stride + at) / BLOCK * 2;
+        int32_t total = 0;
+        for (int64_t i = at; i < least(at + BLOCK, end); i++) {
+          const int32_t whole = (int32_t)rintf(full[i] * inverse);
+          half[i] = (uint16_t)whole;
+          total += whole;
+        }
+        block[0] = scale, block[1] = total * scale;
+      }
+    }
 #ifdef __AVX512BF16__
-  for (int64_t i = 0; i < n; i += 16) {
-    __m256bh pairs = _mm512_cvtneps_pbh(_mm512_loadu_ps(full + i));
-    memcpy(half + i, &pairs, 32);
-  }
-#else
-  (void)half, (void)full, (void)n;
+  else if (kind == OF_BF16)
+    for (int64_t i = from; i < to; i += 16) {
+      __m256bh pairs = _mm512_cvtneps_pbh(_mm512_loadu_ps(full + i));
+      memcpy(half + i, &pairs, 32);
+    }
 #endif
 }
 
@@ -112,7 +135,7 @@ INLINE void attend(float *out, const float *query, const void *keys, const void 
 
 // ---- One step.
 
-INLINE int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+INLINE int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 static int64_t wide_columns(const Model *m) {
   return padded(most((m->heads + 2 * m->kv_heads) * (int64_t)m->head_dim, 2 * (int64_t)m->feed));
 }
@@ -121,6 +144,7 @@ static int64_t input_columns(const Model *m) {
 }
 EXPORT int64_t scratch_floats(const Model *m, int32_t rows, int32_t length, int32_t threads) {
   return rows * (2 * padded(m->hidden) + 2 * input_columns(m) + wide_columns(m)) +
+         rows * input_columns(m) / BLOCK * 2 +
          threads * padded(length) + 64;
 }
 
@@ -133,8 +157,9 @@ static void forward(const void *model, const void *step, Team *team, int thread)
   float *x = s->scratch, *full = x + rows * hidden, *large = full + rows * stride;
   float *extra = large + rows * wide;
   uint16_t *pairs = (uint16_t *)(extra + rows * hidden);
-  float *scores = (float *)(pairs + 2 * rows * stride) + thread * padded(s->length);
-  const Input in = {full, pairs, stride, rows};
+  float *blocks = (float *)(pairs + 2 * rows * stride);
+  float *scores = blocks + rows * stride / BLOCK * 2 + thread * padded(s->length);
+  const Input in = {full, pairs, blocks, stride, rows};
   const Output to_large = {large, wide, 0, 1}, to_extra = {extra, hidden, 0, 1};
   const Output to_x = {x, hidden, 1, m->residual_scale};
   const int64_t layer_size = (int64_t)s->slot_count * m->kv_heads * s->length * dim;
@@ -156,7 +181,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
     FOR_ITEMS(r, rows) {
       normalise(full + r * stride, x + r * hidden, l->attention_norm, m->hidden, m->centred,
                 m->epsilon);
-      to_half(pairs + r * stride, full + r * stride, m->hidden);
+      narrow(in, r, 0, m->hidden, l->qkv[0].kind);
     }
     products(team, l->qkv, 1 + (l->qkv[1].rows > 0) + (l->qkv[2].rows > 0), in, to_large);
 
@@ -194,9 +219,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
                     m->attention_scale, m->attention_cap, 0);
       }
     }
-#ifdef __AVX512BF16__
-    FOR_ITEMS(r, rows) to_half(pairs + r * stride, full + r * stride, queries);
-#endif
+    if (l->out.kind != OF_F32) FOR_ITEMS(r, rows) narrow(in, r, 0, queries, l->out.kind);
     products(team, &l->out, 1, in, l->after_attention.weight ? to_extra : to_x);
     FOR_ITEMS(r, rows) {
       float *row = x + r * hidden, *add = extra + r * hidden;
@@ -205,7 +228,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
         for (int i = 0; i < m->hidden; i++) row[i] += add[i] * m->residual_scale;
       }
       normalise(full + r * stride, row, l->feed_norm, m->hidden, m->centred, m->epsilon);
-      to_half(pairs + r * stride, full + r * stride, m->hidden);
+      narrow(in, r, 0, m->hidden, l->up[0].kind);
     }
     products(team, l->up, 1 + (l->up[1].rows > 0), in, to_large);
     const int pieces = (m->feed + 255) / 256;
@@ -218,7 +241,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
         if (m->gated) value *= load_head(gate, m->feed + c, count, 0);
         memcpy(out + c, &value, 4 * count);
       }
-      to_half(pairs + r * stride + from, out + from, to - from);
+      narrow(in, r, from, to, l->down.kind);
     }
     products(team, &l->down, 1, in, l->after_feed.weight ? to_extra : to_x);
     if (l->after_feed.weight)
@@ -231,9 +254,9 @@ static void forward(const void *model, const void *step, Team *team, int thread)
   FOR_ITEMS(w, s->wanted_count) {
     normalise(full + w * stride, x + s->wanted[w] * hidden, m->final_norm, m->hidden, m->centred,
               m->epsilon);
-    to_half(pairs + w * stride, full + w * stride, m->hidden);
+    narrow(in, w, 0, m->hidden, m->head.kind);
   }
-  const Input last = {full, pairs, stride, s->wanted_count};
+  const Input last = {full, pairs, blocks, stride, s->wanted_count};
   const Output logits = {s->logits, m->vocabulary, 0, 1};
   products(team, &m->head, 1, last, logits);
   if (m->logit_scale != 1 || m->logit_cap > 0)
