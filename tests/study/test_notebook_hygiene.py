@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import clean_notebooks
+import commit_run
 import nbformat
 import notebook_rules as rules
 import pytest
 from nbformat import v4
+
+from llmperf.study import profile
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 PNG = {"image/png": "aGk/tmp/+/home/", "text/plain": "<Figure>"}
@@ -29,6 +32,36 @@ def test_names_are_numbered_words_without_doubles():
 def test_every_notebook_is_clean():
     dirty = [path.name for path in NOTEBOOKS if not clean_notebooks.clean(path, check=True)]
     assert dirty == [], "run: python tests/clean_notebooks.py FILES"
+
+
+def test_the_quick_profile_is_what_the_notebooks_do_by_themselves():
+    plan = profile.plan(profile.load_profile("quick"), profile.notebooks())
+    assert {stem: changed for stem, changed in plan.items() if changed} == {}
+
+
+def executed() -> nbformat.NotebookNode:
+    """As papermill leaves a notebook: with a cell of its own, and metadata of the run."""
+    nb = made_up()
+    nb.cells[2].outputs = [v4.new_output("execute_result", {"text/plain": "7"}, execution_count=2)]
+    given = v4.new_code_cell("records = 'run/records.jsonl'")
+    given.metadata.tags = ["injected-parameters"]
+    nb.cells.insert(2, given)
+    nb.metadata["papermill"] = {"duration": 3.0}
+    return nb
+
+
+def test_a_committed_notebook_has_the_outputs_and_the_mark_of_the_run():
+    nb = commit_run.committed(executed(), made_up(), {"run": "2026-01-31 09:00"})
+    assert [c.id for c in nb.cells] == [c.id for c in made_up().cells]
+    assert nb.cells[2].outputs[0].data["text/plain"] == "7"
+    assert dict(nb.metadata) == {**made_up().metadata, "llmperf": {"run": "2026-01-31 09:00"}}
+
+
+def test_a_notebook_that_has_changed_since_the_run_is_refused():
+    changed = made_up()
+    changed.cells[2].source = "n + 2"
+    with pytest.raises(ValueError, match="has changed since the run"):
+        commit_run.committed(executed(), changed, {})
 
 
 def made_up() -> nbformat.NotebookNode:

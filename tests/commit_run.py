@@ -1,0 +1,78 @@
+"""Make one study the committed one: its notebooks with their outputs, and its records.
+
+    python -m llmperf run --out RUN && python tests/commit_run.py RUN
+
+Notebooks and records then come from one run: each notebook holds the run's start and the hash of
+the records that are shipped with it. Only a study with the notebooks' own parameters is taken.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import clean_notebooks
+import nbformat
+
+from llmperf import REFERENCE, findings
+from llmperf.study import study
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def stamp(records: Path, started: str) -> dict:
+    """What each notebook of the run carries in its metadata."""
+    return {"run": started, "records": hashlib.sha256(records.read_bytes()).hexdigest()[:16]}
+
+
+def committed(executed: nbformat.NotebookNode, current: nbformat.NotebookNode, mark: dict):
+    """The executed notebook without papermill's cell. Raises ValueError when sources differ."""
+    cells = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    if [c.source for c in cells] != [c.source for c in current.cells]:
+        raise ValueError("the notebook has changed since the run: run the study again")
+    for cell, original in zip(cells, current.cells, strict=True):
+        cell.id, cell.metadata = original.id, original.metadata
+    executed.cells, executed.metadata = cells, current.metadata
+    executed.metadata["llmperf"] = mark
+    return executed
+
+
+def commit(run: Path, name: str | None = None) -> None:
+    """Write the notebooks of `run` to notebooks/ and its records to data/reference/runs/NAME.
+
+    Raises ValueError when a notebook is missing, failed or has changed.
+    """
+    state = study.load_state(run)
+    paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    if missing := [p.stem for p in paths if state.done.get(p.stem) != "ok"]:
+        raise ValueError(f"not run or failed: {', '.join(missing)}")
+    executed = [nbformat.read(run / "notebooks" / p.name, as_version=4) for p in paths]
+    folder = REFERENCE / "runs" / (name or findings.load_runs([run])[0].name)
+    folder.mkdir(exist_ok=True)
+    target = folder / "records.jsonl.gz"
+    target.unlink(missing_ok=True)
+    findings.share(run, target)
+    if name:  # a second run of a machine comes without notebooks
+        return
+    mark = stamp(target, state.started)
+    for path, notebook in zip(paths, executed, strict=True):
+        current = nbformat.read(path, as_version=4)
+        nbformat.write(committed(notebook, current, mark), path)
+        clean_notebooks.clean(path, check=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--name", help="ship the records alone, as another run of this machine")
+    options = parser.parse_args()
+    try:
+        commit(options.run, options.name)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
