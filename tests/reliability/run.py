@@ -1,0 +1,47 @@
+"""Run the scenarios and add a line for each to data/reference/reliability.csv.
+
+    python tests/reliability/run.py [NAME=COUNT ...]
+
+Without arguments everything runs at its full count, which takes some hours.
+"""
+
+import csv
+import datetime
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of all tests
+
+from scenarios import SCENARIOS  # noqa: E402
+
+from llmperf import REFERENCE, machine  # noqa: E402
+
+FULL = {"killed_studies": 50, "interrupted_studies": 30, "full_disks": 20, "random_inputs": 100_000,
+        "random_requests": 20_000, "long_run": 60}  # fmt: skip
+FIELDS = ("what", "count", "date", "machine", "outcome")
+
+
+def main() -> int:
+    asked = {name: float(n) for name, n in (a.split("=") for a in sys.argv[1:])} or FULL
+    path, failed = REFERENCE / "reliability.csv", False
+    where = machine.slug()
+    for name, number in asked.items():
+        count = number if name == "long_run" else int(number)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcome = SCENARIOS[name](count, 0, Path(folder))
+            except AssertionError as error:
+                outcome, failed = f"FAILED: {error}", True
+        print(f"{name} {count:g}: {outcome}", flush=True)
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(FIELDS)
+            rows.writerow([name, f"{count:g}", datetime.date.today(), where, outcome])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

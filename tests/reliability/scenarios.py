@@ -1,0 +1,296 @@
+"""What can go wrong with a study or a server, done many times at random moments.
+
+Each scenario takes how often, a seed and a folder. It returns what it saw in a few words, and
+raises AssertionError when something was lost, doubled or let in.
+"""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import engines
+import psutil
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmperf import findings, models, strategies
+from llmperf.decoding.requests import Request, build
+from llmperf.measure import records
+from llmperf.strategies import RequestFailed, Server, ServerFailed
+from llmperf.strategies.events import read_chunks
+from llmperf.study import profile
+
+HERE = Path(__file__).parent
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random two-layer Llama with a byte tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=512)
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    models.byte_tokenizer().save_pretrained(folder / "tiny")
+    return folder / "tiny"
+
+
+class Study:
+    """A study of notebook 03 on a tiny model, without Jupyter."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        parameters = {"model": str(tiny_model(folder)), "dtype": "fp32", "device": "cpu"}
+        batch = {"batch_sizes": [1, 2, 3], "prompt_tokens": 8, "new_tokens": 64, "repeats": 3}
+        text = yaml.safe_dump({"parameters": parameters, "notebooks": {"03-batch": batch}})
+        (folder / "study.yaml").write_text(text, encoding="utf-8")
+        began = time.monotonic()
+        assert self.run("whole").wait() == 0
+        self.seconds = time.monotonic() - began
+        self.keys = self.read("whole")
+
+    def run(self, name: str, *, resume=False, **how) -> subprocess.Popen:
+        out = self.folder / name
+        ask = (
+            ["--resume", out] if resume else ["--profile", self.folder / "study.yaml", "--out", out]
+        )
+        ask += [] if resume else ["--only", "03"]
+        command = [sys.executable, "-m", "llmperf", "run", "--no-notebooks", *map(str, ask)]
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how
+        )
+
+    def read(self, name: str) -> list:
+        path = self.folder / name / "records.jsonl"
+        return sorted(r.key for r in records.read(path)) if path.exists() else []
+
+    def finish(self, name: str) -> None:
+        """Resume, and compare with the undisturbed study."""
+        started = (self.folder / name / "run.yaml").exists()
+        assert self.run(name, resume=started).wait(300) == 0, f"{name} did not end well"
+        assert self.read(name) == self.keys, f"{name} lost or doubled records"
+
+
+def killed_studies(count: int, seed: int, folder: Path) -> str:
+    """SIGKILL of the study or of one of its children at a random moment, then `--resume`."""
+    dice, study, hit = random.Random(seed), Study(folder), Counter()
+    for i in range(count):
+        running = study.run(f"killed-{i}")
+        time.sleep(dice.uniform(0.1, study.seconds))
+        family = [psutil.Process(running.pid)] if running.poll() is None else []
+        family += family[0].children(recursive=True) if family else []
+        if victim := dice.choice(family) if family else None:
+            hit["study" if victim.pid == running.pid else "child"] += 1
+            victim.kill()
+        running.wait(300)
+        study.finish(f"killed-{i}")
+    return f"{hit['study']} studies and {hit['child']} children killed; nothing lost or doubled"
+
+
+def interrupted_studies(count: int, seed: int, folder: Path) -> str:
+    """SIGINT or SIGTERM at a random moment: exit status 130 and nothing left running."""
+    dice, study, seen = random.Random(seed), Study(folder), Counter()
+    for i in range(count):
+        running = study.run(f"interrupted-{i}")
+        while not (study.folder / f"interrupted-{i}" / "run.yaml").exists():
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0.2, study.seconds))
+        if running.poll() is None:
+            children = psutil.Process(running.pid).children(recursive=True)
+            running.send_signal(dice.choice((signal.SIGINT, signal.SIGTERM)))
+            seen[running.wait(60)] += 1
+            assert not psutil.wait_procs(children, timeout=20)[1], "a child is still running"
+        study.finish(f"interrupted-{i}")
+    assert set(seen) <= {130, 0}, f"exit statuses {dict(seen)}"
+    return f"{seen[130]} interrupted, {seen[0]} had just ended; nothing lost or doubled"
+
+
+def full_disks(count: int, seed: int, folder: Path) -> str:
+    """Files may not grow beyond a random size; then there is room again."""
+    import resource
+
+    dice, study, failed = random.Random(seed), Study(folder), 0
+    whole = (study.folder / "whole" / "records.jsonl").stat().st_size
+    for i in range(count):
+        most = dice.randrange(200, whole)
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+        running = study.run(f"full-{i}", preexec_fn=limit)
+        failed += running.wait(300) != 0
+        study.finish(f"full-{i}")
+    return f"{failed} of {count} stopped by the limit; all went on afterwards"
+
+
+def random_requests(count: int, seed: int, folder: Path) -> str:
+    """Random submits, cancels, deadlines and deaths of the process: one outcome a request."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(engines.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
+    return asyncio.run(_random_requests(count, random.Random(seed)))
+
+
+async def _random_requests(count: int, dice: random.Random) -> str:
+    found, deaths, readers = Counter(), 0, []
+    server = Server(engines.front(200_000), engine="engines:null", rows=4, batching="slots")
+
+    async def read(stream, tokens):
+        try:
+            got = [token.id async for token in stream]
+            assert len(got) == tokens
+        except RequestFailed as error:
+            assert error.status == stream.status
+        found[stream.status] += 1
+
+    async with server:
+        for i in range(count):
+            request = Request(i, (1,) * dice.randrange(1, 40), dice.randrange(1, 30))
+            deadline = dice.choice((None, None, None, 0.002, 5.0))
+            stream = server.generate(request, deadline_s=deadline)
+            readers.append(asyncio.create_task(read(stream, request.max_new_tokens)))
+            if dice.random() < 0.1:
+                stream.cancel()
+            if dice.random() < 0.3:
+                await asyncio.sleep(dice.random() * 0.004)
+            if dice.random() < 4 / count:
+                psutil.Process(dice.choice(server.pids())).kill()
+                deaths += 1
+                await asyncio.gather(*readers)
+                try:
+                    await server.start(1)
+                    await server.prepare(1, rows=4, batching="slots")
+                except ServerFailed:  # the death is noticed only now
+                    await server.start(1)
+                    await server.prepare(1, rows=4, batching="slots")
+        await asyncio.gather(*readers)
+    assert found.total() == count and server.counts.total() == count
+    words = ", ".join(f"{number} {status}" for status, number in sorted(found.items()))
+    return f"one outcome each ({words}), {deaths} deaths of the process"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=20,
+)
+
+
+def random_inputs(count: int, seed: int, folder: Path) -> str:
+    """Records, profiles, parameters, server answers and prompts of any form: read, or one sentence.
+
+    Everything but ValueError is a fault.
+    """
+    whole = (findings.shipped_runs()[0] / "records.jsonl.gz").resolve()
+    sample = json.loads(next(iter(_lines(whole))))
+    tokenizer = models.byte_tokenizer()
+
+    def record(value, key):
+        path = folder / "records.jsonl"
+        path.write_text(json.dumps({**sample, key: value}) + "\n", encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged record is left out with a warning
+            list(records.read(path))
+
+    def parameters(value):
+        profile.check_data(value, "a parameter")
+
+    def text_of_profile(text):
+        profile.read_yaml(text, "a profile")
+
+    def prompt(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+    def answer(body):
+        async def read():
+            async def stream():
+                yield body
+
+            return [chunk async for chunk in read_chunks(stream(), 8)]
+
+        asyncio.run(read())
+
+    anything = st.text(max_size=60)
+    safe = st.text(st.characters(blacklist_categories=("Cs",)), max_size=60)
+    readers = (
+        (record, (JSON, st.sampled_from(sorted(sample)))),
+        (parameters, (JSON | st.binary() | st.tuples(st.integers()),)),
+        (text_of_profile, (anything,)),
+        (answer, (st.binary(max_size=200) | JSON.map(_event),)),
+        (prompt, (safe,)),
+    )
+    for reader, inputs in readers:
+        _fuzz(reader, inputs, max(1, count // len(readers)))
+    return "each was read, or refused with a sentence"
+
+
+def _fuzz(reader, inputs, count: int) -> None:
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.tuples(*inputs))
+    def one(values):
+        try:
+            reader(*values)
+        except ValueError as error:
+            assert str(error).strip(), "an empty sentence"
+
+    one()
+
+
+def _event(value) -> bytes:
+    """A value as an event of a streamed answer, or as its `choices`."""
+    return b"".join(
+        b"data: " + json.dumps(each).encode() + b"\n\n" for each in (value, {"choices": value})
+    )
+
+
+def _lines(path: Path):
+    import gzip
+
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from file
+
+
+def long_run(minutes: float, seed: int, folder: Path) -> str:
+    """Strategies in random order for a while: memory, files, threads and processes do not grow.
+
+    The last tenth is compared with the first one after a tenth of warming up.
+    """
+    dice, me = random.Random(seed), psutil.Process()
+    model = models.load(str(tiny_model(folder)), dtype="fp32", device="cpu")
+    names = ("sequential", "batch", "coroutine", "threads", "dynamic", "continuous", "processes")
+    end, rounds = time.monotonic() + minutes * 60, []
+    with strategies.session():  # processes stay between runs
+        while time.monotonic() < end:
+            began, tokens = time.perf_counter(), 0
+            for name in dice.sample(names, len(names)):
+                work = build(model.tokenizer, 3, 8, 16, seed=dice.randrange(1000))
+                tokens += strategies.STRATEGIES[name](model, work, {}).output_tokens
+            state = (me.memory_info().rss, me.num_fds(), me.num_threads(), len(me.children()))
+            rounds.append((tokens / (time.perf_counter() - began), *state))
+    tenth = max(1, len(rounds) // 10)
+    first, last = rounds[tenth : 2 * tenth] or rounds[:1], rounds[-tenth:]
+    speed, rss, files, threads, children = (
+        sum(x[i] for x in last) / len(last) / max(1e-9, sum(x[i] for x in first) / len(first))
+        if any(x[i] for x in first)
+        else 1.0
+        for i in range(5)
+    )
+    found = f"{len(rounds)} rounds; last tenth over first: speed {speed:.2f}, RSS {rss:.2f}, "
+    found += f"files {files:.2f}, threads {threads:.2f}, children {children:.2f}"
+    assert rss < 1.05 and files < 1.05 and threads < 1.05 and children <= 1.05, found
+    return found
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (killed_studies, interrupted_studies, full_disks, random_requests, random_inputs,
+              long_run)
+}  # fmt: skip
