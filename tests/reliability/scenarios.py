@@ -159,7 +159,7 @@ async def _random_requests(count: int, dice: random.Random) -> str:
                 stream.cancel()
             if dice.random() < 0.3:
                 await asyncio.sleep(dice.random() * 0.004)
-            if dice.random() < 4 / count:
+            if dice.random() < 20 / count:
                 psutil.Process(dice.choice(server.pids())).kill()
                 deaths += 1
                 await asyncio.gather(*readers)
