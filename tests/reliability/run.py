@@ -36,7 +36,7 @@ def main() -> int:
         print(f"{name} {count:g}: {outcome}", flush=True)
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
+            rows = csv.writer(file, lineterminator="\n")
             if new:
                 rows.writerow(FIELDS)
             rows.writerow([name, f"{count:g}", datetime.date.today(), where, outcome])
