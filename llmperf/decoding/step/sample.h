@@ -25,7 +25,8 @@ static int largest(Candidate *best, const float *logits, int count, const Sampli
       if (!keep) continue;
       if (found < s->top_k) found++;
       else place--;
-      for (; place > 0 && logits[id] > best[place - 1].logit; place--) best[place] = best[place - 1];
+      for (; place > 0 && logits[id] > best[place - 1].logit; place--)
+        best[place] = best[place - 1];
       best[place] = (Candidate){logits[id], id};
     }
   }

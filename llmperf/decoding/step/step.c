@@ -8,6 +8,7 @@
 #include "vector.h"
 #include "team.h"
 #include "model.h"
+#include "product.h"
 #include "sample.h"
 
 // ---- The other parts of a layer; each works on whole rows or heads.
