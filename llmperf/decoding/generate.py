@@ -35,7 +35,7 @@ def decode(
         yield from _eager(model, requests, chosen.loop, sampling, stop)
         return
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-    slots = Slots(model, len(requests), longest, prefill_tokens=None)
+    slots = Slots(model, len(requests), longest)
     for place, request in enumerate(requests):
         slots.admit(place, request, sampling, stop)
     while slots.busy:

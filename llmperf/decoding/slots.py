@@ -52,8 +52,8 @@ class Slots:
     """
 
     def __init__(self, model, rows: int, max_length: int, *, loop: str = "compiled",
-                 prefill_tokens: int | None = PREFILL_TOKENS):  # fmt: skip
-        if rows < 1 or (prefill_tokens is not None and prefill_tokens < 1):
+                 prefill_tokens: int = PREFILL_TOKENS):  # fmt: skip
+        if rows < 1 or prefill_tokens < 1:
             raise ValueError(f"{rows} rows with prefill_tokens {prefill_tokens}: use at least 1")
         if loop == "recompute":
             raise ValueError("recompute keeps no keys and values: choose cached or compiled")
@@ -120,8 +120,10 @@ class Slots:
         return [self._take(slot, token) for slot, token in zip(ready, tokens, strict=True)]
 
     def _pieces(self) -> list[Piece]:
-        """The last token of each request that decodes, and prompts up to `prefill_tokens`."""
-        decoding, prompts, budget = [], [], self.prefill_tokens
+        """The last token of each request that decodes, and prompts: up to `prefill_tokens` of them
+        where a request would wait for them."""
+        waits = any(row and row.generated for row in self._rows)
+        decoding, prompts, budget = [], [], self.prefill_tokens if waits else None
         for slot, row in enumerate(self._rows):
             if row is None:
                 continue

@@ -255,6 +255,13 @@ def test_prefill_in_pieces_lets_running_requests_go_on(loaded):
     assert got == [["runs"]] * 4 + [["runs", "joins"]]
 
 
+def test_prompts_enter_whole_where_no_request_waits_for_them(loaded):
+    slots = Slots(loaded("llama"), 2, 64, prefill_tokens=8)
+    for key in range(2):
+        slots.admit(key, Request(key, tuple(range(3, 43)), 4), GREEDY, Stop())
+    assert [key for key, *_ in slots.step()] == [0, 1]
+
+
 def without(monkeypatch, message):
     def fails():
         raise cpu_step.Unsupported(message)
