@@ -125,12 +125,22 @@ INLINE void attend(float *out, const float *query, const void *keys, const void 
     totals += weight;
   }
   const float share = 1.0f / sum(totals);
-  for (int d = 0; d < dim; d += 16) {
-    v16 acc = all(0);
-    for (int j = 0; j < count; j++)
-      acc += scores[j] * load_head(values, (int64_t)(first + j) * dim + d, dim - d, half);
-    acc *= share;
-    memcpy(out + d, &acc, 4 * least(16, dim - d));
+  for (int d = 0; d < dim; d += 64) {  // four sums at once: one waits for its own last addition
+    v16 acc[4] = {all(0), all(0), all(0), all(0)};
+    const int blocks = (int)least(4, (dim - d + 15) / 16);
+    for (int j = 0; j < count; j++) {
+      const int64_t at = (int64_t)(first + j) * dim + d;
+      if (dim - d >= 64)
+        UNROLL for (int i = 0; i < 4; i++)
+          acc[i] += scores[j] * load_head(values, at + 16 * i, 16, half);
+      else
+        for (int i = 0; i < blocks; i++)
+          acc[i] += scores[j] * load_head(values, at + 16 * i, dim - d - 16 * i, half);
+    }
+    for (int i = 0; i < blocks; i++) {
+      acc[i] *= share;
+      memcpy(out + d + 16 * i, acc + i, 4 * least(16, dim - d - 16 * i));
+    }
   }
 }
 
