@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import os
@@ -13,6 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import cffi
 import torch
 
 from llmperf.machine import cache_dir
@@ -21,12 +21,23 @@ SOURCE = Path(__file__).with_name("step") / "step.c"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
 
 
+ffi = cffi.FFI()
+ffi.cdef(SOURCE.with_name("model.h").read_text(encoding="utf-8"))
+ffi.cdef("""
+    int64_t scratch_floats(const Model *, int32_t rows, int32_t length, int32_t threads);
+    int32_t pool_threads(void);
+    int run_step(const Model *, const Step *);
+    void next_tokens(const float *logits, int32_t rows, int32_t vocabulary, const Sampling *,
+                     const double *uniforms, int32_t *tokens);
+""")
+
+
 class Unsupported(ValueError):
     """This model, processor or machine cannot run the step in C; the message says why."""
 
 
 @cache
-def library() -> ctypes.CDLL:
+def library():
     """The compiled step, from the user's cache or built now. Raises Unsupported."""
     compiler = _compiler()
     text = b"".join(p.read_bytes() for p in sorted(SOURCE.parent.glob("*.[ch]")))
@@ -36,11 +47,9 @@ def library() -> ctypes.CDLL:
     if not target.exists():
         _build(compiler, target)
     try:
-        loaded = ctypes.CDLL(str(target))
+        return ffi.dlopen(str(target))
     except OSError as error:
         raise Unsupported(f"the compiled step cannot be loaded ({error})") from None
-    loaded.scratch_floats.restype = ctypes.c_int64
-    return loaded
 
 
 def _compiler() -> tuple[str, ...]:

@@ -7,7 +7,6 @@ runs `cached`.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from llmperf.decoding.cpu_library import Unsupported, library, processor
+from llmperf.decoding.cpu_library import Unsupported, ffi, library, processor
 from llmperf.decoding.sampling import Sampling, next_tokens
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in model.h
@@ -23,64 +22,10 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "rel
 MOST_ROWS = 256  # tokens in one call; more are split
 MOST_CANDIDATES = 1024  # as in sample.h; a larger top-k is drawn by torch
 _pool = threading.Lock()  # one caller at a time works with several threads
-_address, _int, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
-class Matrix(ctypes.Structure):
-    _fields_ = [
-        *[(name, _address) for name in ("weight", "bias", "scale")],
-        *[(name, _int) for name in ("rows", "columns", "kind", "group")],
-    ]
-
-
-class Norm(ctypes.Structure):
-    _fields_ = [("weight", _address), ("bias", _address)]
-
-
-NORMS = "attention_norm query_norm key_norm after_attention feed_norm after_feed".split()
-
-
-class Layer(ctypes.Structure):
-    _fields_ = [
-        *[(name, Norm) for name in NORMS],
-        *[("qkv", Matrix * 3), ("out", Matrix), ("up", Matrix * 2), ("down", Matrix)],
-        *[("cosine", _address), ("sine", _address), ("window", _int)],
-    ]
-
-
-SIZES = (
-    "layer_count hidden heads kv_heads head_dim feed vocabulary rotary"
-    " dtype activation gated centred"
-).split()
-FACTORS = (
-    "epsilon embedding_scale attention_scale attention_cap residual_scale logit_scale logit_cap"
-).split()
-
-
-class Description(ctypes.Structure):
-    _fields_ = [
-        *[("embedding", _address), ("positions", _address), ("final_norm", Norm)],
-        *[("head", Matrix), ("layers", ctypes.POINTER(Layer))],
-        *[(name, _int) for name in SIZES],
-        *[(name, _float) for name in FACTORS],
-    ]
-
-
-class Arguments(ctypes.Structure):
-    _fields_ = [
-        *[
-            (n, _address)
-            for n in ["ids", "slots", "positions", "wanted", "logits", "keys", "values", "scratch"]
-        ],
-        *[(n, _int) for n in "rows wanted_count slot_count length threads".split()],
-    ]
-
-
-class SamplingArguments(ctypes.Structure):
-    _fields_ = [
-        *[("suppressed", _address), ("suppressed_count", _int), ("top_k", _int)],
-        *[("temperature", ctypes.c_double), ("top_p", ctypes.c_double)],
-    ]
+def _at(tensor: torch.Tensor, form: str = "void *"):
+    return ffi.cast(form, tensor.data_ptr())
 
 
 class CpuStep:
@@ -93,10 +38,10 @@ class CpuStep:
     def __init__(self, model):
         self.module, self.config = model.module, model.module.config.get_text_config()
         self.library = library()
-        self.kept: list[torch.Tensor] = []  # what the description points to
+        self.kept: list = []  # what the description points to
         self.extra_bytes = 0
         self.table_length = 0
-        self.description = self._describe()
+        self.description = ffi.new("Model *", self._describe())
 
     def new_cache(self, slots: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values: (layers, slots, kv_heads, length, head_dim), in the model's dtype.
@@ -114,7 +59,7 @@ class CpuStep:
 
     def _scratch_floats(self, rows: int, length: int) -> int:
         threads = self.library.pool_threads() or torch.get_num_threads()
-        return self.library.scratch_floats(ctypes.byref(self.description), rows, length, threads)
+        return self.library.scratch_floats(self.description, rows, length, threads)
 
     def __call__(self, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
         """Run tokens through the model; lists of equal length, one entry a token.
@@ -133,14 +78,14 @@ class CpuStep:
         top_k = 1 if sampling.greedy else sampling.top_k
         if top_k is None or top_k > MOST_CANDIDATES:
             return next_tokens(logits, sampling, uniform)
-        suppressed = (_int * len(sampling.suppress))(*sampling.suppress)
-        address = ctypes.cast(suppressed, _address)
-        how = SamplingArguments(address, len(suppressed), min(top_k, logits.shape[1]),
-                                sampling.temperature, sampling.top_p or 1.0)  # fmt: skip
+        suppressed = ffi.new("int32_t[]", sampling.suppress)
+        how = {"suppressed": suppressed, "suppressed_count": len(sampling.suppress)}
+        how |= {"top_k": min(top_k, logits.shape[1]), "top_p": sampling.top_p or 1.0}
+        how = ffi.new("Sampling *", how | {"temperature": sampling.temperature})
         tokens = torch.empty(len(logits), dtype=torch.int32)
         self.library.next_tokens(
-            *[_address(logits.data_ptr()), *logits.shape, ctypes.byref(how)],
-            *[_address(uniform.data_ptr()), _address(tokens.data_ptr())],
+            *[_at(logits, "float *"), *logits.shape, how],
+            *[_at(uniform, "double *"), _at(tokens, "int32_t *")],
         )
         return tokens
 
@@ -150,9 +95,10 @@ class CpuStep:
         Where a cache holds one layer, this is what a step takes without reading weights from
         memory. The output layer is left out.
         """
-        alike = Description.from_buffer_copy(self.description)
-        layers = (Layer * alike.layer_count)(*[self.layers[0]] * alike.layer_count)
-        alike.layers = ctypes.cast(layers, ctypes.POINTER(Layer))
+        count = self.description.layer_count
+        layers = ffi.new("Layer[]", [self.layers[0]] * count)
+        alike = ffi.new("Model *", self.description[0])
+        alike.layers = layers
         cache, scratch = self.new_cache(rows, position + 1), self.scratch(rows, position + 1)
         call = ([0] * rows, list(range(rows)), [position] * rows, [], cache, scratch)
         seconds = []
@@ -170,44 +116,44 @@ class CpuStep:
         numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
         asked = torch.tensor(wanted, dtype=torch.int32)
         logits, threads = torch.empty(len(wanted), description.vocabulary), torch.get_num_threads()
-        pointers = [t.data_ptr() for t in (*numbers, asked, logits, keys, values, scratch)]
+        whole = [_at(t, "int32_t *") for t in (*numbers, asked)]
         sizes = (len(ids), len(wanted), keys.shape[1], keys.shape[3], threads)
-        arguments = Arguments(*pointers, *sizes)
+        step = (*whole, _at(logits, "float *"), _at(keys), _at(values), _at(scratch, "float *"))
         with _pool if threads > 1 else nullcontext():
-            failed = self.library.run_step(ctypes.byref(description), ctypes.byref(arguments))
+            failed = self.library.run_step(description, ffi.new("Step *", (*step, *sizes)))
         if failed:
             raise RuntimeError("the threads of the compiled step could not be started")
         return logits
 
     # The description: what is where in the module.
 
-    def _describe(self) -> Description:
+    def _describe(self) -> dict:
+        """The fields of Model; `layers` last, since they need the sizes."""
         config, decoder = self.config, self.module.get_decoder()
         layers = _first(decoder, "layers", "h")
-        d = Description()
-        d.hidden, d.layer_count = config.hidden_size, len(layers)
-        d.heads = config.num_attention_heads
-        d.kv_heads = getattr(config, "num_key_value_heads", None) or d.heads
-        d.head_dim = getattr(config, "head_dim", None) or d.hidden // d.heads
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        d = {"hidden": hidden, "layer_count": len(layers), "heads": heads}
+        d["kv_heads"] = getattr(config, "num_key_value_heads", None) or heads
+        d["head_dim"] = getattr(config, "head_dim", None) or hidden // heads
         embedding = self.module.get_input_embeddings().weight
         if embedding.dtype not in (torch.float32, torch.bfloat16):
             raise Unsupported(f"it is in {embedding.dtype}: the step has fp32 and bf16")
-        d.embedding, d.dtype, d.vocabulary = embedding.data_ptr(), KINDS[embedding.dtype], 0
-        d.embedding_scale = self._embedding_scale() * getattr(config, "embedding_multiplier", 1.0)
-        d.residual_scale = getattr(config, "residual_multiplier", 1.0)
-        d.logit_scale = 1 / getattr(config, "logits_scaling", 1.0)
-        d.attention_cap = getattr(config, "attn_logit_softcapping", None) or 0.0
-        d.logit_cap = getattr(config, "final_logit_softcapping", None) or 0.0
+        d["embedding"], d["dtype"] = _at(embedding), KINDS[embedding.dtype]
+        multiplier = getattr(config, "embedding_multiplier", 1.0)
+        d["embedding_scale"] = self._embedding_scale() * multiplier
+        d["residual_scale"] = getattr(config, "residual_multiplier", 1.0)
+        d["logit_scale"] = 1 / getattr(config, "logits_scaling", 1.0)
+        d["attention_cap"] = getattr(config, "attn_logit_softcapping", None) or 0.0
+        d["logit_cap"] = getattr(config, "final_logit_softcapping", None) or 0.0
         if (table := getattr(decoder, "wpe", None)) is not None:
-            d.positions = table.weight.data_ptr()
+            d["positions"] = _at(table.weight)
         final = _first(decoder, "norm", "ln_f", "final_layernorm")
-        d.final_norm, d.centred = self._norm(final), int(isinstance(final, torch.nn.LayerNorm))
-        d.epsilon = _first(final, "eps", "variance_epsilon")
-        d.head = self._matrix(self.module.get_output_embeddings())
-        d.vocabulary = d.head.rows
-        self.layers = (Layer * len(layers))(*(self._layer(d, i, x) for i, x in enumerate(layers)))
-        d.layers = ctypes.cast(self.layers, ctypes.POINTER(Layer))
-        return d
+        d["final_norm"], d["centred"] = self._norm(final), isinstance(final, torch.nn.LayerNorm)
+        d["epsilon"] = _first(final, "eps", "variance_epsilon")
+        d["head"] = self._matrix(self.module.get_output_embeddings())
+        d["vocabulary"] = d["head"]["rows"]
+        self.layers = ffi.new("Layer[]", [self._layer(d, i, x) for i, x in enumerate(layers)])
+        return d | {"layers": self.layers}
 
     def _embedding_scale(self) -> float:
         """What the embedding module multiplies its rows by (Gemma: the root of their width)."""
@@ -216,44 +162,43 @@ class CpuStep:
         ratio = layer(row)[0].float() / layer.weight[1].float()
         return ratio[ratio.isfinite()].median().item()
 
-    def _layer(self, d: Description, place: int, layer) -> Layer:
+    def _layer(self, d: dict, place: int, layer) -> dict:
+        """The fields of one Layer; sets those of Model that all layers share."""
         attention, feed = _first(layer, "self_attn", "attn"), _first(layer, "mlp", "feed_forward")
-        found = Layer()
-        found.attention_norm = self._norm(_first(layer, "input_layernorm", "ln_1"))
-        sandwich = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 and 3
-        if sandwich:
-            found.after_attention = self._norm(layer.post_attention_layernorm)
-            found.feed_norm = self._norm(layer.pre_feedforward_layernorm)
-            found.after_feed = self._norm(layer.post_feedforward_layernorm)
+        found = {"attention_norm": self._norm(_first(layer, "input_layernorm", "ln_1"))}
+        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma 2 and 3
+            found["after_attention"] = self._norm(layer.post_attention_layernorm)
+            found["feed_norm"] = self._norm(layer.pre_feedforward_layernorm)
+            found["after_feed"] = self._norm(layer.post_feedforward_layernorm)
         else:
-            found.feed_norm = self._norm(_first(layer, "post_attention_layernorm", "ln_2"))
+            found["feed_norm"] = self._norm(_first(layer, "post_attention_layernorm", "ln_2"))
         for name, where in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
             if (norm := getattr(attention, where, None)) is not None:
-                if norm.weight.shape != (d.head_dim,):
+                if norm.weight.shape != (d["head_dim"],):
                     raise Unsupported("it normalises queries over all heads together")
-                setattr(found, name, self._norm(norm))
+                found[name] = self._norm(norm)
         joint = getattr(attention, "qkv_proj", None) or getattr(attention, "c_attn", None)
         qkv = [joint] if joint else [_first(attention, n) for n in ("q_proj", "k_proj", "v_proj")]
-        found.qkv = (Matrix * 3)(*map(self._matrix, qkv))
-        found.out = self._matrix(_first(attention, "o_proj", "c_proj", "dense"))
-        d.attention_scale = _first(attention, "scaling", default=d.head_dim**-0.5)
+        found["qkv"] = list(map(self._matrix, qkv))
+        found["out"] = self._matrix(_first(attention, "o_proj", "c_proj", "dense"))
+        d["attention_scale"] = _first(attention, "scaling", default=d["head_dim"] ** -0.5)
         joint = getattr(feed, "gate_up_proj", None)
         gated = [feed.gate_proj, feed.up_proj] if hasattr(feed, "gate_proj") else None
         up = [joint] if joint is not None else gated or [_first(feed, "c_fc", "fc1", "up_proj")]
-        found.up = (Matrix * 2)(*map(self._matrix, up))
-        found.down = self._matrix(_first(feed, "down_proj", "c_proj", "fc2"))
-        d.gated, d.feed = int(bool(joint is not None or gated)), found.down.columns
-        if sum(m.rows for m in found.up) != d.feed * (1 + d.gated):
+        found["up"] = list(map(self._matrix, up))
+        found["down"] = self._matrix(_first(feed, "down_proj", "c_proj", "fc2"))
+        d["gated"], d["feed"] = bool(joint is not None or gated), found["down"]["columns"]
+        if sum(m["rows"] for m in found["up"]) != d["feed"] * (1 + d["gated"]):
             raise Unsupported("its feed-forward network has another form")
         word = getattr(self.config, "hidden_activation", None) or _first(
             self.config, "hidden_act", "activation_function"
         )
         if word not in ACTIVATIONS:
             raise Unsupported(f"its activation is {word!r}")
-        d.activation = ACTIVATIONS[word]
+        d["activation"] = ACTIVATIONS[word]
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None or "sliding" in kinds[place]:
-            found.window = getattr(self.config, "sliding_window", None) or 0
+            found["window"] = getattr(self.config, "sliding_window", None) or 0
         return found
 
     def _tables(self, length: int) -> None:
@@ -272,7 +217,8 @@ class CpuStep:
             cosine, sine = tables[kind]
             if not getattr(_first(layer, "self_attn", "attn"), "use_rope", True):
                 continue
-            self.layers[place].cosine, self.layers[place].sine = cosine.data_ptr(), sine.data_ptr()
+            at = self.layers[place]
+            at.cosine, at.sine = _at(cosine, "float *"), _at(sine, "float *")
             self.description.rotary = 2 * cosine.shape[1]
         self.tables, self.table_length = tables, length
 
@@ -285,25 +231,30 @@ class CpuStep:
         half = tables[0].shape[-1] // 2
         return [t[0, :, :half].float().contiguous() for t in tables]
 
-    def _norm(self, norm) -> Norm:
+    def _norm(self, norm) -> dict:
         weight = norm.weight.detach().float()
         if "Gemma" in type(norm).__name__:  # it multiplies by 1 + weight
             weight = weight + 1
         bias = getattr(norm, "bias", None)
-        return Norm(self._copy(weight), None if bias is None else self._copy(bias))
+        return {"weight": self._floats(weight)} | (
+            {} if bias is None else {"bias": self._floats(bias)}
+        )
 
-    def _copy(self, tensor, dtype=torch.float32) -> int:
+    def _floats(self, tensor):
+        return ffi.cast("float *", self._copy(tensor, torch.float32))
+
+    def _copy(self, tensor, dtype):
         made = tensor.detach().to(dtype).contiguous().clone()
         self.kept.append(made)
         self.extra_bytes += made.nbytes
-        return made.data_ptr()
+        return _at(made)
 
-    def _matrix(self, linear) -> Matrix:
+    def _matrix(self, linear) -> dict:
         weight, scale = linear.weight.detach(), getattr(linear, "scale", None)
         quantised = weight.dtype in (torch.int8, torch.uint8)
         if weight.dtype not in KINDS or quantised != (scale is not None):
             raise Unsupported(f"its {type(linear).__name__} holds {weight.dtype}")
-        (rows, columns), address, group = weight.shape, weight.data_ptr(), 0
+        (rows, columns), address, group = weight.shape, _at(weight), 0
         if isinstance(linear, Conv1D):
             address, (columns, rows) = self._copy(weight.t(), weight.dtype), weight.shape
         elif not weight.is_contiguous():
@@ -313,9 +264,10 @@ class CpuStep:
             if columns % group or group % 64 or rows % 64 or "AVX512" not in processor():
                 raise Unsupported("its 4-bit weights are packed for another kind of step")
             scale = scale.transpose(1, 2)
-        bias = getattr(linear, "bias", None)
-        small = [None if t is None else self._copy(t) for t in (bias, scale)]
-        return Matrix(address, *small, rows, columns, KINDS[weight.dtype], group)
+        small = {"bias": getattr(linear, "bias", None), "scale": scale}
+        small = {name: self._floats(t) for name, t in small.items() if t is not None}
+        sizes = {"rows": rows, "columns": columns, "kind": KINDS[weight.dtype], "group": group}
+        return {"weight": address, **small, **sizes}
 
 
 def _first(owner, *names: str, default=None):

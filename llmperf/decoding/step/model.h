@@ -1,4 +1,5 @@
-// What a model is, as llmperf/decoding/cpu_step.py describes it.
+// What Python hands over: a model, a step, how tokens are drawn. llmperf/decoding/cpu_library.py
+// reads this file, so it holds plain declarations alone.
 enum { OF_F32, OF_BF16, OF_INT8, OF_INT4 };  // prefixed, since windows.h has an INT8
 enum { SILU, GELU_TANH, GELU, RELU };
 
@@ -33,5 +34,8 @@ typedef struct {
   int32_t rows, wanted_count, slot_count, length, threads;
 } Step;
 
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+typedef struct {
+  const int32_t *suppressed;  // never drawn
+  int32_t suppressed_count, top_k;
+  double temperature, top_p;
+} Sampling;

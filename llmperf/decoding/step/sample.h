@@ -2,11 +2,6 @@
 // those that `top_p` keeps, and of them the one at a uniform number. The greedy choice is top_k 1.
 #define MOST_CANDIDATES 1024
 typedef struct { float logit; int32_t id; } Candidate;
-typedef struct {
-  const int32_t *suppressed;
-  int32_t suppressed_count, top_k;
-  double temperature, top_p;
-} Sampling;
 
 // The `top_k` largest of `count` logits, falling; returns how many there are.
 static int largest(Candidate *best, const float *logits, int count, const Sampling *s) {

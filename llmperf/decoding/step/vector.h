@@ -29,6 +29,8 @@ typedef uint8_t c64 __attribute__((vector_size(64)));
   FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9),       \
       FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
 
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE v16 all(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE v16 choose(i16 mask, v16 yes, v16 no) {
   return (v16)((mask & (i16)yes) | (~mask & (i16)no));
