@@ -260,11 +260,12 @@ def predicted(model: str, card: str, dtype: str = "fp16", **lengths) -> pd.DataF
     found = []
     for n in (n for n in BATCHES if n <= max(1, fits.surely)):
         middle = run["prompt_tokens"] + run["new_tokens"] // 2
-        ceilings = predict.card_ceilings(known)
-        times = predict.latency(replace(spec, rows=n), ceilings, context=middle)
-        step_s, first_s = times.decode.seconds, times.prefill.seconds
+        rows, card_limits = replace(spec, rows=n), (known.bandwidth_bytes_s, known.fp16_flops_s)
+        step_s = predict.decode_bound(rows, middle, *card_limits).seconds
+        prefill = predict.forward(rows, run["prompt_tokens"])
+        first_s = predict.bound(prefill, *card_limits).seconds
         whole_s = first_s + (run["new_tokens"] - 1) * step_s
-        memory = predict.memory(replace(spec, rows=n))
+        memory = predict.memory(rows)
         found.append({
             "label": STRATEGIES["continuous"].words(n, {"max_batch": n}),
             "level": n,

@@ -35,7 +35,7 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     spec = spec_of(condition, prepared(condition).loop)
     whole = predict.bound(_cost(condition, spec), bandwidth, flops)
     middle = spec.prompt_tokens + spec.new_tokens // 2
-    step = predict.latency(spec, {**limits, "launch_s": None}, context=middle).decode
+    step = predict.decode_bound(spec, middle, bandwidth, flops)
     found = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops,
@@ -94,11 +94,10 @@ def refusal(condition: Condition) -> str | None:
     if book is None:
         return None
     free, held = memory(condition.model)
-    try:
-        predict.check_fits(book, free + held)
-    except predict.DoesNotFit as error:
-        return f"refused beforehand: {error} ({held / predict.GIB:.2f} GiB of it held already)"
-    return None
+    fit = predict.judge(book, free + held)
+    if fit.verdict != "does not fit":
+        return None
+    return f"refused beforehand: {fit.sentence} ({held / predict.GIB:.2f} GiB of it held already)"
 
 
 def ledger(condition: Condition) -> predict.Ledger | None:

@@ -1,27 +1,21 @@
 """What PyTorch's caching allocator makes of a list of tensors, by its rules.
 
-The constants and rules are those of `c10/cuda/CUDACachingAllocator` (torch 2.1 to 2.13). Nothing
-is measured and nothing fitted: a request is rounded, placed in the smallest free block of its
-pool that holds it, and the block is split where the rest is worth keeping. What is not split off
-counts as allocated, which is why `memory_allocated` is more than the sum of the tensors.
+Constants and rules are those of `c10/cuda/CUDACachingAllocator` (torch 2.1 to 2.13): a request is
+rounded, placed in the smallest free block of its pool that holds it, and the block is split where
+the rest is worth keeping. What is not split off counts as allocated.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-KIB, MIB = 2**10, 2**20
+MIB = 2**20
 MIN_BLOCK = 512  # every request is rounded up to a multiple of this
 SMALL = MIB  # up to here from the pool of small blocks
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB  # asked of the driver for requests below MIN_LARGE
 MIN_LARGE = 10 * MIB  # from here on one segment a request, rounded up to 2 MiB
 ROUND_LARGE = 2 * MIB
-
-# cuBLAS workspace for each (handle, stream), by default: 2 x 4 MiB + 8 x 16 KiB before Hopper,
-# 32 MiB from compute capability 9 on (ATen/cuda/CublasHandlePool.cpp).
-CUBLAS_WORKSPACE = 2 * 4096 * KIB + 8 * 16 * KIB
-CUBLAS_WORKSPACE_HOPPER = 32 * MIB
 
 
 @dataclass(frozen=True)
@@ -38,13 +32,11 @@ def rounded(size: int) -> int:
     return max(1, -(-size // MIN_BLOCK)) * MIN_BLOCK
 
 
-def segment(size: int) -> int:
+def _segment(size: int) -> int:
     """The bytes asked of the driver for a (rounded) request that no free block holds."""
     if size <= SMALL:
         return SMALL_SEGMENT
-    if size < MIN_LARGE:
-        return LARGE_SEGMENT
-    return -(-size // ROUND_LARGE) * ROUND_LARGE
+    return LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
 def place(sizes: Iterable[int]) -> Placed:
@@ -59,7 +51,7 @@ def place(sizes: Iterable[int]) -> Placed:
         if at < len(blocks):
             block = blocks.pop(at)
         else:
-            block = segment(size)
+            block = _segment(size)
             reserved += block
         left = block - size
         if left >= MIN_BLOCK if small else left > SMALL:

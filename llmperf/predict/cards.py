@@ -1,9 +1,13 @@
 """Cards by name, for predictions: memory, bandwidth and arithmetic from the data sheets."""
 
 import csv
+import re
 from dataclasses import dataclass
 
-from llmperf.machine import card_specs
+from llmperf import REFERENCE
+
+ALIASES = {"h100 hbm3": "h100 sxm5", "h200": "h200 sxm"}  # as the driver names them → as sold
+NOISE = re.compile(r"\b(nvidia|geforce|tesla|gpu|\d+\s*gb)\b")
 
 
 @dataclass(frozen=True)
@@ -16,22 +20,32 @@ class Card:
     fp16_flops_s: float | None = None
 
 
+def _rows() -> list[dict]:
+    with (REFERENCE / "gpu_specs.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def card_names() -> tuple[str, ...]:
     """The cards of `gpu_specs.csv`."""
-    with card_specs.SPECS.open(encoding="utf-8", newline="") as file:
-        return tuple(row["gpu"] for row in csv.DictReader(file))
+    return tuple(row["gpu"] for row in _rows())
+
+
+def _words(name: str) -> frozenset[str]:
+    plain = " ".join(NOISE.sub(" ", name.lower()).split())
+    return frozenset(ALIASES.get(plain, plain).split())
 
 
 def card(name: str, memory_gib: float | None = None) -> Card:
     """The card of that name, as people or the driver write it.
 
-    An unknown card needs its `memory_gib`; without it, ValueError names the known ones.
+    All words must agree, so that a 3060 Ti is no 3060 and a laptop card no desktop card. An unknown
+    card needs its `memory_gib`; without it, ValueError names the known ones.
     """
-    row = card_specs.find(name)
-    if row:
-        bandwidth, flops = float(row["bandwidth_gb_s"]), float(row["fp16_dense_tflops"])
-        size = memory_gib or float(row["memory_gb"])
-        return Card(row["gpu"], size, bandwidth * 1e9, flops * 1e12)
+    for row in _rows():
+        if _words(row["gpu"]) == _words(name):
+            bandwidth, flops = float(row["bandwidth_gb_s"]), float(row["fp16_dense_tflops"])
+            size = memory_gib or float(row["memory_gb"])
+            return Card(row["gpu"], size, bandwidth * 1e9, flops * 1e12)
     if memory_gib:
         return Card(name, memory_gib)
     raise ValueError(

@@ -24,8 +24,7 @@ class Cost:
         return Cost(self.bytes * times, self.flops * times, self.steps * times)
 
 
-def head_flops(shape: ModelShape) -> int:
-    """FLOPs of the logits of one token."""
+def _head_flops(shape: ModelShape) -> int:
     return 2 * shape.vocab * shape.hidden
 
 
@@ -58,31 +57,43 @@ def forward(spec: RunSpec, new: int, past: int = 0, logits: int = 1) -> Cost:
         moved += kv_bytes(shape, rows, past, spec.dtype)
         moved += rows * new * token_bytes(shape, spec.dtype)
     row = new * shape.token_flops + attention_flops(shape, new, past)
-    return Cost(moved, rows * (row + past * shape.past_flops + logits * head_flops(shape)))
+    return Cost(moved, rows * (row + past * shape.past_flops + logits * _head_flops(shape)))
+
+
+def step(spec: RunSpec, context: int) -> Cost:
+    """One decode step after `context` tokens; `recompute` reads its window again, as published."""
+    if spec.loop != "recompute":
+        return forward(spec, 1, context)
+    new = min(WINDOW, context + 1)
+    return forward(spec, new, logits=new)
 
 
 def run(spec: RunSpec) -> Cost:
-    """The whole generation of one batch: the prompt, then token by token.
-
-    `recompute` takes the logits of all its positions in each step, as published.
-    """
+    """The whole generation of one batch: the prompt, then token by token."""
+    past, steps = spec.prompt_tokens, spec.new_tokens - 1
     if spec.loop == "recompute":
-        starts = range(spec.prompt_tokens, spec.prompt_tokens + spec.new_tokens)
-        lengths = Counter(min(WINDOW, n) for n in starts)
-        passes = (forward(spec, n, logits=n) * times for n, times in lengths.items())
-        return sum(passes, Cost(0, 0, 0))
-    steps = _decode_steps(spec, spec.prompt_tokens, spec.new_tokens - 1)
-    return forward(spec, spec.prompt_tokens) + steps
-
-
-def _decode_steps(spec: RunSpec, past: int, steps: int) -> Cost:
-    """`steps` cached steps from `past` on: the sum of their `forward`, without a loop."""
+        lengths = Counter(min(WINDOW - 1, past - 1 + n) for n in range(spec.new_tokens))
+        return sum((step(spec, n) * times for n, times in lengths.items()), Cost(0, 0, 0))
+    # Their sum without a loop over the steps.
     shape, rows, item = spec.shape, spec.rows, dtype_bytes(spec.dtype)
     moved = steps * weights_read(shape, spec.dtype, spec.quantization, rows)
     for c, layers in Counter(shape.cache).items():
         entries = _pairs(steps, past - 1, c.window) + steps  # read, and the new one written
         moved += layers * rows * entries * (c.token_elements * item + c.token_bytes)
         moved += layers * steps * (rows * (c.row_elements * item + c.row_bytes) + c.fixed_bytes)
-    row = steps * (shape.token_flops + head_flops(shape)) + attention_flops(shape, steps, past)
+    row = steps * (shape.token_flops + _head_flops(shape)) + attention_flops(shape, steps, past)
     cached = steps * past + steps * (steps - 1) // 2
-    return Cost(moved, rows * (row + cached * shape.past_flops), steps)
+    return forward(spec, past) + Cost(moved, rows * (row + cached * shape.past_flops), steps)
+
+
+def matmul_shapes(shape: ModelShape) -> Counter:
+    """The weights that a token meets, as (out, in) with how many of each; the head included."""
+    found: Counter = Counter({(shape.vocab, shape.hidden): 1})
+    for t in shape.tensors:
+        if t.columns == 1 or t.role in ("head", "embedding", "position", "tower"):
+            continue
+        if t.role == "expert":
+            found[t.rows, t.columns] += shape.experts_per_token * t.count / shape.experts
+        elif t.linear or t.role == "router":
+            found[t.rows, t.columns] += 1
+    return found

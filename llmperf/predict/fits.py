@@ -11,10 +11,7 @@ from llmperf.predict.spec import RunSpec
 
 MARGIN = 0.05  # of the card, where it must never run full
 LEAST_MARGIN_GIB = 0.5
-
-
-class DoesNotFit(ValueError):
-    """The run would not fit; the message has the arithmetic."""
+KNEE_DROP = 0.25  # of the best throughput
 
 
 @dataclass(frozen=True)
@@ -33,27 +30,20 @@ class Largest:
     at_best: int
 
 
-def budget(platform: str, free_bytes: int, total_bytes: int, given: int | None = None) -> int:
-    """Bytes that a sweep may use: what is given, else what is free, less a margin where needed.
+def budget(platform: str, free_bytes: int, total_bytes: int) -> int:
+    """Bytes that a run may use: what is free, less a margin where a full card spills.
 
     On Windows and WSL2 a full card spills into system memory, or takes the host down, so 5 % of
-    the card, at least 0.5 GiB, stays free there. Raises ValueError when that leaves nothing or
-    more is given than is free.
+    the card, at least 0.5 GiB, stays free there. Raises ValueError when that leaves nothing.
     """
     careful = platform in ("windows", "wsl2")
     margin = max(MARGIN * total_bytes, LEAST_MARGIN_GIB * GIB) if careful else 0
-    most = int(free_bytes - margin)
-    if most <= 0:
+    if free_bytes <= margin:
         raise ValueError(
             f"{free_bytes / GIB:.2f} GiB free less a margin of {margin / GIB:.2f} GiB leaves "
             "nothing: close what uses the card"
         )
-    if given is not None and not 0 < given <= free_bytes:
-        raise ValueError(
-            f"a budget of {given / GIB:.2f} GiB: give one above 0, up to the "
-            f"{free_bytes / GIB:.2f} GiB that are free"
-        )
-    return most if given is None else given
+    return int(free_bytes - margin)
 
 
 def judge(ledger: Ledger, budget_bytes: int) -> Fit:
@@ -68,19 +58,10 @@ def judge(ledger: Ledger, budget_bytes: int) -> Fit:
     return Fit(verdict, f"{need}: {verdict} in {budget_bytes / GIB:.2f} GiB")
 
 
-def check_fits(ledger: Ledger, budget_bytes: int) -> Fit:
-    """The verdict; raises DoesNotFit, with the arithmetic, when even the low bound is too much."""
-    fit = judge(ledger, budget_bytes)
-    if fit.verdict == "does not fit":
-        raise DoesNotFit(fit.sentence)
-    return fit
-
-
-def largest(spec_of: Callable[[int], RunSpec], budget_bytes: int, ceiling: int, **known) -> Largest:
-    """The largest n up to `ceiling` whose ledger fits; ledgers must grow with n.
-
-    `known` is what `memory` takes beside the spec.
-    """
+def _largest(
+    spec_of: Callable[[int], RunSpec], budget_bytes: int, ceiling: int, **known
+) -> Largest:
+    """The largest n up to `ceiling` whose ledger fits. `known`: further arguments of `memory`."""
 
     def most(bound: str) -> int:
         low, high = 0, ceiling + 1  # low fits (nothing always does), high does not
@@ -93,22 +74,22 @@ def largest(spec_of: Callable[[int], RunSpec], budget_bytes: int, ceiling: int, 
     return Largest(most("high"), most("low"))
 
 
-def largest_batch(spec: RunSpec, budget_bytes: int, ceiling: int = 65536, **known) -> Largest:
+def largest_batch(spec: RunSpec, budget_bytes: int, **known) -> Largest:
     """Rows that fit."""
-    return largest(lambda n: replace(spec, rows=n), budget_bytes, ceiling, **known)
+    return _largest(lambda n: replace(spec, rows=n), budget_bytes, 65536, **known)
 
 
 def longest_context(spec: RunSpec, budget_bytes: int, **known) -> Largest:
     """Tokens of prompt and answer that fit, up to the model's positions; new tokens as given."""
     new = spec.new_tokens
     ceiling = max(1, spec.shape.max_positions - new)
-    found = largest(lambda n: replace(spec, prompt_tokens=n), budget_bytes, ceiling, **known)
+    found = _largest(lambda n: replace(spec, prompt_tokens=n), budget_bytes, ceiling, **known)
     return Largest(*(n and n + new for n in (found.surely, found.at_best)))
 
 
-def most_processes(spec: RunSpec, budget_bytes: int, ceiling: int = 256, **known) -> Largest:
+def most_processes(spec: RunSpec, budget_bytes: int, **known) -> Largest:
     """Processes that fit, each with its own model and context."""
-    return largest(lambda n: replace(spec, processes=n), budget_bytes, ceiling, **known)
+    return _largest(lambda n: replace(spec, processes=n), budget_bytes, 256, **known)
 
 
 def advise(spec: RunSpec, card: Card) -> list[str]:
@@ -137,35 +118,21 @@ def advise(spec: RunSpec, card: Card) -> list[str]:
     return said
 
 
-@dataclass(frozen=True)
-class Knee:
-    """Where throughput falls off while memory grows."""
-
-    level: int
-    sentence: str
-
-
 def knee(
-    levels: Sequence[int], throughput: Sequence[float], memory_bytes: Sequence[float],
-    drop: float = 0.25,
-) -> Knee | None:  # fmt: skip
-    """The first level whose throughput is `drop` below the best before it though memory grew.
+    levels: Sequence[int], throughput: Sequence[float], memory_bytes: Sequence[float]
+) -> str | None:
+    """A sentence on the first level a quarter slower than the best before it though memory grew.
 
     That is what spilling into system memory looks like where the driver allows it; a plateau is
     not a knee. Raises ValueError for series of unequal length.
     """
-    if not len(levels) == len(throughput) == len(memory_bytes):
-        raise ValueError("levels, throughput and memory must have one entry each per level")
-    best = 0
-    for i in range(1, len(levels)):
-        grew = memory_bytes[i] > memory_bytes[best]
-        if grew and throughput[i] < (1 - drop) * throughput[best]:
-            grown = (memory_bytes[i] - memory_bytes[best]) / GIB
-            return Knee(
-                levels[i],
-                f"from level {levels[best]} to {levels[i]} memory grows by {grown:.2f} GiB and "
-                f"throughput falls from {throughput[best]:.0f} to {throughput[i]:.0f} tokens/s: "
-                "it probably spills into system memory",
+    points, best = list(zip(levels, throughput, memory_bytes, strict=True)), None
+    for level, speed, size in points:
+        if best and size > best[2] and speed < (1 - KNEE_DROP) * best[1]:
+            return (
+                f"from level {best[0]} to {level} memory grows by {(size - best[2]) / GIB:.2f} GiB"
+                f" and throughput falls from {best[1]:.0f} to {speed:.0f} tokens/s: "
+                "it probably spills into system memory"
             )
-        best = i if throughput[i] > throughput[best] else best
+        best = (level, speed, size) if not best or speed > best[1] else best
     return None

@@ -1,19 +1,47 @@
 """The memory ledger: every byte that a run will hold, named, with a low and a high bound.
 
-Bytes are exact where arithmetic can know them (weights, buffers, cache, how the allocator places
-them); elsewhere a line has its own low and high. Levels follow what can be read from a device:
-`allocated` tensors, `reserved` by the allocator, the `process` with its context and libraries,
-the `device` with what others use. Each holds the ones before it.
+Levels follow what can be read from a device: `allocated` tensors, `reserved` by the allocator, the
+`process` with its context and libraries, the `device` with what others use. Each holds the ones
+before it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
-from llmperf.predict import ledger_lines as lines_of
-from llmperf.predict.ledger_lines import Line
+from llmperf.machine import GIB
+from llmperf.models import ModelShape
+from llmperf.predict import sizes
+from llmperf.predict.allocator import LARGE_SEGMENT, MIB, ROUND_LARGE, Placed, place
+from llmperf.predict.sizes import dtype_bytes, kv_bytes
 from llmperf.predict.spec import RunSpec
 
 LEVELS = ("allocated", "reserved", "process", "device")
+# cuBLAS workspace for each (handle, stream): 2 x 4 MiB + 8 x 16 KiB before Hopper, 32 MiB from
+# compute capability 9 on (ATen/cuda/CublasHandlePool.cpp).
+CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER = 8 * MIB + MIB // 8, 32 * MIB
+# Context and libraries in GiB, (low, high) for the first process and for each further one. Windows
+# and WSL2: process_vram.csv less the 0.58 GiB inside, its figures being rounded to 0.1. Linux: "a
+# few hundred MB", not published; measure it. CPU: an interpreter with torch and transformers; of
+# a further one the code is shared.
+OVERHEAD_GIB = {
+    "windows": ((0.82, 1.02), (0.0, 0.22)),
+    "wsl2": ((0.02, 0.22), (0.02, 0.22)),
+    "linux": ((0.2, 0.6), (0.2, 0.6)),
+    "cpu": ((0.3, 0.7), (0.15, 0.5)),
+}
+# At rest, GiB: 0.3 (process_vram.csv) to 548 MiB (idle_vram.csv, a laptop) where a desktop runs.
+IDLE_GIB = {"windows": (0.3, 0.535), "wsl2": (0.3, 0.535), "linux": (0.0, 0.05), "cpu": (0.0, 0.0)}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry in bytes: how much at least, and how much at most."""
+
+    name: str
+    level: str
+    low: int
+    high: int
 
 
 @dataclass(frozen=True)
@@ -26,12 +54,12 @@ class Ledger:
     @property
     def low(self) -> int:
         """Bytes on the device at least."""
-        return sum(line.low for line in self.lines)
+        return self.at("device")[0]
 
     @property
     def high(self) -> int:
         """Bytes on the device at most."""
-        return sum(line.high for line in self.lines)
+        return self.at("device")[1]
 
     def line(self, name: str) -> Line:
         """The line of that name."""
@@ -39,19 +67,9 @@ class Ledger:
 
     def at(self, level: str) -> tuple[int, int]:
         """(low, high) bytes of a level: that of its own lines and of the levels inside it."""
-        if level not in LEVELS:
-            raise ValueError(f"unknown level {level!r}: choose {', '.join(LEVELS)}")
         inside = LEVELS[: LEVELS.index(level) + 1]
         lines = [line for line in self.lines if line.level in inside]
         return sum(line.low for line in lines), sum(line.high for line in lines)
-
-    def to_dict(self) -> dict:
-        """As JSON-ready values, for a record."""
-        levels = {
-            level: dict(zip(("low", "high"), self.at(level), strict=True)) for level in LEVELS
-        }
-        lines = [vars(line) for line in self.lines]
-        return {"lines": lines, "levels": levels, "warnings": list(self.warnings)}
 
 
 def memory(
@@ -59,31 +77,158 @@ def memory(
 ) -> Ledger:
     """The ledger of a run at its peak.
 
-    `overhead` is the result of `ceilings.overhead`, `idle_bytes` what is used before anything
+    `overhead` is the result of `machine.overhead`, `idle_bytes` what is used before anything
     starts; without them a range for the platform is taken.
     """
-    lines = [
-        lines_of.weights(spec),
-        lines_of.buffers(spec),
-        lines_of.cache(spec),
-        *lines_of.peak(spec),
+    s = spec
+    weights = sizes.weights_bytes(s.shape, s.dtype, s.quantization) * s.processes
+    buffers = sizes.buffers_bytes(s.shape, s.dtype, s.masks) * s.processes
+    cached = 0 if s.loop == "recompute" else kv_bytes(s.shape, s.rows, s.length, s.dtype)
+    cached *= s.concurrent * s.processes
+    kept = [
+        _exact("weights", "allocated", weights),
+        _exact("buffers", "allocated", buffers),
     ]
-    if spec.platform != "cpu":
-        lines += [lines_of.workspaces(spec), lines_of.rounding(spec)]
-    lines += [
-        lines_of.slack(spec, lines),
-        lines_of.context(spec, overhead),
-        lines_of.idle(spec, idle_bytes),
-    ]
-    return Ledger(tuple(lines), tuple(_warnings(spec, idle_bytes)))
+    moving = [_exact("kv cache", "allocated", cached), *_peak(s)]
+    if s.platform == "cpu":  # the C library keeps freed memory, at most once the cache
+        allocator = [Line("allocator slack", "reserved", 0, cached)]
+    else:
+        allocator = _allocator(s, moving)
+    low, high = (int(x * GIB) for x in IDLE_GIB[s.platform])
+    if idle_bytes is not None:
+        low = high = idle_bytes
+    idle = Line("idle use", "device", low, high)
+    lines = (*kept, *moving, *allocator, _context(s, overhead), idle)
+    return Ledger(lines, _warnings(s, idle_bytes))
 
 
-def _warnings(s: RunSpec, idle_bytes: int | None) -> Iterator[str]:
-    recompute = s.loop == "recompute"
-    if (s.seen + 1 if recompute else s.prompt_tokens + s.new_tokens) > s.shape.max_positions:
-        yield (
+def _exact(name: str, level: str, size: int) -> Line:
+    return Line(name, level, int(size), int(size))
+
+
+def _peak(s: RunSpec) -> list[Line]:
+    """What the largest moment needs beyond the weights and the final cache.
+
+    At least: one worker at a time is at its widest, and a layer's intermediates are gone when the
+    logits come. At most: all threads are there at once, and both count.
+    """
+    positions = s.seen if s.loop == "recompute" else 1
+    logits = s.rows * positions * s.shape.vocab * dtype_bytes(s.dtype)
+    # Sampling works in fp32 on the last position: a copy, its sorted form, the probabilities.
+    sampling = 4 * s.rows * s.shape.vocab * 4
+    # A loop that holds its last output while the next pass runs has the logits twice.
+    twice = logits if s.loop == "recompute" else 0
+    low, high = _widest(s)
+    least, most = s.processes, s.processes * s.concurrent
+    activations = (max(0, int(low) - logits) * least, int(high) * most)
+    return [
+        Line("activations", "allocated", *activations),
+        Line("logits", "allocated", logits * least, (logits + twice + sampling) * most),
+    ]
+
+
+def _widest(s: RunSpec) -> tuple[int, ...]:
+    """Bytes beyond the final cache: in the prefill, when the cache is still small (though a
+    sliding layer still holds the whole prompt), or in the last step, which copies a part of one
+    layer's cache; whichever is more."""
+    growth = 0
+    if s.loop == "cached":
+        prompt = s.rows * s.prompt_tokens * sizes.token_bytes(s.shape, s.dtype)
+        growth = kv_bytes(s.shape, s.rows, s.length, s.dtype) - prompt
+    prefill, step = _activations(s, s.rows * s.seen), _activations(s, s.rows)
+    extra = _step_copies(s)
+    return tuple(max(0, a - growth, b + extra) for a, b in zip(prefill, step, strict=True))
+
+
+def _step_copies(s: RunSpec) -> int:
+    """What a decode step copies of one layer's cache: DynamicCache appends by concatenating keys,
+    then values, so one is there twice; latent attention expands keys and values of all tokens."""
+    if s.loop == "recompute":
+        return 0
+    size = s.rows * s.length * dtype_bytes(s.dtype)
+    if s.shape.latent:
+        return size * max(inputs for inputs, _ in s.shape.widths("attention"))
+    return size * s.shape.kv_heads * s.shape.head_dim if s.loop == "cached" else 0
+
+
+def _activations(s: RunSpec, tokens: int) -> tuple[int, int]:
+    """Bytes alive at the widest place of a layer: in its feed-forward part or in its attention.
+
+    At least the residual, its normed copy, the outputs of the block's first linear layers and the
+    input of its last: activation, up and product, or queries, keys, values and the attended. At
+    most: the norm in fp32, rotated copies, the four intermediates of a GELU written in Python.
+    """
+    shape, item = s.shape, dtype_bytes(s.dtype)
+    feed, attention = shape.widths("feed-forward", "expert"), shape.widths("attention")
+    wide = max((first + last for first, last in feed | attention), default=0)
+    most = max(
+        *(2 * first + last for first, last in attention | {(0, 0)}),
+        *(max(2 * first, (5 if first <= last else 4) * last) for first, last in feed | {(0, 0)}),
+    )
+    low = tokens * (2 * shape.hidden + wide) * item
+    return low, tokens * ((2 * shape.hidden + most) * item + 2 * shape.hidden * 4)
+
+
+@lru_cache(maxsize=128)
+def at_rest(
+    shape: ModelShape,
+    dtype: str,
+    quantization: str | None = None,
+    *,
+    handles: int = 1,
+    masks: bool = False,
+    workspace: int = CUBLAS_WORKSPACE,
+) -> Placed:
+    """What the allocator holds between two generations: weights, buffers and workspaces, placed."""
+    found = [size for _, size in sizes.tensors(shape, dtype, quantization)]
+    found += sizes.buffers(shape, dtype, masks)
+    return place(found + [workspace] * handles)
+
+
+def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
+    """cuBLAS workspaces (one for each thread's handle), what rounding adds, and slack: ends of
+    segments, and holes that a growing cache leaves, no larger than itself."""
+    handles = 1 + s.threads  # the main thread's too
+    workspace = CUBLAS_WORKSPACE_HOPPER if s.hopper else CUBLAS_WORKSPACE
+    how = {"handles": handles, "masks": s.masks, "workspace": workspace}
+    placed = at_rest(s.shape, s.dtype, s.quantization, **how)
+    spare = (placed.reserved - placed.allocated) * s.processes
+    # What moves can lie in the spare ends of segments; every concurrent batch opens new ones.
+    least = max(0, spare - sum(line.low for line in moving))
+    opened = (LARGE_SEGMENT + ROUND_LARGE) * 2 * s.concurrent * s.processes
+    rounding = (placed.allocated - placed.requested) * s.processes
+    return [
+        _exact("workspaces", "allocated", workspace * handles * s.processes),
+        _exact("rounding", "allocated", rounding),
+        Line(
+            "allocator slack", "reserved", least, spare + sum(line.high for line in moving) + opened
+        ),
+    ]
+
+
+def _context(s: RunSpec, measured: Mapping | None) -> Line:
+    """Context and libraries of the first process, and of each further one."""
+    further = s.processes - 1
+    if measured and measured.get("first"):
+        ends = [measured[which] for which in ("first", "further")]
+        ends = [e["forward"]["rss"] if s.platform == "cpu" else e["total"] for e in ends]
+        middle = ends[0]["median"] + ends[1]["median"] * further
+        spread = 3 * (ends[0]["mad"] + ends[1]["mad"] * further)
+        low, high = middle - spread, middle + spread
+    else:
+        first, each = OVERHEAD_GIB[s.platform]
+        low, high = ((first[i] + each[i] * further) * GIB for i in range(2))
+    return Line("context and libraries", "process", int(low), int(high))
+
+
+def _warnings(s: RunSpec, idle_bytes: int | None) -> tuple[str, ...]:
+    found = []
+    read = s.seen + 1 if s.loop == "recompute" else s.prompt_tokens + s.new_tokens
+    if read > s.shape.max_positions:
+        found.append(
             f"{s.prompt_tokens} + {s.new_tokens} tokens are beyond the {s.shape.max_positions}"
             f" positions of {s.shape.name}: the memory is right, the text would not be"
         )
     if s.platform in ("windows", "wsl2") and idle_bytes is None:
-        yield "other programs share this card: shared nodes held 2.5 and 3.3 GiB at rest"
+        found.append("other programs share this card: shared nodes held 2.5 and 3.3 GiB at rest")
+    return tuple(found)

@@ -58,10 +58,7 @@ def kv_bytes(shape: ModelShape, rows: int, length: int, dtype: str) -> int:
     """Bytes of the cache of `rows` rows, each padded to `length` tokens.
 
     A sliding layer holds min(window, length) tokens, linear attention states of a fixed size.
-    Raises ValueError for sizes below zero.
     """
-    if rows < 0 or length < 0:
-        raise ValueError(f"rows {rows} and length {length} must not be negative")
     item = dtype_bytes(dtype)
     if not rows or not length:
         return 0

@@ -13,11 +13,10 @@ PLATFORMS = ("linux", "wsl2", "windows", "cpu")
 class RunSpec:
     """A run as numbers: the model, how it is held, and what goes through it.
 
-    `rows` share a step, padded to `prompt_tokens`. `processes` each hold their own model;
-    `threads` are the worker threads of a process that run at the same time (0: only the main
-    thread). `platform` is `machine.platform_word`, `hopper` compute capability 9 or later. `masks`:
-    the mask or cosine buffers of transformers 4 (see `buffers_bytes`). `attention` eager keeps the
-    scores, sdpa does not. Raises ValueError for words and sizes that cannot be.
+    `rows` share a step, padded to `prompt_tokens`. `processes` each hold their own model; `threads`
+    are the worker threads of a process (0: only the main thread). `platform` is
+    `machine.platform_word`, `hopper` compute capability 9 or later, `masks` the mask or cosine
+    buffers of transformers 4. Raises ValueError for words and sizes that cannot be.
     """
 
     shape: ModelShape
@@ -32,17 +31,12 @@ class RunSpec:
     platform: str = "linux"
     hopper: bool = False
     masks: bool = False
-    attention: str = "sdpa"
 
     def __post_init__(self):
-        for name, known in (
-            ("dtype", DTYPE_BYTES),
-            ("platform", PLATFORMS),
-            ("loop", LOOPS),
-            ("attention", ("sdpa", "eager")),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose {', '.join(known)}")
+        known = {"dtype": DTYPE_BYTES, "platform": PLATFORMS, "loop": LOOPS}
+        for name, words in known.items():
+            if (value := getattr(self, name)) not in words:
+                raise ValueError(f"unknown {name} {value!r}: choose {', '.join(words)}")
         for name in ("rows", "prompt_tokens", "new_tokens", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -62,6 +56,5 @@ class RunSpec:
     @property
     def seen(self) -> int:
         """Tokens of a row in the largest forward pass."""
-        if self.loop == "recompute":
-            return min(WINDOW, self.prompt_tokens + self.new_tokens - 1)
-        return self.prompt_tokens
+        longest = self.prompt_tokens + self.new_tokens - 1
+        return min(WINDOW, longest) if self.loop == "recompute" else self.prompt_tokens

@@ -140,9 +140,8 @@ def test_lines_add_up_and_levels_nest():
             book = predict.memory(RunSpec(GPT2, "fp32", rows=2, **how))
             levels = [book.at(level) for level in predict.LEVELS]
             assert levels == sorted(levels)
-            assert all(0 <= line.low <= line.high and line.explanation for line in book.lines)
+            assert all(0 <= line.low <= line.high for line in book.lines)
             assert levels[-1] == (book.low, book.high)
-            assert book.to_dict()["levels"]["device"]["low"] == book.low
 
 
 def test_what_grows_with_what():
@@ -167,8 +166,6 @@ def test_what_grows_with_what():
     positions = line("logits", loop="recompute", prompt_tokens=50, new_tokens=40)
     assert positions.low == 2 * 89 * GPT2.vocab * 4
     assert line("logits", prompt_tokens=50, new_tokens=40).low == 2 * GPT2.vocab * 4
-    eager = line("activations", attention="eager", prompt_tokens=512, new_tokens=1)
-    assert eager.low - line("activations", prompt_tokens=512, new_tokens=1).low >= 20 * MIB
 
 
 def test_a_large_cache_later_covers_what_the_prefill_needs_now():
@@ -277,31 +274,30 @@ def test_the_largest_fits_and_one_more_does_not():
     assert predict.largest_batch(whole, size).at_best == 0
 
 
-def test_refused_beforehand_with_the_arithmetic():
+def test_judged_beforehand_with_the_arithmetic():
     book = predict.memory(RunSpec(shape_of("yi-6b-chat")))
-    with pytest.raises(predict.DoesNotFit, match=r"weights 11.29 .* does not fit in 8.00 GiB"):
-        predict.check_fits(book, 8 * GIB)
-    assert predict.check_fits(book, 24 * GIB).verdict == "fits"
-    assert predict.check_fits(book, book.low).verdict == "might fit"
+    refused = predict.judge(book, 8 * GIB)
+    assert refused.verdict == "does not fit"
+    assert "weights 11.29" in refused.sentence and "in 8.00 GiB" in refused.sentence
+    assert predict.judge(book, 24 * GIB).verdict == "fits"
+    assert predict.judge(book, book.low).verdict == "might fit"
 
 
 def test_the_budget_keeps_a_margin_where_a_full_card_spills():
     assert predict.budget("linux", 20 * GIB, 24 * GIB) == 20 * GIB
     assert predict.budget("wsl2", 20 * GIB, 24 * GIB) == int(18.8 * GIB)
     assert predict.budget("windows", 3 * GIB, 4 * GIB) == int(2.5 * GIB)
-    assert predict.budget("windows", 3 * GIB, 4 * GIB, given=GIB) == GIB
     with pytest.raises(ValueError, match="leaves nothing"):
         predict.budget("windows", GIB // 4, 4 * GIB)
-    with pytest.raises(ValueError, match="above 0, up to the 3.00 GiB"):
-        predict.budget("linux", 3 * GIB, 4 * GIB, given=5 * GIB)
 
 
 def test_a_knee_is_a_fall_and_not_a_plateau():
     levels, memory_bytes = [1, 2, 4, 8, 16], [n * GIB for n in (3, 4, 6, 10, 18)]
     found = predict.knee(levels, [90, 170, 300, 310, 40], memory_bytes)
-    assert found.level == 16
-    assert "memory grows by 8.00 GiB and throughput falls from 310 to 40" in found.sentence
+    assert (
+        "from level 8 to 16 memory grows by 8.00 GiB and throughput falls from 310 to 40" in found
+    )
     assert predict.knee(levels, [90, 170, 300, 310, 300], memory_bytes) is None
     assert predict.knee(levels, [90, 170, 300, 310, 40], [GIB] * 5) is None
-    with pytest.raises(ValueError, match="one entry each"):
+    with pytest.raises(ValueError, match="shorter"):
         predict.knee(levels, [1], memory_bytes)

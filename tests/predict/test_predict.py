@@ -222,54 +222,13 @@ def test_cards_answer_to_the_drivers_names():
             predict.card(other)
 
 
-CEILINGS = {
-    "read_bytes_per_s": {"median": 100e9, "mad": 1e9},
-    "flops_per_s": {"fp32": {"median": 1e12}, "bf16": None},
-    "launch_s": {"enqueue": {"median": 1e-6}, "drained": {"median": 1e-6}},
-}
+def test_a_step_of_recompute_reads_its_window():
+    recompute = RunSpec(tiny_shape("llama"), "fp32", loop="recompute")
+    window = predict.decode_bound(recompute, 5000, 100e9, 1e12)
+    assert window.flops == forward(recompute, 200, logits=200).flops
 
 
-def test_latency_names_what_limits_a_step():
-    shape = shape_of("smollm2-135m")
-
-    def of(python_s=None, **run):
-        spec = RunSpec(shape, "fp32", **run)
-        return predict.latency(spec, CEILINGS, context=64, python_s=python_s)
-
-    assert of().decode == predict.decode_bound(RunSpec(shape, "fp32"), 64, 100e9, 1e12)
-    assert of().limit == "bandwidth"
-    assert of(rows=256).limit == "arithmetic"
-    assert of(prompt_tokens=512).prefill.limit == "arithmetic"
-    assert of(python_s=0.1).limit == "Python"
-    assert of(python_s=1e-6).limit == "bandwidth"
-    slow = {**CEILINGS, "launch_s": {"drained": {"median": 1e-4}}}
-    eager = predict.latency(RunSpec(shape, "fp32"), slow)
-    assert eager.limit == "launches"
-    assert eager.decode.seconds == pytest.approx(predict.launches(shape) * 1e-4)
-    compiled = RunSpec(shape, "fp32", loop="compiled")
-    assert predict.latency(compiled, slow).limit == "bandwidth"
-    recompute = RunSpec(shape, "fp32", loop="recompute")
-    window = predict.latency(recompute, CEILINGS, context=5000)
-    assert window.decode.flops == forward(recompute, 200, logits=200).flops
-    with pytest.raises(ValueError, match="no read_bytes_per_s"):
-        predict.latency(recompute, {})
-
-
-def test_latency_expects_what_the_products_took():
-    """Each product as often as the model has it, and the rest at its bound."""
-    shape = tiny_shape("llama")
-    products = predict.matmul_shapes(shape)
+def test_the_products_of_a_token():
     # 4 layers: q and o 32 x 32; k and v 16 x 32; gate and up 48 x 32; down 32 x 48; one head
-    assert products == {(32, 32): 8, (16, 32): 8, (48, 32): 8, (32, 48): 4, (101, 32): 1}
-    rates = [
-        {"n": n, "k": k, "batch": batch, "dtype": "fp32", "seconds": {"median": 1e-3 * batch}}
-        for n, k in products
-        for batch in (2, 12)
-    ]
-    spec = RunSpec(shape, "fp32", rows=2, prompt_tokens=6)
-    found = predict.latency(spec, CEILINGS, rates=rates)
-    assert found.expected_decode_s == pytest.approx(29 * 2e-3, rel=1e-3)
-    assert found.expected_prefill_s == pytest.approx(29 * 12e-3, rel=1e-3)
-    assert found.expected_decode_s > 29 * 2e-3  # cache and attention come on top
-    assert predict.latency(spec, CEILINGS, rates=rates[:-1]).expected_prefill_s is None
-    assert predict.latency(spec, CEILINGS).expected_decode_s is None
+    products = {(32, 32): 8, (16, 32): 8, (48, 32): 8, (32, 48): 4, (101, 32): 1}
+    assert predict.matmul_shapes(tiny_shape("llama")) == products
