@@ -139,8 +139,7 @@ class _Session:
         try:
             self.prepare(i)
             with sampler.window(without=condition.ready()) as window:
-                on_step = None if condition.model.device == "cpu" else window.step
-                trace = condition.run(on_step=on_step)
+                trace = condition.run()
             record = self.complete(bare, i, trace, window)
         except Exception as error:  # a record with a status, and the sweep goes on
             _raise_interrupt(error)
@@ -221,7 +220,7 @@ class _Session:
             trace=trace.to_dict(),
             token_digest=trace.digest(),
             metrics=condition.summarize(trace),
-            memory=window.summary(),
+            memory=window.channels,
             prediction=prediction.audit(condition, self.predictions[i], trace),
             agreement=asdict(agreement(trace, self.reference(condition))),
             warnings=warnings,

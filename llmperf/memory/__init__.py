@@ -5,8 +5,8 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "channels": "CHANNELS GPU_CHANNELS Channel",
+        "channels": "CHANNELS GPU_CHANNELS summary",
         "sampler": "INTERVAL_S Sampler Window",
-        "measured": "Row against_prediction cache_tensors ledger tensors",
+        "measured": "Row ledger",
     },
 )

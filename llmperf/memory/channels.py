@@ -1,8 +1,6 @@
-"""The quantities that are sampled: what was seen of each, or why nothing was."""
+"""The quantities that are sampled, and what is kept of each."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 # Channel → unit. GPU channels come from NVML (gpu_clock: the multiprocessors'); rss, uss and
 # cpu_clock (the fastest core's) from the operating system; allocated and reserved from torch.
@@ -20,31 +18,18 @@ ALLOCATOR_CHANNELS = {"allocated": "bytes", "reserved": "bytes"}
 CHANNELS = GPU_CHANNELS | SYSTEM_CHANNELS | ALLOCATOR_CHANNELS
 
 
-@dataclass(frozen=True)
-class Channel:
-    """One quantity as (seconds since the window opened, value) pairs, or why there is none."""
-
-    unit: str
-    samples: tuple[tuple[float, float], ...] = ()
-    reason: str | None = None
-
-    @property
-    def status(self) -> str:
-        """`ok`, or `unavailable: <reason>`."""
-        return f"unavailable: {self.reason}" if self.reason else "ok"
-
-    def summary(self) -> dict:
-        """Status, unit, and the first, last, lowest, highest and mean value."""
-        if self.reason:
-            return {"status": "unavailable", "reason": self.reason, "unit": self.unit}
-        values = [v for _, v in self.samples]
-        return {
-            "status": "ok",
-            "unit": self.unit,
-            "first": values[0],
-            "last": values[-1],
-            "min": min(values),
-            "max": max(values),
-            "mean": sum(values) / len(values),
-            "n": len(values),
-        }
+def summary(name: str, values: Sequence[float], reason: str | None = None) -> dict:
+    """A channel as it stands in a record: what was seen, or why nothing was."""
+    if not values:
+        why = reason or "no sample was taken in time"
+        return {"status": "unavailable", "reason": why, "unit": CHANNELS[name]}
+    return {
+        "status": "ok",
+        "unit": CHANNELS[name],
+        "first": values[0],
+        "last": values[-1],
+        "min": min(values),
+        "max": max(values),
+        "mean": sum(values) / len(values),
+        "n": len(values),
+    }

@@ -10,10 +10,9 @@ import time
 import psutil
 
 from llmperf.machine.child import Parent
-from llmperf.memory.channels import GPU_CHANNELS, SYSTEM_CHANNELS
+from llmperf.memory.channels import GPU_CHANNELS, SYSTEM_CHANNELS, summary
 
-# The share of one core that a costly reading may take: so much rarer is it made.
-UNIQUE_SHARE, CHILDREN_SHARE = 0.002, 0.002
+SLOW_SHARE = 0.004  # of one core, that the costly readings may take
 
 
 class Probe:
@@ -24,31 +23,29 @@ class Probe:
         self.tree = [self.root]
         self.without = {os.getpid()}  # processes of the tree that are not watched
         self.reasons: dict[str, str] = {}
-        self.no_gpu: str | None = None
+        self.nvml = None
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            self.nvml = pynvml
             by_uuid, first = pynvml.nvmlDeviceGetHandleByUUID, pynvml.nvmlDeviceGetHandleByIndex
             self.gpu = by_uuid(gpu_uuid) if gpu_uuid else first(0)
+            self.nvml = pynvml
         except Exception as error:  # no driver, no library, no card: all mean "no GPU to watch"
-            self.no_gpu = f"no NVIDIA GPU to ask ({error})"
+            self.reasons = dict.fromkeys(GPU_CHANNELS, f"no NVIDIA GPU to ask ({error})")
 
     def fast(self) -> dict[str, float]:
         """What is cheap enough for every tick."""
         values = {"rss": sum(self._each(lambda p: p.memory_info().rss))}
-        return values if self.no_gpu else values | self._on_gpu()
+        return values | self._on_gpu() if self.nvml else values
 
-    def children(self) -> dict[str, float]:
-        """Look for child processes anew; gives no value itself."""
-        found = self.root.children(recursive=True)
+    def slow(self) -> dict[str, float]:
+        """Look for child processes anew; the unique set size (a walk over page tables), the clock.
+
+        What costs more is read less often.
+        """
+        found, values = self.root.children(recursive=True), {}
         self.tree = [self.root, *(c for c in found if c.pid not in self.without)]
-        return {}
-
-    def unique(self) -> dict[str, float]:
-        """The unique set size (a walk over page tables) and the clock."""
-        values = {}
         try:
             values["cpu_clock"] = max(core.current for core in psutil.cpu_freq(percpu=True))
         except (AttributeError, NotImplementedError, OSError, TypeError, ValueError):
@@ -64,7 +61,7 @@ class Probe:
         for process in self.tree:
             try:
                 values.append(read(process))
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            except psutil.NoSuchProcess:  # it ended; a zombie too
                 continue
         return values
 
@@ -97,59 +94,40 @@ class Probe:
         listed = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.gpu)
         used = {p.pid: p.usedGpuMemory for p in listed}
         watched = [used[p.pid] for p in self.tree if p.pid in used]
-        if not used:
-            raise LookupError("NVML lists no process on this card")
         if not watched:
-            raise LookupError("NVML lists other process ids than this system (a container?)")
+            raise LookupError("NVML lists no process of ours (a container has other process ids)")
         if None in watched:
             raise LookupError("the driver model does not report memory per process (WDDM, WSL2)")
         return sum(watched)
 
 
 def sample(probe: Probe, interval_s: float, inbox: queue.SimpleQueue, started) -> dict[str, dict]:
-    """Each channel's samples, or why it has none, until the next message.
+    """Each channel's summary over the time until the next message.
 
     The costly first readings end before `started` is called, and so before the run may begin.
     """
-    samples: dict[str, list] = {}
-    costly = {probe.children: CHILDREN_SHARE, probe.unique: UNIQUE_SHARE}
-    due = dict.fromkeys(costly, 0.0)
-    opened = None
-    probe.reasons.clear()
+    values: dict[str, list] = {name: [] for name in GPU_CHANNELS | SYSTEM_CHANNELS}
+    due = 0.0
 
-    def keep(values: dict[str, float]) -> None:
-        now = 0.0 if opened is None else round(time.perf_counter() - opened, 4)
-        for name, value in values.items():
-            samples.setdefault(name, []).append((now, value))
-
-    def keep_costly(at_once: bool = False) -> None:
-        for read, share in costly.items():
+    def keep(slow: bool) -> None:
+        nonlocal due
+        if slow:
             began = time.perf_counter()
-            if at_once or began >= due[read]:
-                keep(read())
-                ended = time.perf_counter()
-                due[read] = ended + (ended - began) / share
+            read, ended = probe.slow(), time.perf_counter()
+            due = ended + (ended - began) / SLOW_SHARE
+        for name, value in (probe.fast() | (read if slow else {})).items():
+            values[name].append(value)
 
-    keep_costly()
-    keep(probe.fast())
+    keep(slow=True)
     started()
-    opened = time.perf_counter()
     while True:
         try:
             inbox.get(timeout=interval_s)
             break
         except queue.Empty:
-            keep_costly()
-            keep(probe.fast())
-    keep_costly(at_once=True)
-    keep(probe.fast())
-    reasons = dict.fromkeys(GPU_CHANNELS, probe.no_gpu) if probe.no_gpu else probe.reasons
-    return {
-        name: {"samples": samples.get(name, []), "reason": None}
-        if name in samples
-        else {"samples": [], "reason": reasons.get(name) or "no sample was taken in time"}
-        for name in GPU_CHANNELS | SYSTEM_CHANNELS
-    }
+            keep(slow=time.perf_counter() >= due)
+    keep(slow=True)
+    return {name: summary(name, seen, probe.reasons.get(name)) for name, seen in values.items()}
 
 
 def main(pid: str, interval_s: str, gpu_uuid: str | None = None) -> None:

@@ -1,7 +1,7 @@
-"""The memory sampler: watches this process, its children and a GPU from a process of its own.
+"""The memory sampler: watches this process, its children and a GPU from another process.
 
-Watching costs the watched process nothing then. Only torch's allocator, which no other process can
-read, is read here, at step boundaries.
+Watching then costs the watched process nothing. Only torch's allocator, which no other process can
+read, is read here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import ctypes
 import gc
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llmperf.machine.child import Child, ChildDied
-from llmperf.memory.channels import ALLOCATOR_CHANNELS, GPU_CHANNELS, SYSTEM_CHANNELS, Channel
+from llmperf.memory.channels import CHANNELS, summary
 
 INTERVAL_S = 0.02
 ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its time
@@ -24,38 +23,9 @@ ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its t
 
 @dataclass
 class Window:
-    """What the sampler saw between opening and closing. `channels` is filled on closing."""
+    """What the sampler saw between opening and closing: each channel's summary, once closed."""
 
-    channels: dict[str, Channel] = field(default_factory=dict)
-    device: str | None = None  # torch's name of the GPU; None: the current one
-    _allocator: list[tuple[float, int, int]] = field(default_factory=list)
-    _opened: float = field(default_factory=time.perf_counter)
-
-    def step(self) -> None:
-        """Read the allocator now. The decoding loops call this at each step's end."""
-        if torch := _torch_on_gpu():
-            now = time.perf_counter() - self._opened
-            read = torch.cuda.memory_allocated, torch.cuda.memory_reserved
-            self._allocator.append((now, *(f(self.device) for f in read)))
-
-    def summary(self) -> dict[str, dict]:
-        """Each channel's summary, for the record."""
-        return {name: channel.summary() for name, channel in self.channels.items()}
-
-    def _close(self, found: dict[str, dict], died: str | None) -> None:
-        for name, unit in (GPU_CHANNELS | SYSTEM_CHANNELS).items():
-            data = found.get(name, {"samples": [], "reason": died})
-            samples = tuple((at, value) for at, value in data["samples"])
-            self.channels[name] = Channel(unit, samples, data["reason"])
-        torch, seen = _torch_on_gpu(), self._allocator
-        if not torch or not seen:
-            reason = "torch has no caching allocator on the CPU"
-            self.channels |= {n: Channel(u, reason=reason) for n, u in ALLOCATOR_CHANNELS.items()}
-            return
-        peaks = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
-        for i, (name, unit) in enumerate(ALLOCATOR_CHANNELS.items()):
-            last = (seen[-1][0], peaks[i](self.device))  # torch's own exact peak
-            self.channels[name] = Channel(unit, (*((s[0], s[i + 1]) for s in seen), last))
+    channels: dict[str, dict] = field(default_factory=dict)
 
 
 class Sampler:
@@ -64,7 +34,7 @@ class Sampler:
     with Sampler() as sampler:
         with sampler.window() as window:
             ...
-        window.channels["rss"].samples
+        window.channels["rss"]["max"]
 
     `device`: torch's name of the model's device. A GPU is watched by its UUID, since torch and NVML
     may count cards differently; on the CPU the first card, if any, is watched.
@@ -113,16 +83,30 @@ class Sampler:
             torch.cuda.reset_peak_memory_stats(self._device)
         self._windows += 1
         died = self._answer(do="start", without=list(without))[1]
-        window = Window(device=self._device)
-        window.step()
+        window, before = Window(), self._allocator()
         try:
             yield window
         except BaseException:
             self._child.send(do="stop", window=self._windows)  # nobody waits for the samples
             raise
-        window.step()
         found, died_now = ({}, died) if died else self._answer(do="stop")
-        window._close(found, died or died_now)
+        found |= self._peaks(before)
+        window.channels = {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
+
+    def _allocator(self) -> tuple[int, int]:
+        torch = _torch_on_gpu()
+        read = (torch.cuda.memory_allocated, torch.cuda.memory_reserved) if torch else ()
+        return tuple(f(self._device) for f in read) or (0, 0)
+
+    def _peaks(self, before: tuple[int, int]) -> dict[str, dict]:
+        """What torch's allocator held before, its exact peak, and what it holds now."""
+        names, torch = ("allocated", "reserved"), _torch_on_gpu()
+        if not torch:
+            why = "torch has no caching allocator on the CPU"
+            return {name: summary(name, (), why) for name in names}
+        peaks = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        seen = zip(before, (f(self._device) for f in peaks), self._allocator(), strict=True)
+        return {name: summary(name, values) for name, values in zip(names, seen, strict=True)}
 
     def _answer(self, **message) -> tuple[dict, str | None]:
         """The answer for this window, or why the sampling process gave none."""
@@ -155,7 +139,6 @@ def give_back() -> None:
     a second once transformers is loaded, and a run's own tensors are young.
     """
     gc.collect(1)
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim:
-            trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:  # musl has none
+        trim(0)

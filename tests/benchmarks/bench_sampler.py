@@ -25,8 +25,8 @@ def main() -> None:
     with Sampler() as sampler:
 
         def watched():
-            with sampler.window() as window:
-                return condition.run(on_step=None if model.device == "cpu" else window.step)
+            with sampler.window():
+                return condition.run()
 
         arms = {"watched": watched, "unwatched": condition.run}
         speeds = paired(arms, arguments.pairs)

@@ -37,7 +37,7 @@ with memory.Sampler(interval_s=0.005) as sampler:
         with sampler.window() as window:
             for _ in decoding.decode(llm, list(work.requests)):
                 pass
-        peaks.append(window.summary()["rss"]["max"])
+        peaks.append(window.channels["rss"]["max"])
 print(json.dumps(peaks))
 """
 
