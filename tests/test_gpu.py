@@ -55,7 +55,7 @@ def test_process_vram_is_a_value_or_says_why_not():
 
 
 def test_torch_and_nvml_mean_the_same_card():
-    (card, *_), reason = machine.run_tool.ask(gpu.cards)
+    (card, *_), reason = machine.ask(gpu.cards)
     assert reason is None
     assert card["name"] == torch.cuda.get_device_name(0)
     total = torch.cuda.get_device_properties(0).total_memory

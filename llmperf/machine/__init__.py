@@ -8,8 +8,7 @@ __getattr__, __all__ = lazy_face(
         "child": "Child ChildDied Parent",
         "description": "busy busy_warning cache_dir caption cores describe platform_word slug"
         " usable_cores",
-        "probes": "PROBES",
-        "run_tool": "Unknown ask",
-        "units": "DTYPES DTYPE_BYTES GIB",
+        "probes": "PROBES ask",
+        "units": "DTYPES DTYPE_BYTES GIB Unknown",
     },
 )

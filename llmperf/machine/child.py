@@ -1,8 +1,7 @@
 """`Child`: the one way to start, feed, watch and end a child process. `Parent` is its other end.
 
-A child is a module run by a fresh interpreter, without a shell. Both sides send JSON objects, one a
-line. Plain pipes and threads, because asyncio's subprocesses need an event loop that Jupyter on
-Windows does not run, and `multiprocessing` imports the caller's main module.
+Both sides send JSON objects, one a line. Plain pipes and threads: asyncio's subprocesses need an
+event loop that Jupyter on Windows does not run, and `multiprocessing` imports the main module.
 """
 
 from __future__ import annotations
@@ -60,14 +59,11 @@ class Child:
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             process_group=0,  # a terminal's Ctrl-C is for the parent alone
         )
+        self.pid = self.process.pid
         targets = (self._write, self._read_errors, self._read)
         self._threads = [threading.Thread(target=t, daemon=True) for t in targets]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
     @property
     def alive(self) -> bool:
@@ -100,16 +96,14 @@ class Child:
         self._because = self._because or because
         self.process.kill()
 
-    def end(self, timeout_s: float = EXIT_S) -> None:
+    def end(self) -> None:
         """Close its input, which tells it to go, wait, and kill it when it does not. Repeatable."""
         self._outbox.put(None)
         try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(EXIT_S)
         finally:  # an interrupt while waiting: killed too
-            if self.alive:
-                self.process.kill()
+            self.process.kill()
             self.process.wait()
             for thread in self._threads:
                 thread.join(EXIT_S)
@@ -124,16 +118,13 @@ class Child:
 
     def obituary(self) -> str:
         """One sentence: how the child ended, and its last words."""
-        try:
-            code = self.process.wait(EXIT_S)
-        except subprocess.TimeoutExpired:  # it closed its output and stays
-            self.process.kill()
-            code = self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(EXIT_S)
+        self.process.kill()  # where it closed its output and stays
+        code = self.process.wait()
         self._threads[1].join(EXIT_S)
         words = self._because or next((w for w in reversed(self._words) if w.strip()), "none")
-        how = f"exit code {code}"
-        if code < 0:
-            how = signal.Signals(-code).name
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"the {self.name} ended ({how}): {words}"
 
     def _write(self) -> None:

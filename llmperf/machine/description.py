@@ -1,7 +1,4 @@
-"""Which machine is this: its description, a short name for it, and whether it is busy.
-
-Nothing in a description names a person, a host or a folder, so that a record can be shared.
-"""
+"""Which machine is this: its description, a short name for it, and whether it is busy."""
 
 import os
 import re
@@ -11,16 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from llmperf.machine import gpu
-from llmperf.machine.probes import PROBES, cpu_others_percent
-from llmperf.machine.run_tool import ask
+from llmperf.machine.probes import PROBES, ask, cpu_others_percent
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0
 CPU_FAMILY = (
     r"epyc|xeon|ryzen(?: \w+ \d\w+)?|core ultra \w+|i[3579]-\w+|apple m\d+(?: pro| max| ultra)?"
 )
-SLOW_S = {"last_level_cache_bytes": 20.0, "gpus": 20.0}  # PowerShell and a sleeping driver start
 
 
 def cache_dir() -> Path:
@@ -62,16 +56,16 @@ def describe() -> dict:
     """
     values, reasons = {}, {}
     for name, probe in PROBES.items():
-        values[name], reason = ask(probe, timeout_s=SLOW_S.get(name, 5.0))
-        if reason:
-            reasons[name] = reason
+        values[name], reason = ask(probe)
+        if values[name] is None:
+            reasons[name] = reason or "the system does not say"
     values["gpus"] = values["gpus"] or []
     return {**values, "reasons": reasons}
 
 
-def _gpu_word(name: str) -> str:
+def _gpu_word(name: str | None) -> str:
     """`NVIDIA GeForce RTX 4090` → `RTX 4090`."""
-    return " ".join(re.sub(r"\b(NVIDIA|GeForce|Tesla|GPU)\b", " ", name).split())
+    return " ".join(re.sub(r"\b(NVIDIA|GeForce|Tesla|GPU)\b", " ", name or "GPU").split())
 
 
 def _cpu_word(model: str | None) -> str:
@@ -80,12 +74,11 @@ def _cpu_word(model: str | None) -> str:
     return found[0] if found else (model or "cpu").split()[0]
 
 
-def slug(env: dict | None = None) -> str:
+def slug(env: dict) -> str:
     """A short name for captions and folders: `linux-2core-epyc`, `rtx-4090-wsl2`."""
-    env = env or describe()
     system = env["os"] or "unknown"
     if env["gpus"]:
-        words = [_gpu_word(env["gpus"][0]["name"] or "gpu"), system]
+        words = [_gpu_word(env["gpus"][0]["name"]), system]
     else:
         words = [system, f"{cores(env)}core", _cpu_word(env["cpu_model"])]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
@@ -103,19 +96,15 @@ def usable_cores() -> int:
     return cores({name: ask(PROBES[name])[0] for name in PROBES if name.startswith("cores_")})
 
 
-def caption(env: dict | None = None) -> str:
+def caption(env: dict) -> str:
     """One line under a plot: `AMD EPYC, 2 cores, Linux, torch 2.13, no GPU`."""
-    env = env or describe()
-    count = cores(env)
+    count, torch = cores(env), (env["packages"] or {}).get("torch") or "?"
     words = [env["cpu_model"] or "unknown CPU", f"{count} core{'s' * (count > 1)}", env["os"]]
-    torch = env["packages"].get("torch") if env["packages"] else None
-    words.append("torch " + ".".join(torch.split(".")[:2]) if torch else "no torch")
+    words.append("torch " + ".".join(torch.split(".")[:2]))
     for card in env["gpus"][:1]:
-        memory = card["memory_total_bytes"]
-        size = f" {memory / 2**30:.0f} GB" if memory else ""
-        model = f", {card['driver_model']}" if card["driver_model"] else ""
-        words.append(f"{_gpu_word(card['name'] or 'GPU')}{size}, driver {card['driver']}{model}")
-    return ", ".join([part for part in words if part] + ([] if env["gpus"] else ["no GPU"]))
+        size = f" {card['memory_total_bytes'] / 2**30:.0f} GB" * bool(card["memory_total_bytes"])
+        words += [_gpu_word(card["name"]) + size, f"driver {card['driver']}", card["driver_model"]]
+    return ", ".join([word for word in words if word] + ["no GPU"] * (not env["gpus"]))
 
 
 def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]) -> str | None:
@@ -130,21 +119,19 @@ def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]
     for card in gpus:
         if (card.get("utilization_percent") or 0) > BUSY_GPU_PERCENT:
             found.append(f"{card['name']} is {card['utilization_percent']} % busy before the run")
-        listed = card.get("processes") or []
-        others = [p for p in listed if "C" in p["type"] and p["pid"] not in our_pids]
+        others = [p for p in card.get("processes") or [] if p["pid"] not in our_pids]
         if others and card.get("driver_model") != "WDDM":
             found.append(f"{len(others)} other process(es) compute on {card['name']}")
     return "; ".join(found) or None
 
 
-def busy(window_s: float = 0.3) -> str | None:
-    """A warning when others use the CPU or a card right now, else None. Takes `window_s` seconds.
+def busy() -> str | None:
+    """A warning when others use the CPU or a card right now, else None; takes 0.3 seconds.
 
     In a container NVML shows the process ids of the host: our own process then counts as another,
     so call this before the first use of the card.
     """
-    cpu, _ = ask(lambda: cpu_others_percent(window_s), window_s + 5)
-    gpus, _ = ask(gpu.cards, 20.0)
+    gpus, _ = ask(PROBES["gpus"])
     me = psutil.Process()
     our_pids = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    return busy_warning(cpu, gpus or [], our_pids)
+    return busy_warning(ask(cpu_others_percent)[0], gpus or [], our_pids)

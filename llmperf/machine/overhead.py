@@ -6,56 +6,40 @@ is what each one after it adds.
 """
 
 import sys
+from collections.abc import Sequence
 
 import psutil
 
 from llmperf.machine import gpu
 from llmperf.machine.child import Child, ChildDied, Parent
-from llmperf.machine.run_tool import Unknown
-from llmperf.machine.timing import check_device, spread
+from llmperf.machine.units import Unknown, spread
 
-STAGES = {
-    "cpu": ("interpreter", "torch", "transformers", "forward"),
-    "cuda": ("interpreter", "context", "libraries"),
-}
+STAGES = ("interpreter", "torch", "transformers", "forward")  # on the CPU
 STAGE_S = 120.0  # a cold disk takes this long to read torch's libraries, not longer
 
 
 def overhead(device: str = "cpu", repeats: int = 3) -> dict:
     """Fixed memory of a process on `device` in bytes, `first` and `further`, each with its MAD.
 
-    CPU: `rss` and `uss` (unique set size: not shared with any other process) after each stage, a
-    fresh interpreter, `import torch`, `import transformers`, one forward pass of a tiny model. The
-    `uss` of the first is that of a further one where other programs have the libraries loaded.
-    GPU, from the device level through NVML, live tensors and the allocator's reserve taken off:
-    `context` after one tensor, `libraries` what one forward pass adds, `total` of both.
-    Where it cannot be measured both are None and `reasons` says why; the repeats that failed
-    leave the others standing.
+    CPU: `rss` and `uss` (unique set size: not shared with any other process) after each of STAGES.
+    GPU, from the device level through NVML, the allocator's reserve taken off: `context` after one
+    tensor, `libraries` what one forward pass of a tiny model adds, `total` of both.
+    Where it cannot be measured both are None and `reason` says why.
     """
-    check_device(device)
-    rounds, reasons = [], {}
-    for _ in range(repeats):
-        try:
-            rounds.append(_round(device))
-        except Unknown as error:
-            reasons = {"first": str(error), "further": str(error)}
-            if not rounds:
-                break
-    result: dict = {"device": device, "unit": "bytes", "repeats": len(rounds)}
-    for place, which in enumerate(("first", "further")):
-        result[which] = _merge([each[place] for each in rounds]) if rounds else None
-    return {**result, "reasons": reasons}
+    try:
+        rounds = [_round(device) for _ in range(repeats)]
+    except (Unknown, ChildDied) as error:
+        return {"first": None, "further": None, "reason": str(error)}
+    first, further = (_merge(each) for each in zip(*rounds, strict=True))
+    return {"first": first, "further": further, "reason": None}
 
 
-def _merge(rounds: list[dict]) -> dict:
-    """Samples of each figure over the rounds, as median, MAD and samples; None stays None."""
+def _merge(rounds: Sequence[dict]) -> dict:
+    """Samples of each figure over the rounds, as median, MAD and samples."""
     merged = {}
     for name, value in rounds[0].items():
         samples = [each[name] for each in rounds]
-        if isinstance(value, dict):
-            merged[name] = _merge(samples)
-        else:
-            merged[name] = None if None in samples else spread(samples)
+        merged[name] = _merge(samples) if isinstance(value, dict) else spread(samples)
     return merged
 
 
@@ -73,33 +57,23 @@ def _process(device: str) -> Child:
 
 def _measured(child: Child, device: str) -> dict:
     """CPU: what each stage reports. GPU: device-level use after a stage, minus that before the
-    context and minus the child's own reserve. Raises Unknown when the child dies."""
-
-    def enter(stage: str) -> dict:
-        try:
-            return child.ask(STAGE_S, stage=stage)
-        except ChildDied as error:
-            raise Unknown(f"{error} (in stage {stage!r})") from None
-
+    context and minus the child's own reserve."""
     if device == "cpu":
-        return {stage: enter(stage) for stage in STAGES["cpu"]}
-    enter("interpreter")
-    before = _device_used(device)
-    reserve = enter("context")["reserved"]
-    context = _device_used(device) - before - reserve
-    reserve = enter("libraries")["reserved"]
-    total = _device_used(device) - before - reserve
-    return {"context": context, "libraries": total - context, "total": total}
+        return {stage: child.ask(STAGE_S, stage=stage) for stage in STAGES}
+    child.ask(STAGE_S, stage="interpreter")
+    before, used = _device_used(device), {}
+    for stage in ("context", "libraries"):
+        reserve = child.ask(STAGE_S, stage=stage)["reserved"]
+        used[stage] = _device_used(device) - before - reserve
+    total = used["libraries"]
+    return {"context": used["context"], "libraries": total - used["context"], "total": total}
 
 
 def _device_used(device: str) -> int:
-    """Bytes in use on the card by all processes; `total - free`, see `gpu.memory`."""
-    with gpu.nvml() as pynvml:
-        try:
-            info = gpu.memory(pynvml, gpu.nvml_handle(pynvml, device))
-        except pynvml.NVMLError as error:
-            raise Unknown(f"NVML does not tell the memory of {device}: {error}") from None
-        return info["total"] - info["free"]
+    """Bytes in use on the card by all processes."""
+    with gpu.nvml():
+        info = gpu.memory(gpu.nvml_handle(device))
+        return info.total - info.free
 
 
 def _tiny_forward(device: str) -> None:

@@ -8,23 +8,57 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from llmperf.machine import gpu, probe_text
-from llmperf.machine.run_tool import Unknown, ask, run_tool
+from llmperf.machine import gpu
+from llmperf.machine.units import Unknown
 
 PACKAGES = (
     "llmperf-study", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton",
     "nvidia-ml-py", "torchao", "bitsandbytes", "gptqmodel", "llama-cpp-python",
 )  # fmt: skip
-MARKERS = ("/.dockerenv", "/run/.containerenv")
-GRAPHICS_KEY = r"HKLM\SYSTEM\CurrentControlSet\Control\GraphicsDrivers"
-POWER_KEY = r"HKLM\SYSTEM\CurrentControlSet\Control\Power\User\PowerSchemes"
-CPU_KEY = r"HKLM\HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+WINDOWS_TOOLS = Path("/mnt/c/Windows/System32")  # where WSL2 reaches the programs of its host
+CPUS = Path("/sys/devices/system/cpu")
+TOOL_S = 5.0
+
+
+def ask(probe: Callable[[], object]) -> tuple[object, str | None]:
+    """`(value, None)` from a probe, or `(None, reason)`; it never raises."""
+    try:
+        return probe(), None
+    except Unknown as error:
+        return None, str(error)
+    except Exception as error:  # its text could name a path
+        return None, f"the probe failed with {type(error).__name__}"
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """Standard output of a program. Raises `Unknown` when it is missing, slow or fails."""
+    path = shutil.which(name) or shutil.which(str(WINDOWS_TOOLS / name))
+    if path is None:
+        raise Unknown(f"{name} is not on this machine's search path")
+    try:
+        done = subprocess.run(
+            [path, *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=TOOL_S,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unknown(f"{name} gave no answer ({type(error).__name__})") from None
+    if done.returncode:
+        raise Unknown(f"{name} ended with exit status {done.returncode}")
+    return done.stdout
 
 
 def _known(value, otherwise: str):
@@ -34,66 +68,47 @@ def _known(value, otherwise: str):
     return value
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise Unknown("this kernel does not show it") from None
+def linux_kind(proc_version: str) -> str:
+    """`WSL2` or `Linux`, from /proc/version: the kernel of WSL2 is called `microsoft-standard`."""
+    release = proc_version.split("(")[0]
+    return "WSL2" if re.search(r"microsoft-standard|WSL2", release) else "Linux"
 
 
 def _os() -> str:
     if sys.platform.startswith("linux"):
-        return probe_text.linux_kind(_read("/proc/version"))
+        return linux_kind(Path("/proc/version").read_text(encoding="utf-8"))
     return {"win32": "Windows", "darwin": "macOS"}.get(sys.platform, platform.system())
-
-
-def _host_tool(name: str, *arguments: str) -> str:
-    """Run a Windows program, on Windows itself or on the host of WSL2."""
-    kind = _os()
-    if kind not in ("Windows", "WSL1", "WSL2"):
-        raise Unknown(f"{kind} has no such thing: it belongs to Windows")
-    return run_tool(name + ".exe", *arguments)
 
 
 def _os_version() -> str:
     if sys.platform.startswith("linux"):
         return platform.freedesktop_os_release()["PRETTY_NAME"]
-    if sys.platform == "darwin":
-        return platform.mac_ver()[0]
-    return platform.version()
+    return platform.mac_ver()[0] or platform.version()
 
 
-def _kernel() -> str:
-    """Only the number: people name the kernels that they build after their machines."""
-    number = re.match(r"[\d.]*\d", platform.release())
-    return _known(number, "the kernel gives no version number")[0]
-
-
-def _container() -> str:
-    if not sys.platform.startswith("linux"):
-        raise Unknown("looked for on Linux only")
-    cgroup = ask(lambda: _read("/proc/1/cgroup"))[0] or ""
-    files = {marker for marker in MARKERS if Path(marker).exists()}
-    return probe_text.container_kind(cgroup, files, dict(os.environ)) or "none"
+def cpu_name(brand: str) -> str:
+    """The brand string without trade marks, clock and padding."""
+    brand = re.sub(r"\((?:R|TM|C)\)|\bCPU\b|\bProcessor\b|@.*$|\d+-Core", " ", brand, flags=re.I)
+    return " ".join(brand.split())
 
 
 def _cpu_model() -> str:
     if sys.platform == "win32":
-        key = "ProcessorNameString"
-        name = probe_text.registry_value(run_tool("reg.exe", "query", CPU_KEY, "/v", key), key)
-    elif sys.platform == "darwin":
-        name = run_tool("sysctl", "-n", "machdep.cpu.brand_string")
-    elif not (name := _cpuinfo("model")):  # ARM kernels leave it out; lscpu knows the part numbers
-        found = re.search(r"^Model name:\s*(\S.*)$", run_tool("lscpu"), re.M)
-        name = found and found[1]
-    return probe_text.cpu_name(str(_known(name, "the system gives no name")))
+        import winreg
+
+        key = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, key) as processor:
+            return cpu_name(winreg.QueryValueEx(processor, "ProcessorNameString")[0])
+    if sys.platform == "darwin":
+        return cpu_name(run_tool("sysctl", "-n", "machdep.cpu.brand_string"))
+    line = r"(?i)^model name\s*:\s*(\S.*)$"
+    found = re.search(line, Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    # ARM kernels leave it out; lscpu knows the part numbers
+    found = found or re.search(line, run_tool("lscpu"), re.M)
+    return cpu_name(_known(found, "the system gives no name")[1])
 
 
-def _cpuinfo(key: str):
-    return probe_text.proc_cpuinfo(_read("/proc/cpuinfo"))[key]
-
-
-def _affinity() -> int:
+def _cores_allowed() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     try:
@@ -102,51 +117,30 @@ def _affinity() -> int:
         raise Unknown("macOS has no processor affinity") from None
 
 
-def _last_level_cache() -> int:
-    """Bytes of all last-level caches together: each one is counted once, by the cores it serves."""
-    if sys.platform == "darwin":
-        return int(run_tool("sysctl", "-n", "hw.l2cachesize"))
-    if sys.platform == "win32":
-        text = run_tool(
-            "powershell.exe", "-NoProfile", "-Command",
-            "(Get-CimInstance Win32_Processor | Measure-Object L3CacheSize -Sum).Sum",
-        )  # fmt: skip
-        return int(text) * 1024
-    caches: dict[int, dict[str, int]] = {}
-    for size in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*/size"):
-        level = int(_read(str(size.parent / "level")))
-        cores = _read(str(size.parent / "shared_cpu_list"))
-        caches.setdefault(level, {})[cores] = probe_text.cache_size(_read(str(size)))
-    return sum(_known(caches, "the kernel lists no caches")[max(caches)].values())
+def cpu_max_cores(cpu_max: str) -> float | None:
+    """Cores that cgroup v2 allows (`200000 100000` → 2.0); None for no limit (`max 100000`)."""
+    quota, period = cpu_max.split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _cores_quota() -> float:
+    file = Path("/sys/fs/cgroup/cpu.max")
+    return _known(file.exists() and cpu_max_cores(file.read_text()), "no limit is set")
 
 
 def _power_plan() -> str:
-    """Linux: frequency governor. Windows and WSL2: power plan, and the mode laid over it."""
-    if sys.platform == "darwin":
-        plan = probe_text.mac_power(run_tool("pmset", "-g"))
-    elif _os() == "Linux":
-        files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
-        plan = ", ".join(sorted({_read(str(file)).strip() for file in files}))
-        _known(plan, "no frequency governor, as is usual in a virtual machine")
-    else:
-        plan = probe_text.power_plan(_host_tool("powercfg", "/getactivescheme"))
-        query = ("query", POWER_KEY, "/v", "ActiveOverlayAcPowerScheme")
-        mode = probe_text.power_mode(ask(lambda: _host_tool("reg", *query))[0] or "")
-        plan = f"{plan}, {mode}" if plan and mode else plan
-    return _known(plan, "the system names none")
+    """Linux: frequency governors. Windows and WSL2: the power plan, as Windows calls it."""
+    if _os() == "Linux":
+        files = CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")
+        plans = sorted({file.read_text().strip() for file in files})
+        return _known(", ".join(plans), "no frequency governor, as is usual in a virtual machine")
+    found = re.search(r"\((.+)\)", run_tool("powercfg.exe", "/getactivescheme"))
+    return _known(found, "the system names none")[1]
 
 
 def _on_battery() -> bool:
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-    if battery is None or battery.power_plugged is None:
-        raise Unknown("no battery is reported")
-    return not battery.power_plugged
-
-
-def _load_average() -> list[float]:
-    if sys.platform == "win32":
-        raise Unknown("Windows keeps no load average")
-    return [round(x, 2) for x in psutil.getloadavg()]
+    return not _known(battery, "no battery is reported").power_plugged
 
 
 def _mps() -> bool:
@@ -154,22 +148,6 @@ def _mps() -> bool:
         raise Unknown("MPS exists on Linux only, and not under WSL2")
     names = (process.info["name"] or "" for process in psutil.process_iter(["name"]))
     return any(name.startswith("nvidia-cuda-mps") for name in names)
-
-
-def _hags() -> bool:
-    text = _host_tool("reg", "query", GRAPHICS_KEY, "/v", "HwSchMode")
-    mode = probe_text.registry_value(text, "HwSchMode")
-    if mode not in (1, 2):
-        raise Unknown("the registry does not say; the driver's default applies")
-    return mode == 2
-
-
-def _host_gpu() -> list[dict]:
-    """Under WSL2: driver model and memory of the cards as the Windows host sees them."""
-    if _os() != "WSL2":
-        raise Unknown("asked under WSL2 only")
-    keys = ("index", "name", "driver_model", "memory_used_bytes")
-    return [{k: card[k] for k in keys} for card in gpu.queried("nvidia-smi.exe")]
 
 
 def _packages() -> dict[str, str | None]:
@@ -210,33 +188,19 @@ def cpu_others_percent(window_s: float = 0.3) -> float:
 PROBES = {
     "os": _os,
     "os_version": _os_version,
-    "kernel": _kernel,
-    "architecture": platform.machine,
-    "container": _container,
-    "virtual_machine": lambda: _cpuinfo("virtual"),
     "cpu_model": _cpu_model,
-    "cpu_isa": lambda: _cpuinfo("isa"),
-    "cores_physical": lambda: _known(
-        psutil.cpu_count(logical=False), "the system does not tell physical from logical cores"
-    ),
+    "cores_physical": lambda: psutil.cpu_count(logical=False),
     "cores_logical": psutil.cpu_count,
-    "cores_allowed": _affinity,
-    "cores_quota": lambda: _known(
-        probe_text.cpu_max_cores(_read("/sys/fs/cgroup/cpu.max")), "no limit is set"
-    ),
-    "last_level_cache_bytes": _last_level_cache,
+    "cores_allowed": _cores_allowed,
+    "cores_quota": _cores_quota,
     "ram_total_bytes": lambda: psutil.virtual_memory().total,
     "ram_available_bytes": lambda: psutil.virtual_memory().available,
     "power_plan": _power_plan,
     "on_battery": _on_battery,
-    "load_average": _load_average,
     "cpu_others_percent": cpu_others_percent,
     "gpus": gpu.cards,
-    "host_gpus": _host_gpu,
-    "hags": _hags,
     "mps_daemon": _mps,
     "python": platform.python_version,
     "gil_enabled": getattr(sys, "_is_gil_enabled", lambda: True),
-    "switch_interval_s": sys.getswitchinterval,
     "packages": _packages,
 }

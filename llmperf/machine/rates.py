@@ -3,6 +3,7 @@
 A sample is taken from start to finished: the device is synchronised before the clock is read.
 """
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,14 +11,29 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llmperf.machine.private_memory import allocate_like
-from llmperf.machine.probes import PROBES
-from llmperf.machine.run_tool import ask
-from llmperf.machine.timing import check_device, seconds_of, spread
-from llmperf.machine.units import DTYPES
+from llmperf.machine.probes import CPUS, PROBES
+from llmperf.machine.units import DTYPES, spread
 
 TINY_OPS = 10_000  # enough that a queue of about a thousand launches is long full
 LONG_RUN_S = 0.06  # a product that takes this long is as efficient as it gets
 PAST_CACHES = 8  # a buffer of so many times the last-level cache is read from memory
+UNKNOWN_CACHE = 64 << 20
+
+
+def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.5) -> list[float]:
+    """Seconds of each run after one that does not count; at least three, then until the budget.
+
+    `wait` synchronises the device before the clock is read.
+    """
+    run()
+    wait()
+    samples, end = [], time.perf_counter() + budget_s
+    while len(samples) < repeats and (len(samples) < 3 or time.perf_counter() < end):
+        start = time.perf_counter()
+        run()
+        wait()
+        samples.append(time.perf_counter() - start)
+    return samples
 
 
 def waiter(device: str) -> Callable[[], None]:
@@ -27,11 +43,14 @@ def waiter(device: str) -> Callable[[], None]:
     return lambda: None
 
 
-def check_present(device: str) -> None:
-    """Raise ValueError when the device is unknown or torch sees no such card."""
-    check_device(device)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA GPU: use 'cpu'")
+def last_level_cache_bytes() -> int:
+    """All last-level caches together, each counted once by the cores it serves, as Linux shows."""
+    caches: dict[int, dict[str, int]] = {}
+    for size in CPUS.glob("cpu[0-9]*/cache/index*/size"):
+        level = int((size.parent / "level").read_text())
+        cores = (size.parent / "shared_cpu_list").read_text()
+        caches.setdefault(level, {})[cores] = int(size.read_text().strip().removesuffix("K")) << 10
+    return sum(caches[max(caches)].values()) if caches else UNKNOWN_CACHE
 
 
 def past_caches_bytes(device: str) -> int:
@@ -39,31 +58,26 @@ def past_caches_bytes(device: str) -> int:
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return min(1 << 30, free // 4)
-    cache, _ = ask(PROBES["last_level_cache_bytes"], 20.0)
     free = PROBES["ram_available_bytes"]()
-    return min(max(256 << 20, PAST_CACHES * (cache or 0)), free // 8)
+    return min(max(256 << 20, PAST_CACHES * last_level_cache_bytes()), free // 8)
 
 
 def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
     """Bytes per second read past the caches, with all of torch's threads.
 
     Three reductions over one buffer compete, since which of them keeps up with the memory depends
-    on the processor; the fastest by median is the ceiling, and `method` names it.
+    on the processor; the fastest by median is the ceiling.
     """
     (buffer,) = allocate_like([torch.empty(past_caches_bytes(device) // 4, device="meta")], device)
     buffer.fill_(0.01)
-    size = buffer.nbytes
-    reductions = {
-        "sum": buffer.sum,
-        "dot": lambda: torch.dot(buffer, buffer),
-        "norm": lambda: torch.linalg.vector_norm(buffer),
-    }
-    rates = {
-        name: spread([size / s for s in seconds_of(run, waiter(device), repeats)])
-        for name, run in reductions.items()
-    }
-    best = max(rates, key=lambda name: rates[name]["median"])
-    return {**rates[best], "unit": "bytes/s", "method": best, "buffer_bytes": size}
+    reductions = (
+        buffer.sum,
+        lambda: torch.dot(buffer, buffer),
+        lambda: torch.linalg.vector_norm(buffer),
+    )
+    seconds = (seconds_of(run, waiter(device), repeats) for run in reductions)
+    rates = (spread([buffer.nbytes / s for s in samples]) for samples in seconds)
+    return max(rates, key=lambda rate: rate["median"])
 
 
 def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
@@ -78,8 +92,7 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
         a = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[dtype]))
         seconds = seconds_of(lambda a=a: a @ a, waiter(device), repeats)
         rate = spread([2 * size**3 / s for s in seconds])
-        if rate["median"] > best["median"]:
-            best = {**rate, "unit": "FLOP/s", "size": size}
+        best = max(best, rate, key=lambda found: found["median"])
         if min(seconds) > LONG_RUN_S:
             break
         size *= 2
@@ -89,9 +102,8 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
 def launch_latency(device: str = "cpu", repeats: int = 5) -> dict:
     """Seconds per tiny operation: until it is `enqueue`d, and until it is `drained`.
 
-    On a GPU the first is what Python and the driver cost, the second what a step of many small
-    kernels costs; where both are equal the processor is what the GPU waits for. On the CPU an
-    operation is done when the call returns, so both are the cost of dispatch.
+    On a GPU the first is what Python and the driver cost; where both are equal the GPU waits for
+    the processor. On the CPU both are the cost of dispatch.
     """
     x, wait = torch.zeros(1, device=device), waiter(device)
     enqueue, drained = [], []
@@ -106,73 +118,25 @@ def launch_latency(device: str = "cpu", repeats: int = 5) -> dict:
         if repeat:  # the first one warms up
             enqueue.append((middle - start) / TINY_OPS)
             drained.append((end - start) / TINY_OPS)
-    return {"enqueue": spread(enqueue), "drained": spread(drained), "unit": "s", "ops": TINY_OPS}
+    return {"enqueue": spread(enqueue), "drained": spread(drained)}
 
 
-def linear(weight: torch.Tensor) -> Callable:
-    """The plain product of a layer: `x @ weight.T`; weight (n, k), x (batch, k)."""
-    return lambda x: torch.nn.functional.linear(x, weight)
+def matmul_seconds(
+    shapes: Sequence[tuple[int, int]], dtype: str, rows: int, product: Callable | None = None
+) -> dict[tuple[int, int], float]:
+    """Median seconds of products on the CPU, the weights (out, in) coming from memory.
 
-
-def matmul_rates(
-    shapes: Sequence[tuple[int, int]],
-    dtype: str = "fp32",
-    device: str = "cpu",
-    batches: Sequence[int] = (1,),
-    product: Callable = linear,
-    repeats: int = 5,
-) -> list[dict]:
-    """How long the matrix products of a model really take, its weights coming from memory.
-
-    `shapes` are weights (n, k) = (out_features, in_features), `batches` rows of the input, and
-    `product(weight)` gives the callable that is timed (a packed or compiled one, say). Each weight
-    is repeated until no cache holds all copies, as in a model where other layers come between, and
-    lies where a model's weights do (`private_memory`). On a GPU the copies run as one CUDA graph,
-    so launches are left out where that works.
-
-    Returns one dict per (shape, batch): `n, k, batch, dtype, seconds, flops_per_s, bytes_per_s`
-    (weight bytes; each with median and MAD) and `graph`.
+    `product(weight)` gives the callable that is timed, by default the plain product. Each weight is
+    repeated until no cache holds all copies, and lies where a model's weights do.
     """
-    check_present(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
-    target = past_caches_bytes(device) // 2
-    rows = []
-    with torch.inference_mode():
-        for n, k in dict.fromkeys(shapes):
-            weight = torch.randn(n, k, device=device).to(getattr(torch, DTYPES[dtype]))
-            copies = max(1, -(-target // weight.nbytes))
-            layers = [product(m.copy_(weight)) for m in allocate_like([weight] * copies, device)]
-            for batch in batches:
-                x = torch.randn(batch, k, device=device).to(weight.dtype)
-                once = lambda layers=layers, x=x: deque((f(x) for f in layers), maxlen=0)  # noqa: E731
-                run, graph = _graphed(once, device)
-                seconds = [s / copies for s in seconds_of(run, waiter(device), repeats)]
-                rows.append(
-                    {
-                        "n": n,
-                        "k": k,
-                        "batch": batch,
-                        "dtype": dtype,
-                        "graph": graph,
-                        "seconds": spread(seconds),
-                        "flops_per_s": spread([2 * n * k * batch / s for s in seconds]),
-                        "bytes_per_s": spread([weight.nbytes / s for s in seconds]),
-                    }
-                )
-    return rows
-
-
-def _graphed(run: Callable, device: str) -> tuple[Callable, bool]:
-    """`run` captured as a CUDA graph, or itself where that cannot be (CPU, no capture)."""
-    if not device.startswith("cuda"):
-        return run, False
-    try:
-        run()  # workspaces and kernels are loaded before the capture
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        return run, False
-    return graph.replay, True
+    target, found = past_caches_bytes("cpu") // 2, {}
+    product = product or (lambda weight: lambda x: torch.nn.functional.linear(x, weight))
+    for n, k in dict.fromkeys(shapes):
+        weight = torch.randn(n, k).to(getattr(torch, DTYPES[dtype]))
+        copies = max(1, -(-target // weight.nbytes))
+        layers = [product(m.copy_(weight)) for m in allocate_like([weight] * copies)]
+        x = torch.randn(rows, k).to(weight.dtype)
+        with torch.inference_mode():
+            run = lambda layers=layers, x=x: deque((f(x) for f in layers), maxlen=0)  # noqa: E731
+            found[n, k] = statistics.median(seconds_of(run, waiter("cpu"), 3)) / copies
+    return found

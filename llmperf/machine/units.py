@@ -1,5 +1,19 @@
-"""Constants that several parts share."""
+"""Constants and small helpers that several files share, without torch."""
+
+import statistics
+from collections.abc import Sequence
 
 GIB = 2**30
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our word → torch's name
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Unknown(Exception):
+    """A probe has no answer; its text says why."""
+
+
+def spread(samples: Sequence[float]) -> dict:
+    """`median`, `mad` and the raw `samples`, all in the unit of the samples."""
+    middle = statistics.median(samples)
+    mad = statistics.median(abs(x - middle) for x in samples)
+    return {"median": middle, "mad": mad, "samples": list(samples)}

@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 from llmperf import decoding, predict, strategies
 from llmperf.decoding.sampling import Sampling, next_tokens
 from llmperf.machine import DTYPE_BYTES, DTYPES, rates
-from llmperf.machine.timing import seconds_of
 from llmperf.models import CHECKPOINT, Model, quantize
 
 if TYPE_CHECKING:
@@ -81,15 +80,15 @@ def arithmetic_s(model: Model, rows: int, position: int) -> float:
 
 def products_s(model: Model, rows: int) -> float:
     """Seconds of all matrix products of a step as torch runs them, weights read from memory."""
-    return _products_s(model.shape, model.dtype, model.quantization, model.device, rows)
+    return _products_s(model.shape, model.dtype, model.quantization, rows)
 
 
 @cache
-def _products_s(shape, dtype: str, quantization: str | None, device: str, rows: int) -> float:
+def _products_s(shape, dtype: str, quantization: str | None, rows: int) -> float:
     counts = predict.matmul_shapes(shape)
     packed = {"product": lambda w: quantize.layer(w, quantization)} if quantization else {}
-    found = rates.matmul_rates(list(counts), dtype, device, [rows], repeats=3, **packed)
-    return sum(counts[r["n"], r["k"]] * r["seconds"]["median"] for r in found)
+    seconds = rates.matmul_seconds(list(counts), dtype, rows, **packed)
+    return sum(times * seconds[weight] for weight, times in counts.items())
 
 
 _counted: WeakKeyDictionary = WeakKeyDictionary()  # module → operations
@@ -129,7 +128,7 @@ def operation_s() -> float:
             y = layer(y) + x
 
     with torch.inference_mode():
-        return median(seconds_of(run, lambda: None, 9)) / 300  # linear, SiLU and the sum
+        return median(rates.seconds_of(run, lambda: None, 9)) / 300  # linear, SiLU and the sum
 
 
 @cache
@@ -140,4 +139,4 @@ def sampling_s(vocabulary: int, dtype: str, device: str, rows: int, sampling: Sa
     logits = torch.randn(rows, vocabulary, device=device).to(getattr(torch, DTYPES[dtype]))
     uniform = torch.rand(rows, dtype=torch.float64, device=device)
     draw = lambda: next_tokens(logits, sampling, uniform)  # noqa: E731
-    return median(seconds_of(draw, rates.waiter(device), 9))
+    return median(rates.seconds_of(draw, rates.waiter(device), 9))

@@ -16,8 +16,6 @@ from functools import cache
 from llmperf import decoding, machine, predict
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
-from llmperf.machine.probes import PROBES
-from llmperf.machine.run_tool import ask
 from llmperf.models import Model
 from llmperf.strategies.answers import RequestFailed
 from llmperf.strategies.server import Server, ServerFailed
@@ -188,7 +186,7 @@ def _free_bytes(device: str) -> int:
 
 def mps_daemon() -> object:
     """Whether NVIDIA's Multi-Process Service runs, or why that is not known."""
-    running, why = ask(PROBES["mps_daemon"])
+    running, why = machine.ask(machine.PROBES["mps_daemon"])
     return running if why is None else {"unavailable": why}
 
 

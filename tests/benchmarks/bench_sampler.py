@@ -31,7 +31,7 @@ def main() -> None:
         arms = {"watched": watched, "unwatched": condition.run}
         speeds = paired(arms, arguments.pairs)
     found = stats.ratio_interval(speeds["watched"], speeds["unwatched"], paired=True)
-    print(f"{machine.caption()}; {model.label()}; busy: {machine.busy() or 'no'}")
+    print(f"{machine.caption(machine.describe())}; {model.label()}; busy: {machine.busy() or 'no'}")
     load = f"{arguments.pairs} pairs of {arguments.tokens} tokens"
     print(f"a sample every {INTERVAL_S * 1e3:.0f} ms, {load}")
     for name, values in speeds.items():

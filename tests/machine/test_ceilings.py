@@ -4,15 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmperf.machine import (
-    card_specs,
-    ceilings,
-    description,
-    overhead,
-    rates,
-    timing,
-)
-from llmperf.machine.run_tool import Unknown
+from llmperf.machine import ceilings, description, overhead, rates
+from llmperf.machine.units import spread
 
 MIB = 1 << 20
 
@@ -34,7 +27,7 @@ def small_buffer(monkeypatch):
 
 
 def test_spread():
-    assert timing.spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {
+    assert spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {
         "median": 3.0,
         "mad": 1.0,
         "samples": [1.0, 2.0, 3.0, 4.0, 100.0],
@@ -52,21 +45,19 @@ def test_seconds_waits_before_it_reads_the_clock_and_drops_the_first(monkeypatch
         events.append("wait")
         now[0] += 2.0
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    assert timing.seconds_of(run, wait, repeats=5, budget_s=1.0) == [3.0, 3.0, 3.0]
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+    assert rates.seconds_of(run, wait, repeats=5, budget_s=1.0) == [3.0, 3.0, 3.0]
     assert events == ["run", "wait"] * 4
 
 
 def test_read_bandwidth_counts_the_bytes_of_the_buffer(half_a_second, small_buffer):
     rate = rates.read_bandwidth()
     assert rate["median"] == 4 * MIB / 0.5
-    assert rate["buffer_bytes"] == 4 * MIB
-    assert rate["method"] in ("sum", "dot", "norm")
 
 
 def test_the_buffer_is_past_the_caches_and_leaves_memory_free(monkeypatch):
     monkeypatch.setitem(rates.PROBES, "ram_available_bytes", lambda: 64 << 30)
-    monkeypatch.setitem(rates.PROBES, "last_level_cache_bytes", lambda: 96 * MIB)
+    monkeypatch.setattr(rates, "last_level_cache_bytes", lambda: 96 * MIB)
     assert rates.past_caches_bytes("cpu") == 8 * 96 * MIB
     monkeypatch.setitem(rates.PROBES, "ram_available_bytes", lambda: 1 << 30)
     assert rates.past_caches_bytes("cpu") == 128 * MIB
@@ -75,8 +66,7 @@ def test_the_buffer_is_past_the_caches_and_leaves_memory_free(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_matmul_flops_counts_two_per_multiply_add(half_a_second, dtype):
     rate = rates.matmul_flops(dtype)
-    assert rate["size"] == 256  # half a second is long: no larger size is tried
-    assert rate["median"] == 2 * 256**3 / 0.5
+    assert rate["median"] == 2 * 256**3 / 0.5  # half a second is long: no larger size is tried
 
 
 def test_launch_latency(monkeypatch):
@@ -96,33 +86,14 @@ def test_matmul_rates_reads_its_weights_from_memory(half_a_second, small_buffer)
 
         return run
 
-    rows = rates.matmul_rates([(64, 128), (64, 128)], "bf16", batches=(1, 4), product=product)
-    weight = 64 * 128 * 2
-    copies = 2 * MIB // weight  # so that no cache holds them all
+    seconds = rates.matmul_seconds([(64, 128), (64, 128)], "bf16", 4, product)
+    copies = 2 * MIB // (64 * 128 * 2)  # so that no cache holds them all
     assert len({pointer for _, _, pointer in seen}) == copies
-    assert {shapes[:2] for shapes in seen} == {((64, 128), (1, 128)), ((64, 128), (4, 128))}
-    assert [(r["n"], r["k"], r["batch"], r["dtype"]) for r in rows] == [
-        (64, 128, 1, "bf16"),
-        (64, 128, 4, "bf16"),
-    ]
-    assert rows[1]["seconds"]["median"] == 0.5 / copies
-    assert rows[1]["bytes_per_s"]["median"] == pytest.approx(weight * copies / 0.5)
-    assert rows[1]["flops_per_s"]["median"] == pytest.approx(2 * 64 * 128 * 4 * copies / 0.5)
+    assert {shapes[:2] for shapes in seen} == {((64, 128), (4, 128))}
+    assert seconds == {(64, 128): 0.5 / copies}
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="'cpu', 'cuda'"):
-        ceilings.measure("tpu")
-    with pytest.raises(ValueError, match="fp32, bf16, fp16"):
-        ceilings.matmul_rates([(8, 8)], "fp8")
-    with pytest.raises(ValueError, match="'cpu', 'cuda'"):
-        ceilings.overhead("gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA GPU"):
-            ceilings.measure("cuda")
-
-
-def test_measure_is_json_and_says_why_a_type_is_missing(monkeypatch, half_a_second, small_buffer):
+def test_measure_is_json_and_a_type_may_be_missing(monkeypatch, half_a_second, small_buffer):
     def refuse(dtype, device):
         if dtype == "fp16":
             raise RuntimeError("no kernel for Half\nand a long trace")
@@ -133,8 +104,6 @@ def test_measure_is_json_and_says_why_a_type_is_missing(monkeypatch, half_a_seco
     result = ceilings.measure("cpu")
     assert json.loads(json.dumps(result)) == result
     assert result["flops_per_s"]["fp16"] is None
-    assert result["reasons"]["flops_per_s.fp16"] == "no kernel for Half"
-    assert result["data_sheet"] is None and result["reasons"]["data_sheet"]
 
 
 # --- kept results ---------------------------------------------------------------------------------
@@ -148,7 +117,7 @@ def counted(monkeypatch, tmp_path):
 
     def measure(device):
         calls.append(device)
-        return {"schema": ceilings.SCHEMA, "n": len(calls), "warning": warnings[0]}
+        return {"n": len(calls), "warning": warnings[0]}
 
     monkeypatch.setattr(ceilings, "measure", measure)
     return calls, warnings, tmp_path
@@ -168,14 +137,12 @@ def test_cached_belongs_to_a_torch_version(counted, monkeypatch):
     assert ceilings.cached("cpu")["n"] == 2
 
 
-def test_cached_survives_a_torn_or_old_file(counted):
+def test_cached_survives_a_torn_file(counted):
     _, _, folder = counted
     ceilings.cached("cpu")
     (file,) = folder.rglob("*.json")
     file.write_text(file.read_text()[:9], encoding="utf-8")
     assert ceilings.cached("cpu")["n"] == 2
-    file.write_text('{"schema": -1}', encoding="utf-8")
-    assert ceilings.cached("cpu")["n"] == 3
 
 
 def test_what_was_measured_on_a_busy_machine_is_measured_again_when_idle(counted, monkeypatch):
@@ -194,50 +161,13 @@ def test_cached_without_a_place_to_write(counted, monkeypatch):
     assert ceilings.cached("cpu")["n"] == 1
 
 
-# --- data sheets ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "gib", "row"),
-    [
-        ("NVIDIA GeForce RTX 4090", 23.99, "RTX 4090"),
-        ("NVIDIA GeForce RTX 3060 Ti", 8, "RTX 3060 Ti"),
-        ("NVIDIA GeForce RTX 3090", 24, "RTX 3090"),
-        ("NVIDIA RTX A2000 Laptop GPU", 4, "RTX A2000 Laptop 4GB"),
-        ("NVIDIA H100 80GB HBM3", 79.6, "H100 SXM5"),
-        ("NVIDIA H100 PCIe", 79.6, "H100 PCIe"),
-        ("NVIDIA H200", 140.4, "H200 SXM"),
-        ("NVIDIA RTX A2000 Laptop GPU", 8, None),
-        ("NVIDIA GeForce RTX 3060", 12, None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
-        ("NVIDIA GeForce RTX 4090 D", 24, None),
-        ("NVIDIA H100 NVL", 94, None),
-    ],
-)
-def test_a_card_finds_its_own_row_and_no_other(name, gib, row):
-    found = card_specs.find(name, int(gib * 2**30))
-    assert (found and found["gpu"]) == row
-
-
-def test_describe_card_with_and_without_a_row():
-    card = {"name": "NVIDIA GeForce RTX 4090", "memory_total_bytes": 24 << 30}
-    figures = card_specs.describe_card(
-        card | {"memory_bus_bits": 384, "clock_memory_max_mhz": 10501}
-    )
-    assert figures["read_bytes_per_s"] == 1008e9
-    assert figures["fp16_flops_per_s"] == 165.2e12
-    assert figures["read_bytes_per_s_from_clocks"] == pytest.approx(1008e9, rel=0.001)
-    unknown = card_specs.describe_card({"name": "NVIDIA A10G"})
-    assert set(unknown.values()) == {None}
-
-
 # --- fixed memory of a process --------------------------------------------------------------------
 
 
 def test_overhead_of_a_fresh_interpreter(monkeypatch):
-    monkeypatch.setitem(overhead.STAGES, "cpu", ("interpreter",))
-    result = ceilings.overhead("cpu", repeats=2)
-    assert result["repeats"] == 2 and result["reasons"] == {}
+    monkeypatch.setattr(overhead, "STAGES", ("interpreter",))
+    result = overhead.overhead("cpu", repeats=2)
+    assert result["reason"] is None
     for which in ("first", "further"):
         rss, uss = (result[which]["interpreter"][kind] for kind in ("rss", "uss"))
         assert len(rss["samples"]) == 2
@@ -246,9 +176,9 @@ def test_overhead_of_a_fresh_interpreter(monkeypatch):
 
 @pytest.mark.slow
 def test_overhead_grows_with_each_stage():
-    result = ceilings.overhead("cpu", repeats=1)
+    result = overhead.overhead("cpu", repeats=1)
     for which in ("first", "further"):
-        rss = [result[which][stage]["rss"]["median"] for stage in overhead.STAGES["cpu"]]
+        rss = [result[which][stage]["rss"]["median"] for stage in overhead.STAGES]
         assert rss == sorted(rss)
         assert rss[1] > rss[0] + 50 * MIB  # torch
         assert rss[2] > rss[1] + 10 * MIB  # transformers
@@ -262,9 +192,8 @@ def test_a_child_that_dies_is_a_reason_and_not_an_error(monkeypatch):
 
     monkeypatch.setattr(overhead, "_device_used", lambda device: 0)
     monkeypatch.setattr(overhead, "_round", dying_round)
-    result = ceilings.overhead("cpu", repeats=2)
-    assert result["first"] is None and result["repeats"] == 0
-    assert "stage 'context'" in result["reasons"]["first"]
+    result = overhead.overhead("cpu", repeats=2)
+    assert result["first"] is None and "fresh process ended" in result["reason"]
 
 
 def test_cuda_overhead_takes_off_the_reserve_of_the_allocator(monkeypatch):
@@ -276,22 +205,6 @@ def test_cuda_overhead_takes_off_the_reserve_of_the_allocator(monkeypatch):
     assert figures == {"context": 300, "libraries": 150, "total": 450}
 
 
-def test_a_failed_repeat_leaves_the_others(monkeypatch):
-    rounds = iter([({"total": 5}, {"total": 3}), None, ({"total": 7}, {"total": 3})])
-
-    def one(device):
-        figures = next(rounds)
-        if figures is None:
-            raise Unknown("the driver was away")
-        return figures
-
-    monkeypatch.setattr(overhead, "_round", one)
-    result = ceilings.overhead("cuda", repeats=3)
-    assert result["repeats"] == 2
-    assert result["first"]["total"]["samples"] == [5, 7]
-    assert result["reasons"]["first"] == "the driver was away"
-
-
 # --- with a card ----------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -299,30 +212,18 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.mark.gpu
 @needs_gpu
-def test_measured_ceilings_of_a_card_are_below_its_data_sheet():
+def test_measured_ceilings_of_a_card():
     result = ceilings.measure("cuda")
-    sheet = result["data_sheet"]
-    peak = sheet["read_bytes_per_s"] or sheet["read_bytes_per_s_from_clocks"]
-    assert 0.3 * peak < result["read_bytes_per_s"]["median"] < 1.05 * peak
+    assert 1e10 < result["read_bytes_per_s"]["median"] < 1e13
     launch = result["launch_s"]
     assert 1e-7 < launch["enqueue"]["median"] <= launch["drained"]["median"] < 1e-3
-    if sheet["fp16_flops_per_s"]:
-        assert result["flops_per_s"]["bf16"]["median"] < 1.05 * sheet["fp16_flops_per_s"]
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_matmul_rates_of_a_card_run_as_a_graph():
-    (row,) = ceilings.matmul_rates([(2048, 2048)], "bf16", "cuda")
-    assert row["graph"] is True
-    assert row["bytes_per_s"]["median"] > 1e9
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_fixed_memory_of_a_process_on_a_card():
-    result = ceilings.overhead("cuda:0", repeats=2)
+    result = overhead.overhead("cuda:0", repeats=2)
     if result["first"] is None:
-        pytest.skip(result["reasons"]["first"])
+        pytest.skip(result["reason"])
     assert 30 * MIB < result["first"]["context"]["median"] < 4096 * MIB
     assert result["further"]["total"]["median"] > 30 * MIB

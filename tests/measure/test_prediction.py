@@ -22,11 +22,11 @@ def asked(monkeypatch):
     """Made-up times: a product takes 1 ms, an operation 10 us, a draw 0.1 ms; rows asked for."""
     rows = []
 
-    def rates(shapes, dtype, device, batches, repeats, **product):
-        rows.extend(batches)
-        return [{"n": n, "k": k, "seconds": {"median": STEP_S}} for n, k in shapes]
+    def seconds(shapes, dtype, batch, **product):
+        rows.append(batch)
+        return dict.fromkeys(shapes, STEP_S)
 
-    monkeypatch.setattr(step_time.rates, "matmul_rates", rates)
+    monkeypatch.setattr(step_time.rates, "matmul_seconds", seconds)
     monkeypatch.setattr(step_time, "operation_s", lambda: 1e-5)
     monkeypatch.setattr(step_time, "sampling_s", lambda *_: 1e-4)
     step_time._products_s.cache_clear()
