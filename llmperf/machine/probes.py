@@ -150,6 +150,14 @@ def _mps() -> bool:
     return any(name.startswith("nvidia-cuda-mps") for name in names)
 
 
+def _hags() -> bool:
+    """Hardware-accelerated GPU scheduling of Windows; asked of the host under WSL2."""
+    key = r"HKLM\SYSTEM\CurrentControlSet\Control\GraphicsDrivers"
+    text = run_tool("reg.exe", "query", key, "/v", "HwSchMode")
+    found = re.search(r"REG_DWORD\s+0x([12])", text)
+    return _known(found, "the registry does not say; the driver's default applies")[1] == "2"
+
+
 def _packages() -> dict[str, str | None]:
     found = {}
     for name in PACKAGES:
@@ -199,6 +207,7 @@ PROBES = {
     "on_battery": _on_battery,
     "cpu_others_percent": cpu_others_percent,
     "gpus": gpu.cards,
+    "hags": _hags,
     "mps_daemon": _mps,
     "python": platform.python_version,
     "gil_enabled": getattr(sys, "_is_gil_enabled", lambda: True),

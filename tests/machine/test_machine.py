@@ -38,6 +38,12 @@ def test_power_plan_in_any_language(monkeypatch):
         assert probes.ask(probes.PROBES["power_plan"])[0] == plan
 
 
+def test_scheduling_by_the_card_as_the_registry_says(monkeypatch):
+    for text, hags in (("  HwSchMode  REG_DWORD  0x2\n", True), ("  REG_DWORD  0x1", False)):
+        monkeypatch.setattr(probes, "run_tool", lambda *command, text=text: text)
+        assert probes.ask(probes.PROBES["hags"])[0] is hags
+
+
 def test_names_and_quotas():
     assert (
         probes.cpu_name("12th Gen Intel(R) Core(TM) i7-12700H") == "12th Gen Intel Core i7-12700H"
