@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -21,13 +21,13 @@ from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, from_json, to_json
 
-SCHEMA = 3  # of the kept shapes
+SCHEMA = 4  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 LARGEST_FILE = 1 << 20  # bytes of a config.json
 LIMITS = {"layer": 1_000, "expert": 10_000}  # of a count whose key has the word
 LARGEST = 100_000_000  # of any other count
-BUSY_S = 3.0  # the hub answers sooner, or there is no network
+HUB_S = 3.0  # the hub answers sooner, or there is no network
 
 
 @lru_cache
@@ -57,7 +57,13 @@ def config_of(source: str | Path) -> dict:
             f"unknown model {str(source)!r}: choose {', '.join(PRESETS)}, a hub id such as"
             " owner/model, a local folder such as ./my-model, or a config.json"
         )
-    return _read(_from_hub(str(source)))
+    found = from_hub(str(source), ["config.json"], lambda x: (x / "config.json").is_file())
+    if found is None:
+        raise ModelUnavailable(
+            f"cannot fetch the config.json of {source}: download it once, give its file or folder,"
+            f" or choose {', '.join(PRESETS)}"
+        )
+    return _read(found / "config.json")
 
 
 def _local_file(source: str | Path) -> Path | None:
@@ -71,22 +77,22 @@ def _local_file(source: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _from_hub(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def from_hub(hub_id: str, files: list[str], complete: Callable[[Path], object]) -> Path | None:
+    """The folder with these files of a hub id, from the user's Hugging Face cache or the hub.
 
-    try:
-        try:
-            return Path(hf_hub_download(hub_id, "config.json", local_files_only=True))
-        except LocalEntryNotFoundError:
-            if not hub_answers():
-                raise
-        return Path(hf_hub_download(hub_id, "config.json"))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelUnavailable(
-            f"cannot fetch the config.json of {hub_id} ({type(error).__name__}): download it once,"
-            f" give its file or folder, or choose {', '.join(PRESETS)}"
-        ) from error
+    None where neither has all of them.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    for here in (True, False):
+        with suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+            if here or hub_answers():
+                folder = snapshot_download(hub_id, allow_patterns=files, local_files_only=here)
+                if complete(Path(folder)):
+                    return Path(folder)
+    return None
 
 
 @lru_cache
@@ -95,13 +101,9 @@ def hub_answers() -> bool:
     import httpx
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=BUSY_S)
-    except httpx.HTTPError:
-        return False
-    return True
+    with suppress(httpx.HTTPError):
+        return not constants.HF_HUB_OFFLINE and bool(httpx.head(constants.ENDPOINT, timeout=HUB_S))
+    return False
 
 
 def _read(file: Path) -> dict:
@@ -123,28 +125,22 @@ def shape_of(source, name: str | None = None) -> ModelShape:
     """
     if not isinstance(source, str | Path):
         config = source if isinstance(source, Mapping) else source.to_dict()
-        return _of_config(config, name or "model")
-    text = str(source)
-    if preset(text):
-        usual = text.lower() if text.lower() in FILES else text
+        name = name or "model"
     else:
-        file = _local_file(source)
-        usual = file.resolve().parent.name if file else text
-    return _of_config(config_of(source), name or usual)
-
-
-def _of_config(config: Mapping, name: str) -> ModelShape:
+        config = config_of(source)
+        file = None if preset(str(source)) else _local_file(source)
+        name = name or (file.resolve().parent.name if file else str(source))
     _check_sizes(config)
     noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     said = {k: v for k, v in config.items() if k not in noise}
-    text = json.dumps(said, sort_keys=True, default=str)
-    key = f"{SCHEMA} {importlib.metadata.version('transformers')} {text}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    return replace(_kept(digest, text), name=name)
+    return replace(_kept(json.dumps(said, sort_keys=True, default=str)), name=name)
 
 
 @lru_cache(maxsize=256)
-def _kept(digest: str, config: str) -> ModelShape:
+def _kept(config: str) -> ModelShape:
+    """The shape of a configuration as JSON, from the user's cache or from the module."""
+    key = f"{SCHEMA} {importlib.metadata.version('transformers')} {config}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     file = cache_dir() / "shapes" / f"{digest}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
         return from_json(file.read_text(encoding="utf-8"))
@@ -190,9 +186,9 @@ def _check_sizes(config: Mapping) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_sizes(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int) and "token_id" not in key:
             most = next((n for word, n in LIMITS.items() if word in key), LARGEST)
-            if "token_id" not in key and abs(value) > most:
+            if abs(value) > most:
                 raise ValueError(f"{key} is {value:,}: at most {most:,} can be")
 
 
@@ -208,6 +204,5 @@ def declared_word(config: Mapping) -> str | None:
     if method in ("awq", "gptq"):
         return f"{method}-{declared.get('bits', 4)}-g{declared.get('group_size', 128)}"
     if method == "fp8":
-        block = declared.get("weight_block_size") or [0]
-        return f"fp8-b{block[0]}"
+        return f"fp8-b{(declared.get('weight_block_size') or [0])[0]}"
     return method or "unknown"

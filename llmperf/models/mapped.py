@@ -21,8 +21,7 @@ WEIGHTS = "weights.safetensors"
 
 def save(model: Model) -> Path:
     """Write the weights as they are in memory into a new temporary folder; give the folder."""
-    folder = Path(tempfile.mkdtemp(prefix="llmperf-weights-"))
-    module = model.module
+    folder, module = Path(tempfile.mkdtemp(prefix="llmperf-weights-")), model.module
     named = [*module.named_parameters(), *module.named_buffers()]  # tied ones once
     try:
         save_file({k: t.detach().contiguous() for k, t in named}, folder / WEIGHTS)

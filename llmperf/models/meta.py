@@ -1,7 +1,6 @@
 """Read a decoder's shape from the module itself, built on torch's meta device without memory.
 
-Parameters and buffers are those of the module. Three short forward passes without data show what
-its cache holds and count the FLOPs of each kind.
+Three short forward passes without data show what its cache holds and count the FLOPs.
 """
 
 from __future__ import annotations
@@ -30,64 +29,45 @@ ROLES = (  # of a parameter by its path in the module; the first that is found
     ("attention", r"attn|attention"),
     ("feed-forward", r"mlp|ffn|feed_forward|shared_expert|moe|(^|\.)fc\d|dense|c_fc|block_sparse"),
 )
-
-
-def module_of(config):
-    """The causal language model of a configuration, on the meta device, in `FOLLOWS`.
-
-    Raises ValueError, in one sentence, for what is no decoder of transformers.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{config.model_type} is an encoder-decoder: use a decoder-only model")
-    try:
-        with torch.device("meta"), initialisation.no_init_weights():
-            module = AutoModelForCausalLM.from_config(
-                config, dtype=FOLLOWS, experts_implementation="batched_mm"
-            )
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError) as error:
-        raise ValueError(
-            f"transformers cannot build a decoder of type {config.model_type!r}"
-            f" ({_first_line(error)}): use a decoder-only model with a complete configuration"
-        ) from error
-    for part in (config, config.get_text_config(decoder=True)):
-        vars(part)["pad_token_id"] = None  # else some look for padding in data that is not there
-    module.tie_weights()  # the meta device skips it with the initialisation
-    return module.eval()
+POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 
 
 def read(config, name: str, quantization: str | None, unquantized: tuple[str, ...]) -> ModelShape:
-    """The shape of a transformers configuration (without its quantization_config)."""
+    """The shape of a transformers configuration (without its quantization_config).
+
+    Raises ValueError, in one sentence, for what is no decoder of transformers.
+    """
     logging.set_verbosity_error()
-    module = module_of(config)
-    text = config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers
-    tensors = tuple(_tensors(module, text.hidden_size))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder: use a decoder-only model")
     try:
-        cache, heads, flops = _passes(module, config)
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+        module = _module_of(config)
+        cache, (kv_heads, head_dim), flops = _passes(module, config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise ValueError(
-            f"a forward pass of {config.model_type!r} cannot be followed without data"
-            f" ({_first_line(error)}): its memory and time cannot be predicted"
+            f"transformers cannot build and run a decoder of type {config.model_type!r} ({first}):"
+            " use a decoder-only model with a complete configuration"
         ) from error
-    output = module.get_output_embeddings()
-    head = 2 * output.weight.numel() if output is not None else 0
+    text, output = config.get_text_config(decoder=True), module.get_output_embeddings()
+    tensors = tuple(_tensors(module, text.hidden_size))
+    head = 2 * output.weight.numel()
     token, pair, past = _split(flops, any(c.row_elements + c.row_bytes for c in cache))
     experts, per_token = _experts(tensors, token - head)
-    query_heads = getattr(text, "num_attention_heads", None)
-    query_heads = query_heads if isinstance(query_heads, int) else heads[0]
+    heads = getattr(text, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else kv_heads
+    positions = (getattr(text, key, None) for key in POSITIONS)
     return ModelShape(
         name=name,
         family=config.model_type,
-        architecture=type(module).__name__,
         hidden=text.hidden_size,
-        layers=layers,
-        heads=query_heads,
-        kv_heads=heads[0],
-        head_dim=heads[1] or text.hidden_size // max(1, query_heads),
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim or text.hidden_size // max(1, heads),
         vocab=text.vocab_size,
-        max_positions=_positions(text),
-        tied_embeddings=output is not None
-        and output.weight is module.get_input_embeddings().weight,
+        max_positions=next((n for n in positions if isinstance(n, int)), 1 << 20),
+        tied_embeddings=output.weight is module.get_input_embeddings().weight,
         experts=experts,
         experts_per_token=per_token,
         token_flops=token - head,
@@ -99,6 +79,18 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
         quantization=quantization,
         unquantized=unquantized,
     )
+
+
+def _module_of(config):
+    """The causal language model of a configuration, on the meta device, in `FOLLOWS`."""
+    with torch.device("meta"), initialisation.no_init_weights():
+        module = AutoModelForCausalLM.from_config(
+            config, dtype=FOLLOWS, experts_implementation="batched_mm"
+        )
+    for part in (config, config.get_text_config(decoder=True)):
+        vars(part)["pad_token_id"] = None  # else some look for padding in data that is not there
+    module.tie_weights()  # the meta device skips it with the initialisation
+    return module.eval()
 
 
 def cache_argument(module) -> str:
@@ -118,49 +110,33 @@ def _cache_argument(kind: type) -> str:
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-
-
-def _positions(config) -> int:
-    """Longest text. A model without such a limit (state spaces) gets a million tokens."""
-    names = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
-    return next((n for k in names if isinstance(n := getattr(config, k, None), int)), 1 << 20)
-
-
 def _tensors(module, hidden: int) -> Iterator[Tensor]:
     """Every parameter once, in the order of registration."""
-    head = module.get_output_embeddings()
-    inputs = module.get_input_embeddings()
+    head, inputs = module.get_output_embeddings(), module.get_input_embeddings()
     owners = dict(module.named_modules())
     decoder = {id(p) for p in (*module.get_decoder().parameters(), *head.parameters())}
     for name, p in module.named_parameters():
         path, _, leaf = name.rpartition(".")
-        owner = owners[path]
-        layer = re.search(r"\.(\d+)\.", name)
-        linear = isinstance(owner, torch.nn.Linear | Conv1D) and leaf == "weight"
-        size = list(p.shape) or [1]
-        if isinstance(owner, torch.nn.Embedding):
-            learned = owner is not inputs and re.search(r"pos|wpe", path)
-            role = "position" if learned else "embedding"
-        elif owner is head:
-            role, linear = "head", False
-        else:
-            found = (r for r, pattern in ROLES if re.search(pattern, path, re.I))
-            role = next(found, "other")
+        owner, size = owners[path], list(p.shape) or [1]
+        role = next((r for r, pattern in ROLES if re.search(pattern, path, re.I)), "other")
         if id(p) not in decoder:
             role = "tower"
-        count = size[0] if len(size) == 3 else 1
-        rows, columns = size[-2:] if len(size) > 1 else (size[0], 1)
-        if isinstance(owner, Conv1D) and len(size) == 2:
+        elif owner is head:
+            role = "head"
+        elif isinstance(owner, torch.nn.Embedding):
+            learned = owner is not inputs and re.search(r"pos|wpe", path)
+            role = "position" if learned else "embedding"
+        linear = isinstance(owner, torch.nn.Linear | Conv1D) and leaf == "weight"
+        count, (rows, columns) = 1, (size[0], p.numel() // size[0])
+        if len(size) == 3 and role == "expert":
+            count, rows, columns = size
+            if (rows if "down" in leaf else columns) != hidden:
+                rows, columns = columns, rows  # gpt-oss holds (experts, in, out)
+        elif isinstance(owner, Conv1D) and len(size) == 2:
             rows, columns = columns, rows  # it holds (in, out)
-        down = "down" in leaf
-        if len(size) == 3 and role == "expert" and (rows if down else columns) != hidden:
-            rows, columns = columns, rows  # gpt-oss holds (experts, in, out)
-        if len(size) > 3 or (len(size) == 3 and role != "expert"):
-            count, rows, columns = 1, size[0], p.numel() // size[0]
-        index = int(layer[1]) if layer else None
-        yield Tensor(name, role, index, rows, columns, count, linear, _item_bytes(module, name, p))
+        layer = re.search(r"\.(\d+)\.", name)
+        index, item = int(layer[1]) if layer else None, _item_bytes(module, name, p)
+        yield Tensor(name, role, index, rows, columns, count, linear and role != "head", item)
 
 
 def _item_bytes(module, name: str, tensor: torch.Tensor) -> int:
@@ -179,13 +155,12 @@ def stays_fp32(module, name: str) -> bool:
 def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], list[float]]:
     """Two tokens, then one, then one: the cache, its (heads, head size), FLOPs a row of each."""
     cache, flops, seen = DynamicCache(config=config), [], []
-    for new in (2, 1, 1):
+    for new, past in ((2, 0), (1, 2), (1, 3)):
         ids = torch.zeros(ROWS, new, dtype=torch.long, device="meta")
-        past = len(flops) + 1 if flops else 0
         inputs = {"input_ids": ids, cache_argument(module): cache, "use_cache": True}
         inputs |= {"position_ids": (torch.arange(new, device="meta") + past).expand(ROWS, new)}
-        counter, quiet = FlopCounterMode(display=False), warnings.catch_warnings()
-        with torch.no_grad(), counter, quiet:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kernels that meta tensors do not have
             out = module(**inputs)
         flops.append(counter.get_total_flops() / ROWS)
@@ -195,16 +170,14 @@ def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], li
     before, after = seen[-2:]
     found = tuple(_cache_layer(*both) for both in zip(cache.layers, before, after, strict=True))
     keys = (t["keys"].shape for t in after if "keys" in t and t["keys"].dim() == 4)
-    heads = next(((s[1], s[3]) for s in keys), (1, 0))
-    return found, heads, flops
+    return found, next(((s[1], s[3]) for s in keys), (1, 0)), flops
 
 
 def cached_tensors(layer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in one layer of a cache of transformers, whatever its kind."""
     for name, value in vars(layer).items():
         inside = value.items() if isinstance(value, dict) else [("", value)]
-        for key, tensor in inside:
-            if isinstance(tensor, torch.Tensor):
-                yield f"{name}{key}", tensor
+        yield from ((f"{name}{k}", t) for k, t in inside if isinstance(t, torch.Tensor))
 
 
 def _cache_layer(layer, before: dict, after: dict) -> CacheLayer:

@@ -16,7 +16,6 @@ from llmperf.models.shape import ModelShape, Tensor
 
 OURS, BNB, CHECKPOINT = ("int8", "int4"), ("bnb-8", "bnb-4"), ("awq", "gptq")
 QUANTIZATIONS = ("none", *OURS, *BNB, *CHECKPOINT)
-ALIASES = {"nf4": "bnb-4", "bnb-nf4": "bnb-4", "bnb-int8": "bnb-8"}
 GROUP = 64  # inputs that share a scale, in int4 and bnb-4
 NESTED = 256  # scales of bnb-4 that share a scale, with double quantisation
 NEEDS = {"bnb": "bitsandbytes", "awq": "gptqmodel"}  # {our optional extra: its module}
@@ -32,21 +31,16 @@ class Scheme:
     double: bool = False  # the scales are quantised as well (bnb-4)
 
 
-def canonical(word: str | None) -> str | None:
-    """The one word of several that mean the same: nf4 is bnb-4."""
-    return ALIASES.get(word, word)
-
-
 def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
     """The quantisation asked for, or else the one that the checkpoint declares.
 
     Words: those of `QUANTIZATIONS`, `mxfp4`, and forms with sizes: `gptq-8-g64`, `bnb-4-double`,
     `fp8-b128`. Raises ValueError for a word it does not know.
     """
-    word = canonical(quantization) or shape.quantization
+    word = quantization or shape.quantization
     if word in (None, "none"):
         return None
-    if word in ("int8", "int4"):
+    if word in OURS:
         return Scheme("int", int(word[-1]), GROUP)
     if match := re.fullmatch(r"bnb-([48])(-double)?", word):
         return Scheme("bnb", int(match[1]), GROUP, bool(match[2]))
@@ -57,7 +51,7 @@ def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
     match = re.fullmatch(r"(awq|gptq)(?:-([248]))?(?:-g(-?\d+))?", word)
     if not match:
         raise ValueError(
-            f"unknown quantization {word!r}: choose none, int8, int4, bnb-8, bnb-4, awq or gptq "
+            f"unknown quantization {word!r}: choose {', '.join(QUANTIZATIONS)} "
             "(the last two also as gptq-8-g64)"
         )
     return Scheme(match[1], int(match[2] or 4), int(match[3] or 128))
@@ -74,8 +68,8 @@ def converted(shape: ModelShape, t: Tensor, how: Scheme) -> bool:
 
 def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
     """Bytes of the tensors that replace one matrix of `rows` outputs and `columns` inputs."""
+    groups = ceil(t.columns / how.group) if how.group > 0 else 1
     if how.method == "int":  # int8: a scale a row; int4: scale and zero a group, padded to whole
-        groups = ceil(t.columns / how.group)
         yield t.numel if how.bits == 8 else t.rows * groups * how.group // 2
         yield item * t.rows * (1 if how.bits == 8 else 2 * groups)
         return
@@ -89,40 +83,28 @@ def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
         if how.double:  # the absmax in int8, with its own absmax, table of 256, and offset
             yield from (4 * ceil(blocks / NESTED), 4 * 256, 4)
     elif how.method == "fp8":  # one fp32 scale a square block, or one for all
-        side = how.group
-        yield 4 * t.count * (ceil(t.rows / side) * ceil(t.columns / side) if side else 1)
+        yield 4 * t.count * (groups * ceil(t.rows / how.group) if how.group else 1)
     elif how.method == "mxfp4":  # one 8-bit exponent for 32 inputs
         yield t.numel // how.group
     else:
-        groups = ceil(t.columns / how.group) if how.group > 0 else 1
         yield groups * t.rows * how.bits // 8  # zero points, packed like the weights
         yield groups * t.rows * 2  # scales, always fp16
         if how.method == "gptq":
             yield 4 * t.columns  # the group of each input, int32
 
 
-def check(word: str | None, dtype: str, device: str) -> str | None:
-    """The canonical word. Raises ValueError for one that is unknown or cannot run in `dtype` on
-    `device`, and ModelUnavailable where the library that it needs is not installed."""
-    word = canonical(word)
-    if word is None:
-        return None
-    if word not in QUANTIZATIONS:
-        known = ", ".join((*QUANTIZATIONS, *ALIASES))
+def check(word: str | None, dtype: str, device: str) -> None:
+    """Raise ValueError for a word that is unknown or cannot run in `dtype` on `device`, and
+    ModelUnavailable where the library that it needs is not installed."""
+    if word not in (None, *QUANTIZATIONS):
+        known = ", ".join(QUANTIZATIONS)
         raise ValueError(f"unknown quantization {word!r}: leave it None, or choose {known}")
     if word == "int4" and device != "cpu":
         raise ValueError("int4 has torch's kernel for CPUs only: use bnb-4 on a GPU")
     if word == "int4" and dtype != "bf16":
         raise ValueError(f"int4 computes in bf16, and dtype is {dtype}: use dtype bf16")
-    if word in BNB + CHECKPOINT:
-        require(word)
-    return word
-
-
-def require(word: str) -> None:
-    """Raise ModelUnavailable unless the library that runs the word is installed."""
     extra = "bnb" if word in BNB else "awq"
-    if importlib.util.find_spec(NEEDS[extra]) is None:
+    if word in BNB + CHECKPOINT and importlib.util.find_spec(NEEDS[extra]) is None:
         raise ModelUnavailable(
             f"{word} needs {NEEDS[extra]}, which is not installed here: install the"
             f" optional extra with pip install 'llmperf-study[{extra}]', or choose another"
@@ -133,8 +115,7 @@ def require(word: str) -> None:
 def word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
     """What to load a checkpoint with: the word asked for, held against what it declares.
 
-    `declared` may carry sizes (awq-4-g128). Raises ValueError where they differ, and
-    ModelUnavailable where the library is not installed.
+    `declared` may carry sizes (awq-4-g128). Raises ValueError where they differ.
     """
     if declared is None:
         if word in CHECKPOINT:
@@ -143,6 +124,4 @@ def word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
     method = next((w for w in (*BNB, *CHECKPOINT) if declared.startswith(w)), declared)
     if word not in (None, method):
         raise ValueError(f"these weights are quantised by {method}: leave quantization None")
-    if method in BNB + CHECKPOINT:
-        require(method)
     return method

@@ -14,10 +14,8 @@ from llmperf.models.quantization import BNB, GROUP
 FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, torch's int8 is slow
 
 
-def loading_config(word: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def loading_config(word: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What `from_pretrained` takes to quantise layer by layer while it loads (bitsandbytes)."""
-    if word not in BNB:
-        return None
     if word == "bnb-8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -85,18 +83,18 @@ def layer(weight, word: str, bias=None):
 def _bitsandbytes(weight, bias, word: str):
     import bitsandbytes as bnb
 
-    (rows, columns), device, dtype = weight.shape, weight.device, weight.dtype
+    (rows, columns), device = weight.shape, weight.device
     how = {"bias": bias is not None, "device": "meta"}
     if word == "bnb-4":
         form = {"quant_type": "nf4", "compress_statistics": False}  # as transformers loads it
-        layer = bnb.nn.Linear4bit(columns, rows, compute_dtype=dtype, **form, **how)
+        made = bnb.nn.Linear4bit(columns, rows, compute_dtype=weight.dtype, **form, **how)
         # bitsandbytes quantises when the parameter is moved
-        layer.weight = bnb.nn.Params4bit(weight, False, **form).to(device)
+        made.weight = bnb.nn.Params4bit(weight, False, **form).to(device)
     else:
-        layer = bnb.nn.Linear8bitLt(columns, rows, has_fp16_weights=False, threshold=6.0, **how)
-        layer.weight = bnb.nn.Int8Params(weight, False, has_fp16_weights=False).to(device)
-    layer.bias = bias if bias is None else torch.nn.Parameter(bias.data, False)
-    return layer
+        made = bnb.nn.Linear8bitLt(columns, rows, has_fp16_weights=False, threshold=6.0, **how)
+        made.weight = bnb.nn.Int8Params(weight, False, has_fp16_weights=False).to(device)
+    made.bias = bias if bias is None else torch.nn.Parameter(bias.data, False)
+    return made
 
 
 class Int8(torch.nn.Module):
@@ -132,8 +130,8 @@ class Int4(torch.nn.Module):
         whole = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).flatten(1)
         packed = torch._convert_weight_to_int4pack_for_cpu(whole, 1)  # (out, in / 2)
         both = torch.cat((scale, low + 8 * scale), -1)  # the kernel counts from -8
-        self.weight = torch.nn.Parameter(packed, False)
         both = both.transpose(0, 1).contiguous().to(weight.dtype)  # (groups, out, 2)
+        self.weight = torch.nn.Parameter(packed, False)
         self.scale = torch.nn.Parameter(both, False)
         self.bias = bias
 

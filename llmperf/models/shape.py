@@ -1,8 +1,7 @@
 """A decoder as plain data: its tensors, buffers, cache and arithmetic, without torch."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 
@@ -33,7 +32,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one layer caches. Elements have the model's dtype, bytes have a dtype of their own.
+    """What one layer caches: elements have the model's dtype, bytes have another one.
 
     `token_*` grow with the tokens of a row up to `window`, `row_*` do not grow (states of linear
     attention), `fixed_bytes` are there once whatever the batch (index tensors).
@@ -59,7 +58,6 @@ class ModelShape:
 
     name: str
     family: str
-    architecture: str
     hidden: int
     layers: int
     heads: int
@@ -97,11 +95,6 @@ class ModelShape:
         """Whether the cache holds latents that each step expands (DeepSeek, arXiv:2405.04434)."""
         return self.past_flops > 0
 
-    @cached_property
-    def intermediate(self) -> int:
-        """Width of the widest feed-forward part that one token passes."""
-        return max((columns for _, columns in self.widths("feed-forward", "expert")), default=0)
-
     def widths(self, *roles: str) -> set[tuple[int, int]]:
         """Of each block of these roles: outputs of all its linear layers but the last, and the
         inputs of the last. Experts count as often as a token passes one."""
@@ -119,20 +112,18 @@ class ModelShape:
 
 def to_json(shape: ModelShape) -> str:
     """The shape as JSON; `from_json` reads it."""
-    plain = {f.name: getattr(shape, f.name) for f in fields(shape)}
-    for name in ("tensors", "cache"):
-        plain[name] = [list(asdict(x).values()) for x in plain[name]]
-    return json.dumps(plain)
+    return json.dumps(asdict(shape))
 
 
 def from_json(text: str) -> ModelShape:
-    """Raises ValueError or TypeError for anything but the text of `to_json`."""
-    plain: Mapping = json.loads(text)
+    """Raises ValueError, TypeError or KeyError for anything but the text of `to_json`."""
+    plain = json.loads(text)
     return ModelShape(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        **plain
         | {
-            "tensors": tuple(Tensor(*row) for row in plain["tensors"]),
-            "cache": tuple(CacheLayer(*row) for row in plain["cache"]),
-            "buffers": tuple((n, size) for n, size in plain["buffers"]),
+            "tensors": tuple(Tensor(**row) for row in plain["tensors"]),
+            "cache": tuple(CacheLayer(**row) for row in plain["cache"]),
+            "buffers": tuple(map(tuple, plain["buffers"])),
+            "unquantized": tuple(plain["unquantized"]),
         }
     )

@@ -129,7 +129,7 @@ def test_bad_words_say_what_would_be_right(folder, wrong, sentence):
 def test_what_is_not_installed_is_named_with_its_extra(folder, monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelUnavailable, match=r"bnb-4 needs bitsandbytes.*llmperf-study\[bnb\]"):
-        models.load(str(folder), device="cpu", quantization="nf4")
+        models.load(str(folder), device="cpu", quantization="bnb-4")
     with pytest.raises(ModelUnavailable, match="bnb-4 needs"):
         models.load("yi-34b-chat-4bits", dtype="bf16", device="cpu", weights="random")
 
@@ -137,7 +137,7 @@ def test_what_is_not_installed_is_named_with_its_extra(folder, monkeypatch):
 def test_a_checkpoint_in_awq_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelUnavailable, match=r"awq needs gptqmodel.*\[awq\]"):
-        quantization.word_of_checkpoint(None, "awq")
+        quantization.check("awq", "fp16", "cuda:0")
     with pytest.raises(ValueError, match="these weights are quantised by awq: leave"):
         quantization.word_of_checkpoint("int8", "awq")
     with pytest.raises(ValueError, match="these weights are not quantised by awq"):
@@ -154,5 +154,5 @@ def test_a_checkpoint_declares_its_method():
 
 
 def test_every_word_that_loads_is_one_that_predict_knows(tiny):
-    for word in (*quantization.QUANTIZATIONS, *quantization.ALIASES):
+    for word in quantization.QUANTIZATIONS:
         assert predict.weights_bytes(tiny.shape, "bf16", word) > 0

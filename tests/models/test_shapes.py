@@ -50,7 +50,7 @@ def test_a_preset_is_added_as_one_file(tmp_path, monkeypatch):
 def test_a_preset_answers_to_its_name_and_its_hub_id():
     by_id = models.shape_of("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert models.shape_of("smollm2-135m").tensors == by_id.tensors
-    assert models.shape_of("GPT2").architecture == "GPT2LMHeadModel"
+    assert models.shape_of("GPT2").family == "gpt2"
     assert models.shape_of("yi-34b-chat-4bits").quantization == "awq-4-g128"
 
 
@@ -116,9 +116,9 @@ def test_kept_shapes_are_exact_and_a_torn_file_is_read_anew(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "bert"}, "'bert' cannot be followed.*an encoder"),
+        ({"model_type": "bert"}, "of type 'bert'.*an encoder"),
         ({"model_type": "t5"}, "t5 is an encoder-decoder: use a decoder-only model"),
-        ({"model_type": "vit"}, "cannot build a decoder of type 'vit'"),
+        ({"model_type": "vit"}, "cannot build and run a decoder of type 'vit'"),
         ({"model_type": "new"}, "knows no model of type 'new'"),
         ({"model_type": "new", "auto_map": {"AutoModel": "x.Y"}}, "Python code, which is never"),
         ({"model_type": "llama", "num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000"),

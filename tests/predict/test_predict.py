@@ -85,7 +85,7 @@ def test_quantized_weights_by_hand():
     assert predict.weights_bytes(shape, "fp16", "gptq") == awq + 4 * (6 * 256 + 128)
     # bitsandbytes, 4 bit: a fp32 absmax for 64 weights and a table of 16 fp32 a matrix.
     nf4 = plain + weights // 2 + 4 * weights // 64 + 7 * 64
-    assert predict.weights_bytes(shape, "fp16", "nf4") == nf4
+    assert predict.weights_bytes(shape, "fp16", "bnb-4") == nf4
     # bitsandbytes, 8 bit: a fp32 scale an output; 6 matrices have 256 (o, q, k, v, down), 2 128.
     int8 = plain + weights + 4 * (5 * 256 + 2 * 128)
     assert predict.weights_bytes(shape, "bf16", "bnb-8") == int8
