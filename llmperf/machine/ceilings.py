@@ -1,7 +1,4 @@
-"""What this machine can do at best, measured: bytes read, FLOPs and launches per second.
-
-Every rate is a median with its median absolute deviation (MAD) over repeats.
-"""
+"""The ceilings of this machine, measured: bytes read, FLOPs and launches per second."""
 
 import contextlib
 import hashlib
@@ -20,10 +17,9 @@ KEY_PROBES = (
 
 
 def measure(device: str = "cpu") -> dict:
-    """Measured ceilings of `device`, about five seconds on two cores.
+    """Measured ceilings of `device`, about five seconds on two cores; `warning`: it was busy.
 
-    Returns `read_bytes_per_s`, `flops_per_s` (by dtype; None where it has no kernel), `launch_s`,
-    and `warning` when the machine was busy.
+    Each rate is a median with its MAD and samples; FLOP/s is None where a dtype has no kernel.
     """
     warning, flops = description.busy(), {}
     for dtype in DTYPES:
@@ -40,7 +36,6 @@ def measure(device: str = "cpu") -> dict:
 
 
 def _key(device: str) -> dict:
-    """What a measurement holds for: another machine, driver, power limit or torch is another."""
     key = {name: ask(PROBES[name])[0] for name in KEY_PROBES}
     key |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     key |= {"schema": SCHEMA, "device": device, "torch": importlib.metadata.version("torch")}
@@ -52,10 +47,9 @@ def _key(device: str) -> dict:
 
 
 def cached(device: str = "cpu", refresh: bool = False) -> dict:
-    """`measure(device)`, kept in the user's cache for this machine and torch version.
+    """`measure(device)`, kept in the user's cache for this machine, driver and torch version.
 
-    Measured again with `refresh`, when the file cannot be read, and when it was measured on a busy
-    machine that is idle now.
+    What was measured on a busy machine is measured again when it is idle.
     """
     digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
     file = description.cache_dir() / "ceilings" / f"{device.replace(':', '-')}-{digest}.json"

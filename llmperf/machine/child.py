@@ -30,10 +30,10 @@ class ChildDied(RuntimeError):
 
 
 class Child:
-    """`python -m module arguments`: send it messages, receive its messages, end it.
+    """`python -m module arguments`; leaving a `with` block ends it.
 
-    `on_message` gets each message in the reading thread, and None as the last one when the child
-    has ended; without it, `receive` returns the messages. Leaving a `with` block ends the child.
+    `on_message` gets each message in the reading thread, and None when the child has ended;
+    without it, `receive` returns the messages.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Child:
         return self.process.poll() is None
 
     def send(self, **message) -> None:
-        """Queue a message. Never blocks and never raises: `receive` tells when the child died."""
+        """Queue a message; never blocks and never raises."""
         self._outbox.put(message)
 
     def receive(self, timeout_s: float) -> dict:
@@ -97,7 +97,7 @@ class Child:
         self.process.kill()
 
     def end(self) -> None:
-        """Close its input, which tells it to go, wait, and kill it when it does not. Repeatable."""
+        """Close its input, which tells it to go, and kill it when it stays. Repeatable."""
         self._outbox.put(None)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -147,11 +147,7 @@ class Child:
 
 
 class Parent:
-    """The child's end. Make it first: prints of libraries then go to the error stream.
-
-    The reading thread must start after numpy, torch and NVML have been imported: on Windows a
-    thread that waits for standard input deadlocks these imports (numpy#24290, cpython#78961).
-    """
+    """The child's end. Make it first: prints of libraries then go to the error stream."""
 
     def __init__(self):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
@@ -174,7 +170,11 @@ class Parent:
         return map(json.loads, iter(sys.stdin.buffer.readline, b""))
 
     def listen(self, take: Callable[[dict], None], at_end: Callable[[], None] = int) -> None:
-        """Read messages in a thread from now on; end this process when the parent ends."""
+        """Read messages in a thread from now on; end this process when the parent ends.
+
+        Only after numpy, torch and NVML were imported: on Windows a thread that waits for standard
+        input deadlocks these imports (numpy#24290, cpython#78961).
+        """
 
         def read() -> None:
             try:

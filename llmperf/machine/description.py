@@ -18,7 +18,7 @@ CPU_FAMILY = (
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for this kit: LLMPERF_CACHE, or the platform's place. Not created."""
+    """The user's cache folder for this kit: LLMPERF_CACHE, or the platform's place."""
     if chosen := os.environ.get("LLMPERF_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":
@@ -39,10 +39,7 @@ def save_whole(file: Path, text: str) -> None:
 
 
 def platform_word(device: str, system: str | None = None) -> str:
-    """Where a run is counted: `cpu` on that device, else `windows`, `wsl2`, `macos` or `linux`.
-
-    `system` is `os` of a description; by default that of this machine.
-    """
+    """`cpu` there, else `windows`, `wsl2`, `macos` or `linux`; `system`: `os` of a description."""
     word = (system or PROBES["os"]()).lower()
     known = word if word in ("windows", "wsl2", "macos") else "linux"
     return "cpu" if device == "cpu" else known
@@ -51,8 +48,7 @@ def platform_word(device: str, system: str | None = None) -> str:
 def describe() -> dict:
     """This machine as flat values ready for JSON; `reasons` says why a value is None.
 
-    Units are in the names. `gpus` holds one dict a card, each with its own `reasons`; without a
-    card it is empty and `reasons["gpus"]` says why. In `packages` None means not installed.
+    `gpus` holds one dict a card; in `packages` None means not installed.
     """
     values, reasons = {}, {}
     for name, probe in PROBES.items():
@@ -64,7 +60,6 @@ def describe() -> dict:
 
 
 def _gpu_word(name: str | None) -> str:
-    """`NVIDIA GeForce RTX 4090` → `RTX 4090`."""
     return " ".join(re.sub(r"\b(NVIDIA|GeForce|Tesla|GPU)\b", " ", name or "GPU").split())
 
 
@@ -92,7 +87,6 @@ def cores(env: dict) -> int:
 
 @cache
 def usable_cores() -> int:
-    """As `cores`, of this machine, asked once."""
     return cores({name: ask(PROBES[name])[0] for name in PROBES if name.startswith("cores_")})
 
 
@@ -110,8 +104,7 @@ def caption(env: dict) -> str:
 def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]) -> str | None:
     """Why a measurement now would be dirty, or None. `our_pids`: ours and our children's.
 
-    A desktop under WDDM lists every window as a user of the card, so there only the utilisation
-    counts; elsewhere a foreign compute process is enough.
+    A desktop under WDDM lists every window as a process of the card, so they do not count there.
     """
     found = []
     if cpu_percent is not None and cpu_percent > BUSY_CPU_PERCENT:
@@ -126,10 +119,9 @@ def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]
 
 
 def busy() -> str | None:
-    """A warning when others use the CPU or a card right now, else None; takes 0.3 seconds.
+    """`busy_warning` right now; takes 0.3 seconds.
 
-    In a container NVML shows the process ids of the host: our own process then counts as another,
-    so call this before the first use of the card.
+    Call it before the first use of the card: in a container NVML shows process ids of the host.
     """
     gpus, _ = ask(PROBES["gpus"])
     me = psutil.Process()

@@ -1,8 +1,4 @@
-"""NVIDIA cards as NVML shows them. Only queries: no setting of a card is changed.
-
-Field by field, each with its own reason when there is no answer: under WDDM, WSL2, vGPU and in
-containers some queries work and others do not, and which ones depends on the driver.
-"""
+"""NVIDIA cards as NVML shows them, field by field. Only queries: no setting is changed."""
 
 import os
 from collections.abc import Iterator
@@ -30,18 +26,12 @@ def nvml() -> Iterator[None]:
 
 
 def memory(handle):
-    """Bytes `total`, `used`, `free`, `reserved` of a card; what the driver reserves is kept apart.
-
-    For differences use `total - free`, which means the same in every version of the query.
-    """
+    """Bytes `total`, `used`, `free`, `reserved`; `total - free` means the same in all versions."""
     return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
 
 
 def _compute_processes(handle) -> list[dict]:
-    """Who computes on the card: `pid` and `used_bytes` (None under WDDM).
-
-    In a container the process ids are those of the host.
-    """
+    """`pid` (in a container: the host's) and `used_bytes` (None under WDDM)."""
     listed = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return [{"pid": p.pid, "used_bytes": p.usedGpuMemory} for p in listed]
 
@@ -84,8 +74,7 @@ def cards() -> list[dict]:
 def nvml_handle(device: str):
     """The NVML handle of a torch device such as `cuda:0`, respecting CUDA_VISIBLE_DEVICES.
 
-    With several different cards CUDA counts the fastest first unless CUDA_DEVICE_ORDER says
-    PCI_BUS_ID, NVML always counts by bus: then name the cards by UUID. Raises ValueError.
+    CUDA may count different cards in another order than NVML: then name them by UUID there.
     """
     chosen = device.partition(":")[2] or "0"
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]

@@ -1,8 +1,7 @@
 """The memory that a process costs before any model: measured in fresh interpreters.
 
-Each child goes through stages and waits after every one. The parent starts the next child only when
-the first has gone through all, and both stay alive: the first pays for what is shared, `further`
-is what each one after it adds.
+Two processes live at the same time: the first pays for what is shared, the second shows what each
+further one adds.
 """
 
 import sys
@@ -44,7 +43,6 @@ def _merge(rounds: Sequence[dict]) -> dict:
 
 
 def _round(device: str) -> tuple[dict, dict]:
-    """The first and a further process, both alive at the end."""
     with _process(device) as first:
         alone = _measured(first, device)
         with _process(device) as second:
@@ -70,14 +68,13 @@ def _measured(child: Child, device: str) -> dict:
 
 
 def _device_used(device: str) -> int:
-    """Bytes in use on the card by all processes."""
     with gpu.nvml():
         info = gpu.memory(gpu.nvml_handle(device))
         return info.total - info.free
 
 
 def _tiny_forward(device: str) -> None:
-    """One forward pass that loads what a model of transformers loads, with almost no weights."""
+    """Loads what a model of transformers loads, with almost no weights."""
     import torch
     import transformers
 
@@ -106,7 +103,6 @@ def _enter(stage: str, device: str) -> dict:
 
 
 def main() -> None:
-    """The child: the name of a stage comes in, its report goes out."""
     parent = Parent()
     for message in parent.messages():  # in this thread: the stages import torch
         parent.send(**_enter(message["stage"], sys.argv[1]))

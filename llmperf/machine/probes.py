@@ -1,7 +1,7 @@
 """The probes: one small function for each thing to know about a machine.
 
-A probe returns its value or raises `Unknown` with the reason; `machine.describe` runs each alone.
-Nothing that is read here names a person, a host or a folder, so that a record can be shared.
+A probe returns its value or raises `Unknown` with the reason. Nothing that is read here names a
+person, a host or a folder, so that a record can be shared.
 """
 
 import importlib.metadata
@@ -62,7 +62,6 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def _known(value, otherwise: str):
-    """The value, unless there is none: then `Unknown` with the reason."""
     if not value:
         raise Unknown(otherwise)
     return value
@@ -180,10 +179,7 @@ def _our_cpu_s() -> float:
 
 
 def cpu_others_percent(window_s: float = 0.3) -> float:
-    """Share of all cores (0 to 100) that other processes used, our own and our children's left out.
-
-    Time that a hypervisor gave to others counts too.
-    """
+    """Share of all cores (0 to 100) that other processes and virtual machines used."""
     before, ours, start = psutil.cpu_times(), _our_cpu_s(), time.perf_counter()
     time.sleep(window_s)
     after, ours_after = psutil.cpu_times(), _our_cpu_s()

@@ -1,7 +1,4 @@
-"""Measure rates of a device: bytes read, FLOPs, launches, and the matrix products of a model.
-
-A sample is taken from start to finished: the device is synchronised before the clock is read.
-"""
+"""Measure rates of a device. The device is synchronised before the clock is read."""
 
 import statistics
 import time
@@ -21,10 +18,7 @@ UNKNOWN_CACHE = 64 << 20
 
 
 def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.5) -> list[float]:
-    """Seconds of each run after one that does not count; at least three, then until the budget.
-
-    `wait` synchronises the device before the clock is read.
-    """
+    """Seconds of each run after one that does not count; at least three, then until the budget."""
     run()
     wait()
     samples, end = [], time.perf_counter() + budget_s
@@ -37,14 +31,14 @@ def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.
 
 
 def waiter(device: str) -> Callable[[], None]:
-    """What waits until the device has finished; on the CPU there is nothing to wait for."""
+    """What waits until the device has finished."""
     if device.startswith("cuda"):
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
 
 
 def last_level_cache_bytes() -> int:
-    """All last-level caches together, each counted once by the cores it serves, as Linux shows."""
+    """All last-level caches together, as Linux shows them."""
     caches: dict[int, dict[str, int]] = {}
     for size in CPUS.glob("cpu[0-9]*/cache/index*/size"):
         level = int((size.parent / "level").read_text())
@@ -54,7 +48,7 @@ def last_level_cache_bytes() -> int:
 
 
 def past_caches_bytes(device: str) -> int:
-    """Bytes that no cache holds: 256 MiB or more, but no more than a share of what is free."""
+    """Bytes that no cache holds, but no more than a share of what is free."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return min(1 << 30, free // 4)
@@ -63,11 +57,7 @@ def past_caches_bytes(device: str) -> int:
 
 
 def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
-    """Bytes per second read past the caches, with all of torch's threads.
-
-    Three reductions over one buffer compete, since which of them keeps up with the memory depends
-    on the processor; the fastest by median is the ceiling.
-    """
+    """Bytes per second read past the caches: the fastest of three reductions, by median."""
     (buffer,) = allocate_like([torch.empty(past_caches_bytes(device) // 4, device="meta")], device)
     buffer.fill_(0.01)
     reductions = (
@@ -83,8 +73,7 @@ def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
 def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
     """FLOP/s of square matrix products in `dtype`; the size with the highest median counts.
 
-    A product of n x n matrices is 2 n^3 FLOPs. Sizes double until one product takes 60 ms, so a
-    type that the processor only emulates costs little time.
+    Sizes double until one product takes 60 ms, so an emulated type costs little time.
     """
     size, largest = (1024, 8192) if device.startswith("cuda") else (256, 4096)
     best: dict = {"median": 0.0}
@@ -100,11 +89,7 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
 
 
 def launch_latency(device: str = "cpu", repeats: int = 5) -> dict:
-    """Seconds per tiny operation: until it is `enqueue`d, and until it is `drained`.
-
-    On a GPU the first is what Python and the driver cost; where both are equal the GPU waits for
-    the processor. On the CPU both are the cost of dispatch.
-    """
+    """Seconds per tiny operation: until it is `enqueue`d, and until it is `drained`."""
     x, wait = torch.zeros(1, device=device), waiter(device)
     enqueue, drained = [], []
     for repeat in range(repeats + 1):
@@ -126,8 +111,8 @@ def matmul_seconds(
 ) -> dict[tuple[int, int], float]:
     """Median seconds of products on the CPU, the weights (out, in) coming from memory.
 
-    `product(weight)` gives the callable that is timed, by default the plain product. Each weight is
-    repeated until no cache holds all copies, and lies where a model's weights do.
+    `product(weight)` gives the callable that is timed, by default the plain product. Each weight
+    is repeated until no cache holds all copies.
     """
     target, found = past_caches_bytes("cpu") // 2, {}
     product = product or (lambda weight: lambda x: torch.nn.functional.linear(x, weight))

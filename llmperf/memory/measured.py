@@ -1,8 +1,6 @@
 """The measured ledger: where the memory of a run went, row by row.
 
-Weights and cache are counted in the tensors themselves. Each level that a device or the operating
-system shows (allocated, reserved, process, device) is a total; what it holds beyond the rows before
-it is a row with a name and a size.
+What a level holds beyond the rows before it is a row with a name.
 """
 
 from __future__ import annotations
@@ -32,9 +30,8 @@ def ledger(
 ) -> list[Row]:
     """What a run held. `cache` is a cache of transformers, `window` the closed window around it.
 
-    `base_bytes` is what a process on the CPU holds before its model (`machine.overhead`). The rows
-    up to a level add up to what was read at that level, so a residual may be negative where
-    weights are mapped from a file and were not all read.
+    `base_bytes` is what a process on the CPU holds before its model (`overhead`). A residual may be
+    negative where weights are mapped from a file and were not all read.
     """
     rows = _tensors(module, cache)
     held = sum(row.bytes for row in rows)
@@ -44,7 +41,6 @@ def ledger(
 
 
 def _tensors(module: torch.nn.Module, cache: Any) -> list[Row]:
-    """The rows of weights, buffers and cache."""
     cached = [t for layer in (cache.layers if cache else ()) for _, t in cached_tensors(layer)]
     found = (
         ("weights", module.parameters(), "those that are tied counted once"),
@@ -58,14 +54,13 @@ def _tensors(module: torch.nn.Module, cache: Any) -> list[Row]:
 
 
 def _storages(tensors: Iterable[torch.Tensor], words: str) -> tuple[int, str]:
-    """Bytes and number of the storages: a view holds the whole of what it looks into."""
+    """A view holds the whole of what it looks into; tied tensors count once."""
     held = [t.untyped_storage() for t in tensors if t.numel()]
     sizes = {s.data_ptr(): s.nbytes() for s in held}
     return sum(sizes.values()), f"{len(sizes)} {words}"
 
 
 def _on_a_gpu(seen: Mapping, held: int) -> list[Row]:
-    """At the peak: each level less the one inside it."""
     levels = (
         ("activations, logits, workspaces", "allocated", "allocated", "allocated at the peak"),
         ("allocator slack", "reserved", "reserved", "reserved but not allocated"),
@@ -84,7 +79,6 @@ def _on_a_gpu(seen: Mapping, held: int) -> list[Row]:
 
 
 def _on_the_cpu(seen: Mapping, held: int, base_bytes: int | None) -> list[Row]:
-    """The resident set at its peak, and how much of it other processes hold too."""
     rss, uss, base = seen["rss"], seen["uss"], int(base_bytes or 0)
     if "max" not in rss:
         return [Row("residual", "process", None, rss["reason"])]

@@ -40,10 +40,7 @@ class Probe:
         return values | self._on_gpu() if self.nvml else values
 
     def slow(self) -> dict[str, float]:
-        """Look for child processes anew; the unique set size (a walk over page tables), the clock.
-
-        What costs more is read less often.
-        """
+        """Child processes, looked for anew; the unique set size and the clock, which take long."""
         found, values = self.root.children(recursive=True), {}
         self.tree = [self.root, *(c for c in found if c.pid not in self.without)]
         try:
@@ -102,10 +99,7 @@ class Probe:
 
 
 def sample(probe: Probe, interval_s: float, inbox: queue.SimpleQueue, started) -> dict[str, dict]:
-    """Each channel's summary over the time until the next message.
-
-    The costly first readings end before `started` is called, and so before the run may begin.
-    """
+    """Each channel's summary until the next message; `started` is called after the first one."""
     values: dict[str, list] = {name: [] for name in GPU_CHANNELS | SYSTEM_CHANNELS}
     due = 0.0
 

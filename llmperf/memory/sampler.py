@@ -1,8 +1,4 @@
-"""The memory sampler: watches this process, its children and a GPU from another process.
-
-Watching then costs the watched process nothing. Only torch's allocator, which no other process can
-read, is read here.
-"""
+"""The memory sampler: watches this process, its children and a GPU from another process."""
 
 from __future__ import annotations
 
@@ -23,18 +19,13 @@ ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its t
 
 @dataclass
 class Window:
-    """What the sampler saw between opening and closing: each channel's summary, once closed."""
+    """Each channel's summary, once the window is closed."""
 
     channels: dict[str, dict] = field(default_factory=dict)
 
 
 class Sampler:
     """Samples until closed; one window a measurement. A sampling process that dies is restarted.
-
-    with Sampler() as sampler:
-        with sampler.window() as window:
-            ...
-        window.channels["rss"]["max"]
 
     `device`: torch's name of the model's device. A GPU is watched by its UUID, since torch and NVML
     may count cards differently; on the CPU the first card, if any, is watched.
@@ -56,7 +47,6 @@ class Sampler:
 
     @property
     def pid(self) -> int:
-        """The sampling process."""
         return self._child.pid
 
     def __enter__(self) -> Sampler:
@@ -66,7 +56,6 @@ class Sampler:
         self.close()
 
     def close(self) -> None:
-        """End the sampling process."""
         self._child.end()
 
     @contextlib.contextmanager
@@ -134,9 +123,8 @@ def _uuid(device: str) -> str:
 def give_back() -> None:
     """Return freed memory to the operating system, where the C library can (glibc on Linux).
 
-    glibc keeps freed memory, so that without this the resident set of a small run after a large
-    one shows the large one. Young garbage only is collected: a full collection takes a quarter of
-    a second once transformers is loaded, and a run's own tensors are young.
+    Else a small run after a large one shows the large one's resident set. Young garbage only is
+    collected: a full collection takes a quarter of a second once transformers is loaded.
     """
     gc.collect(1)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

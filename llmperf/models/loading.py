@@ -1,7 +1,6 @@
 """Load a preset, a hub id or a folder, with trained, embedded or random weights.
 
-Only safetensors files and the one embedded GGUF whose hash is checked are ever read; code that a
-hub repository brings along is never run.
+Only safetensors files and the embedded GGUF are read; code of a hub repository is never run.
 """
 
 from __future__ import annotations
@@ -65,7 +64,6 @@ class Model:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the module's inputs go."""
         return torch.device(self.device)
 
     def label(self) -> str:
@@ -85,17 +83,22 @@ def load(
     """Load a preset, any hub id, or a local folder.
 
     `dtype` auto is fp32 on the CPU and bf16 on a GPU. `weights` random builds the true shapes
-    from a seed without a download; auto takes trained weights where they can be had, else random.
-    `quantization` is a word of `models.QUANTIZATIONS`, or None for what the checkpoint declares.
-    Raises ValueError for a word it does not know or a checkpoint whose tensors are not those of
-    the model, ModelUnavailable when the model cannot be had.
+    from a seed; auto takes trained weights where they can be had, else random. `quantization` is a
+    word of `models.QUANTIZATIONS`, or None for what the checkpoint declares. Raises ValueError for
+    unknown words and wrong tensors, ModelUnavailable when the model cannot be had.
     """
     spec, folder = _found(LoadSpec(name, dtype, device, weights, quantization))
     # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
     check(quantization, spec.dtype, spec.device)
-    module, word = _trained(folder, spec) if folder else _random(spec, seed)
+    try:
+        module, word = _trained(folder, spec) if folder else _random(spec, seed)
+    except ImportError as error:
+        raise ModelUnavailable(
+            f"{name} needs a library that is not installed here ({_first_line(error)}): install"
+            " 'llmperf-study[bnb]' for bnb-8 and bnb-4, [awq] for awq and gptq"
+        ) from error
     module.eval().requires_grad_(False)
     if spec.device == "cpu":
         copy_to_private_memory(module)
@@ -105,16 +108,16 @@ def load(
     return _model(module, folder, replace(spec, quantization=word), time.perf_counter() - start)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
+
+
 def load_spec(source: LoadSpec) -> Model:
-    """Load again what `source` describes, in this process or another."""
     return load(*astuple(source))
 
 
 def front(source: LoadSpec | str) -> Model:
-    """A Model without its weights (`module` is None): what a process needs that only tokenises.
-
-    The process that infers loads the same with `load_spec(front(...).source)`.
-    """
+    """A Model without its weights (`module` is None), for a process that only tokenises."""
     if isinstance(source, str):
         source = LoadSpec(source, "auto", "auto", "auto")
     spec, folder = _found(source)
@@ -155,16 +158,13 @@ def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
 def _device(device: str) -> str:
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda:0")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} needs a CUDA GPU and this torch sees none: use cpu")
     return "cuda:0" if device == "cuda" else device
 
 
 def _folder(name: str) -> str | None:
-    """A local folder with the model's safetensors files, or None when there is none to be had."""
+    """A local folder with the model's safetensors files, or None."""
     if name == EMBEDDED:
         return str(embedded.folder())
     known = configs.preset(name)
@@ -178,8 +178,7 @@ def _folder(name: str) -> str | None:
 def _weights_complete(folder: Path) -> bool:
     """Whether a folder has safetensors files, and all of its index.
 
-    Raises ValueError for an index that names another kind of file, or one outside the folder, and
-    for an adapter, which would name a model elsewhere.
+    Raises ValueError for other files in the index, and for an adapter, whose model is elsewhere.
     """
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder.name} holds an adapter: merge it into its model and save that")
@@ -203,8 +202,6 @@ def _trained(folder: str, spec: LoadSpec):
     )
     declared = configs.declared_word(plain)
     word = word_of_checkpoint(spec.quantization, declared)
-    if declared:
-        check(word if word in QUANTIZATIONS else None, spec.dtype, spec.device)
     ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
     if declared is None and word in BNB:
         how["quantization_config"] = quantize.loading_config(word, dtype)
@@ -221,14 +218,12 @@ def _trained(folder: str, spec: LoadSpec):
             **how,  # a quantization_config of None would wipe what the checkpoint declares
         )
     except (OSError, RuntimeError) as error:
-        first = (str(error).splitlines() or ["no message"])[0]
-        raise ValueError(f"{Path(folder).name} cannot be loaded: {first}") from error
+        raise ValueError(f"{Path(folder).name} cannot be loaded: {_first_line(error)}") from error
     _check_tensors(Path(folder).name, info)
     return quantize.quantize(module, word, spec.device) if ours else module, word
 
 
 def _check_tensors(name: str, info: dict) -> None:
-    """Raise ValueError with the names of tensors that the checkpoint lacks or has too many."""
     found = {
         "lacks": info["missing_keys"],
         "has, unknown to the model,": info["unexpected_keys"],
@@ -243,19 +238,14 @@ def _check_tensors(name: str, info: dict) -> None:
 
 
 def _random(spec: LoadSpec, seed: int):
-    """True shapes, seeded normal weights; made directly in the dtype on the device.
-
-    A checkpoint that is quantised gets random weights in 4 bit as well.
-    """
+    """True shapes, seeded weights; of a quantised checkpoint in 4 bit as well."""
     plain, word = dict(configs.config_of(spec.name)), spec.quantization
     declared = plain.pop("quantization_config", None)
     config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
     configs.shape_of(spec.name)  # raises for what is no decoder
     if word in CHECKPOINT:
         raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
-    if word is None and declared:
-        word = "bnb-4"
-        check(word, spec.dtype, spec.device)
+    word = word or (declared and "bnb-4")
     if word not in (None, "none"):
         return quantize.random_module(config, word, dtype, spec.device, seed), word
     torch.manual_seed(seed)
@@ -268,7 +258,7 @@ def _random(spec: LoadSpec, seed: int):
 
 
 def byte_tokenizer():
-    """One token a byte of UTF-8 (ids 0 to 255) and an end token: random weights need no more."""
+    """One token a byte of UTF-8 (ids 0 to 255) and an end token, for random weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,4 @@
-"""One copy of a model's weights for several processes: a file that each of them maps.
-
-The operating system keeps one copy of the file in memory, whoever maps it, on every platform; the
-unique set size of each process shows it. Nothing is written to the mapped memory.
-"""
+"""One copy of a model's weights for several processes: a file that each of them maps."""
 
 import shutil
 import tempfile

@@ -82,7 +82,6 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
 
 
 def _module_of(config):
-    """The causal language model of a configuration, on the meta device, in `FOLLOWS`."""
     with torch.device("meta"), initialisation.no_init_weights():
         module = AutoModelForCausalLM.from_config(
             config, dtype=FOLLOWS, experts_implementation="batched_mm"
@@ -94,10 +93,7 @@ def _module_of(config):
 
 
 def cache_argument(module) -> str:
-    """What the forward pass calls its cache: newer releases of transformers renamed it.
-
-    Raises ValueError for a model that takes none, since it would drop one in silence.
-    """
+    """What the forward pass calls its cache. Raises ValueError for a model that takes none."""
     return _cache_argument(type(module))
 
 
@@ -111,7 +107,6 @@ def _cache_argument(kind: type) -> str:
 
 
 def _tensors(module, hidden: int) -> Iterator[Tensor]:
-    """Every parameter once, in the order of registration."""
     head, inputs = module.get_output_embeddings(), module.get_input_embeddings()
     owners = dict(module.named_modules())
     decoder = {id(p) for p in (*module.get_decoder().parameters(), *head.parameters())}
@@ -209,7 +204,7 @@ def _split(flops: list[float], states: bool) -> tuple[float, float, float]:
 
 
 def _experts(tensors: tuple[Tensor, ...], token_flops: float) -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token passes, by the FLOPs that it takes."""
+    """Experts of a layer, and how many a token passes, by the FLOPs that it takes."""
     stacks = [t for t in tensors if t.role == "expert" and t.columns > 1]
     if not stacks:
         return 0, 0

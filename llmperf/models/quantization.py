@@ -1,31 +1,31 @@
 """Fewer bits a weight, as words and bytes, without torch: see `quantize` for the layers.
 
-Only the matrices of linear layers are quantised; embeddings, head, norms, biases and experts in
-stacks stay as they are. `int8` and `int4` run on torch's own kernels, `bnb-8` and `bnb-4` on
-bitsandbytes (optional extra `bnb`), a checkpoint in `awq` or `gptq` on gptqmodel (extra `awq`).
+Only the matrices of linear layers are quantised. `int8` and `int4` run on torch's own kernels,
+`bnb-8` and `bnb-4` on bitsandbytes, a checkpoint in `awq` or `gptq` on gptqmodel.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, Tensor
 
 OURS, BNB, CHECKPOINT = ("int8", "int4"), ("bnb-8", "bnb-4"), ("awq", "gptq")
 QUANTIZATIONS = ("none", *OURS, *BNB, *CHECKPOINT)
 GROUP = 64  # inputs that share a scale, in int4 and bnb-4
 NESTED = 256  # scales of bnb-4 that share a scale, with double quantisation
-NEEDS = {"bnb": "bitsandbytes", "awq": "gptqmodel"}  # {our optional extra: its module}
+# method → bits and group, where a word does not say them; of fp8 the group is the side of a block
+DEFAULTS = {"int": (8, GROUP), "bnb": (4, GROUP), "awq": (4, 128), "gptq": (4, 128), "fp8": (8, 0),
+            "mxfp4": (4, 32)}  # fmt: skip
+WORD = re.compile(r"(int|bnb|awq|gptq|fp8|mxfp4)-?([248])?(?:-[gb](-?\d+))?(-double)?")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A quantisation. `group` counts the inputs that share a scale; of fp8 the side of a block."""
+    """A quantisation. `group` counts the inputs that share a scale."""
 
-    method: str  # int, bnb, awq, gptq, fp8, mxfp4
+    method: str
     bits: int
     group: int
     double: bool = False  # the scales are quantised as well (bnb-4)
@@ -34,27 +34,19 @@ class Scheme:
 def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
     """The quantisation asked for, or else the one that the checkpoint declares.
 
-    Words: those of `QUANTIZATIONS`, `mxfp4`, and forms with sizes: `gptq-8-g64`, `bnb-4-double`,
-    `fp8-b128`. Raises ValueError for a word it does not know.
+    Words: `QUANTIZATIONS`, `mxfp4`, and with sizes `gptq-8-g64`, `bnb-4-double`, `fp8-b128`.
     """
     word = quantization or shape.quantization
     if word in (None, "none"):
         return None
-    if word in OURS:
-        return Scheme("int", int(word[-1]), GROUP)
-    if match := re.fullmatch(r"bnb-([48])(-double)?", word):
-        return Scheme("bnb", int(match[1]), GROUP, bool(match[2]))
-    if match := re.fullmatch(r"fp8(?:-b(\d+))?", word):
-        return Scheme("fp8", 8, int(match[1] or 0))
-    if word == "mxfp4":
-        return Scheme("mxfp4", 4, 32)
-    match = re.fullmatch(r"(awq|gptq)(?:-([248]))?(?:-g(-?\d+))?", word)
+    match = WORD.fullmatch(word)
     if not match:
         raise ValueError(
             f"unknown quantization {word!r}: choose {', '.join(QUANTIZATIONS)} "
             "(the last two also as gptq-8-g64)"
         )
-    return Scheme(match[1], int(match[2] or 4), int(match[3] or 128))
+    bits, group = DEFAULTS[match[1]]
+    return Scheme(match[1], int(match[2] or bits), int(match[3] or group), bool(match[4]))
 
 
 def converted(shape: ModelShape, t: Tensor, how: Scheme) -> bool:
@@ -94,8 +86,7 @@ def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
 
 
 def check(word: str | None, dtype: str, device: str) -> None:
-    """Raise ValueError for a word that is unknown or cannot run in `dtype` on `device`, and
-    ModelUnavailable where the library that it needs is not installed."""
+    """Raise ValueError for a word that is unknown or cannot run in `dtype` on `device`."""
     if word not in (None, *QUANTIZATIONS):
         known = ", ".join(QUANTIZATIONS)
         raise ValueError(f"unknown quantization {word!r}: leave it None, or choose {known}")
@@ -103,20 +94,10 @@ def check(word: str | None, dtype: str, device: str) -> None:
         raise ValueError("int4 has torch's kernel for CPUs only: use bnb-4 on a GPU")
     if word == "int4" and dtype != "bf16":
         raise ValueError(f"int4 computes in bf16, and dtype is {dtype}: use dtype bf16")
-    extra = "bnb" if word in BNB else "awq"
-    if word in BNB + CHECKPOINT and importlib.util.find_spec(NEEDS[extra]) is None:
-        raise ModelUnavailable(
-            f"{word} needs {NEEDS[extra]}, which is not installed here: install the"
-            f" optional extra with pip install 'llmperf-study[{extra}]', or choose another"
-            " quantization"
-        )
 
 
 def word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
-    """What to load a checkpoint with: the word asked for, held against what it declares.
-
-    `declared` may carry sizes (awq-4-g128). Raises ValueError where they differ.
-    """
+    """What to load a checkpoint with: the word asked for, held against what it declares."""
     if declared is None:
         if word in CHECKPOINT:
             raise ValueError(f"these weights are not quantised by {word}: leave quantization None")

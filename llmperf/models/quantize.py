@@ -33,8 +33,7 @@ def quantize(module, word: str, device: str = "cpu"):
 def random_module(config, word: str, dtype, device: str, seed: int):
     """A seeded random model of these shapes that never stands unquantised in memory.
 
-    It is laid out without storage; then each layer gets its weights and is quantised before the
-    next one gets any. `dtype` is torch's.
+    Each layer gets its weights and is quantised before the next one gets any.
     """
     torch.manual_seed(seed)
     with torch.device("meta"):
@@ -49,7 +48,6 @@ def random_module(config, word: str, dtype, device: str, seed: int):
 
 
 def _fill(module, child, device: str) -> None:
-    """Give one layer its storage and the weights that its family starts with."""
     tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
     tied = child is module.get_output_embeddings() and module.config.tie_word_embeddings
     if tensors and not (tied and len(tensors) == 1):
@@ -58,7 +56,6 @@ def _fill(module, child, device: str) -> None:
 
 
 def _linears(module) -> Iterator[tuple[str, object]]:
-    """The layers to quantise by name: all linear ones but the head; experts in stacks are none."""
     head = module.get_output_embeddings()
     for name, child in module.named_modules():
         if isinstance(child, torch.nn.Linear | Conv1D) and child is not head:
@@ -66,7 +63,6 @@ def _linears(module) -> Iterator[tuple[str, object]]:
 
 
 def _quantized(linear, word: str):
-    """The layer in place of `linear`, on its device."""
     weight = linear.weight.data
     if isinstance(linear, Conv1D):  # Conv1D (GPT-2) holds it as (in, out)
         weight = weight.t().contiguous()

@@ -34,8 +34,8 @@ class Tensor:
 class CacheLayer:
     """What one layer caches: elements have the model's dtype, bytes have another one.
 
-    `token_*` grow with the tokens of a row up to `window`, `row_*` do not grow (states of linear
-    attention), `fixed_bytes` are there once whatever the batch (index tensors).
+    `token_*` grow with the tokens of a row up to `window`, `row_*` do not (states of linear
+    attention), `fixed_bytes` are there once whatever the batch.
     """
 
     token_elements: int
@@ -78,7 +78,6 @@ class ModelShape:
     unquantized: tuple[str, ...] = ()  # modules that the checkpoint leaves as they are
 
     def parameters(self) -> int:
-        """Number of parameters; a tied head counts once."""
         return sum(t.numel for t in self.tensors)
 
     @cached_property
@@ -111,12 +110,10 @@ class ModelShape:
 
 
 def to_json(shape: ModelShape) -> str:
-    """The shape as JSON; `from_json` reads it."""
     return json.dumps(asdict(shape))
 
 
 def from_json(text: str) -> ModelShape:
-    """Raises ValueError, TypeError or KeyError for anything but the text of `to_json`."""
     plain = json.loads(text)
     return ModelShape(
         **plain

@@ -1,9 +1,4 @@
-"""What PyTorch's caching allocator makes of a list of tensors, by its rules.
-
-Constants and rules are those of `c10/cuda/CUDACachingAllocator` (torch 2.1 to 2.13): a request is
-rounded, placed in the smallest free block of its pool that holds it, and the block is split where
-the rest is worth keeping. What is not split off counts as allocated.
-"""
+"""PyTorch's caching allocator by its rules (`c10/cuda/CUDACachingAllocator`, torch 2.1 to 2.13)."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
@@ -28,19 +23,21 @@ class Placed:
 
 
 def rounded(size: int) -> int:
-    """A request rounded up to whole blocks of 512 bytes; at least one."""
     return max(1, -(-size // MIN_BLOCK)) * MIN_BLOCK
 
 
 def _segment(size: int) -> int:
-    """The bytes asked of the driver for a (rounded) request that no free block holds."""
     if size <= SMALL:
         return SMALL_SEGMENT
     return LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
 def place(sizes: Iterable[int]) -> Placed:
-    """Place tensors of these sizes in bytes, one after another, none freed between."""
+    """Place tensors of these sizes in bytes, one after another, none freed in between.
+
+    Each is rounded and takes the smallest free block of its pool that holds it; what is not worth
+    splitting off counts as allocated.
+    """
     free: dict[bool, list[int]] = {True: [], False: []}  # sorted sizes of the free blocks, by pool
     requested = allocated = reserved = 0
     for wanted in sizes:

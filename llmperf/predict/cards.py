@@ -12,7 +12,7 @@ NOISE = re.compile(r"\b(nvidia|geforce|tesla|gpu|\d+\s*gb)\b")
 
 @dataclass(frozen=True)
 class Card:
-    """A card's data sheet: memory in GiB, bytes/s, dense fp16 FLOP/s; None where not given."""
+    """A card's data sheet (FLOP/s: dense); None where not given."""
 
     name: str
     memory_gib: float
@@ -26,7 +26,6 @@ def _rows() -> list[dict]:
 
 
 def card_names() -> tuple[str, ...]:
-    """The cards of `gpu_specs.csv`."""
     return tuple(row["gpu"] for row in _rows())
 
 
@@ -36,10 +35,9 @@ def _words(name: str) -> frozenset[str]:
 
 
 def card(name: str, memory_gib: float | None = None) -> Card:
-    """The card of that name, as people or the driver write it.
+    """The card of that name, as people or the driver write it; all words must agree.
 
-    All words must agree, so that a 3060 Ti is no 3060 and a laptop card no desktop card. An unknown
-    card needs its `memory_gib`; without it, ValueError names the known ones.
+    An unknown card needs its `memory_gib`; without it, ValueError names the known ones.
     """
     for row in _rows():
         if _words(row["gpu"]) == _words(name):

@@ -29,28 +29,20 @@ def _head_flops(shape: ModelShape) -> int:
 
 
 def attention_flops(shape: ModelShape, new: int, past: int) -> float:
-    """FLOPs of scores and weighted values for `new` tokens of one row after `past` cached ones.
-
-    Causal: token i looks at past + i tokens (its own included), at no more than the window.
-    """
+    """FLOPs of causal attention for `new` tokens of one row after `past` cached ones."""
     windows = Counter(shape.windows)
     pairs = sum(layers * _pairs(new, past, window) for window, layers in windows.items())
     return shape.pair_flops / max(1, len(shape.windows)) * pairs
 
 
 def _pairs(new: int, past: int, window: int | None) -> int:
-    """Sum over the new tokens of what each attends to."""
     growing = new if window is None else max(0, min(new, window - past))
     full = growing * past + growing * (growing + 1) // 2
     return full + (new - growing) * (window or 0)
 
 
 def forward(spec: RunSpec, new: int, past: int = 0, logits: int = 1) -> Cost:
-    """One forward pass of all rows: `new` tokens each after `past` cached ones.
-
-    Counts weights once, the cache read and written (not in `recompute`), and the logits of the
-    last `logits` tokens.
-    """
+    """One pass of all rows: `new` tokens each after `past` cached ones, `logits` with logits."""
     shape, rows = spec.shape, spec.rows
     moved = weights_read(shape, spec.dtype, spec.quantization, rows * new)
     if spec.loop != "recompute":

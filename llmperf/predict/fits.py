@@ -24,17 +24,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest number that surely fits, and the largest that may; 0 where none does."""
+    """The largest number that surely fits, and that at best fits; 0 where none does."""
 
     surely: int
     at_best: int
 
 
 def budget(platform: str, free_bytes: int, total_bytes: int) -> int:
-    """Bytes that a run may use: what is free, less a margin where a full card spills.
+    """Bytes that a run may use: what is free, less a margin on Windows and WSL2.
 
-    On Windows and WSL2 a full card spills into system memory, or takes the host down, so 5 % of
-    the card, at least 0.5 GiB, stays free there. Raises ValueError when that leaves nothing.
+    A full card spills into system memory there, or takes the host down.
     """
     careful = platform in ("windows", "wsl2")
     margin = max(MARGIN * total_bytes, LEAST_MARGIN_GIB * GIB) if careful else 0
@@ -123,8 +122,7 @@ def knee(
 ) -> str | None:
     """A sentence on the first level a quarter slower than the best before it though memory grew.
 
-    That is what spilling into system memory looks like where the driver allows it; a plateau is
-    not a knee. Raises ValueError for series of unequal length.
+    That is what spilling into system memory looks like; a plateau is not a knee.
     """
     points, best = list(zip(levels, throughput, memory_bytes, strict=True)), None
     for level, speed, size in points:

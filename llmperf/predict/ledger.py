@@ -1,8 +1,6 @@
 """The memory ledger: every byte that a run will hold, named, with a low and a high bound.
 
-Levels follow what can be read from a device: `allocated` tensors, `reserved` by the allocator, the
-`process` with its context and libraries, the `device` with what others use. Each holds the ones
-before it.
+Each level (see LEVELS) holds the ones before it.
 """
 
 from collections.abc import Mapping
@@ -53,20 +51,17 @@ class Ledger:
 
     @property
     def low(self) -> int:
-        """Bytes on the device at least."""
         return self.at("device")[0]
 
     @property
     def high(self) -> int:
-        """Bytes on the device at most."""
         return self.at("device")[1]
 
     def line(self, name: str) -> Line:
-        """The line of that name."""
         return next(line for line in self.lines if line.name == name)
 
     def at(self, level: str) -> tuple[int, int]:
-        """(low, high) bytes of a level: that of its own lines and of the levels inside it."""
+        """(low, high) bytes of a level, with the levels inside it."""
         inside = LEVELS[: LEVELS.index(level) + 1]
         lines = [line for line in self.lines if line.level in inside]
         return sum(line.low for line in lines), sum(line.high for line in lines)
@@ -109,8 +104,8 @@ def _exact(name: str, level: str, size: int) -> Line:
 def _peak(s: RunSpec) -> list[Line]:
     """What the largest moment needs beyond the weights and the final cache.
 
-    At least: one worker at a time is at its widest, and a layer's intermediates are gone when the
-    logits come. At most: all threads are there at once, and both count.
+    At least: one worker is at its widest, and a layer's intermediates are gone when the logits
+    come. At most: all threads are there at once, and both count.
     """
     positions = s.seen if s.loop == "recompute" else 1
     logits = s.rows * positions * s.shape.vocab * dtype_bytes(s.dtype)
@@ -129,8 +124,8 @@ def _peak(s: RunSpec) -> list[Line]:
 
 def _widest(s: RunSpec) -> tuple[int, ...]:
     """Bytes beyond the final cache: in the prefill, when the cache is still small (though a
-    sliding layer still holds the whole prompt), or in the last step, which copies a part of one
-    layer's cache; whichever is more."""
+    sliding layer holds the whole prompt), or in the last step; whichever is more.
+    """
     growth = 0
     if s.loop == "cached":
         prompt = s.rows * s.prompt_tokens * sizes.token_bytes(s.shape, s.dtype)
@@ -141,8 +136,9 @@ def _widest(s: RunSpec) -> tuple[int, ...]:
 
 
 def _step_copies(s: RunSpec) -> int:
-    """What a decode step copies of one layer's cache: DynamicCache appends by concatenating keys,
-    then values, so one is there twice; latent attention expands keys and values of all tokens."""
+    """DynamicCache appends by concatenating keys, then values, so one is there twice; latent
+    attention expands keys and values of all tokens.
+    """
     if s.loop == "recompute":
         return 0
     size = s.rows * s.length * dtype_bytes(s.dtype)
@@ -155,8 +151,7 @@ def _activations(s: RunSpec, tokens: int) -> tuple[int, int]:
     """Bytes alive at the widest place of a layer: in its feed-forward part or in its attention.
 
     At least the residual, its normed copy, the outputs of the block's first linear layers and the
-    input of its last: activation, up and product, or queries, keys, values and the attended. At
-    most: the norm in fp32, rotated copies, the four intermediates of a GELU written in Python.
+    input of its last. At most: the norm in fp32, rotated copies, a GELU written in Python.
     """
     shape, item = s.shape, dtype_bytes(s.dtype)
     feed, attention = shape.widths("feed-forward", "expert"), shape.widths("attention")
@@ -207,7 +202,6 @@ def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
 
 
 def _context(s: RunSpec, measured: Mapping | None) -> Line:
-    """Context and libraries of the first process, and of each further one."""
     further = s.processes - 1
     if measured and measured.get("first"):
         ends = [measured[which] for which in ("first", "further")]

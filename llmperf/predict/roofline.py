@@ -9,7 +9,7 @@ from llmperf.predict.spec import RunSpec
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time, which ceiling sets it (bandwidth or arithmetic), and what must be done."""
+    """The least time, and which ceiling sets it: bandwidth or arithmetic."""
 
     seconds: float
     limit: str
@@ -18,10 +18,7 @@ class Bound:
 
 
 def bound(cost: Cost, bandwidth_bytes_s: float, flops_s: float | None) -> Bound:
-    """The roofline (Williams et al., 2009): whichever ceiling takes longest sets the time.
-
-    Without `flops_s` arithmetic is left out. Raises ValueError for a ceiling not above zero.
-    """
+    """The roofline (Williams et al., 2009); without `flops_s` arithmetic is left out."""
     for name, ceiling in (("bandwidth_bytes_s", bandwidth_bytes_s), ("flops_s", flops_s)):
         if ceiling is not None and not ceiling > 0:
             raise ValueError(f"{name} is {ceiling}: give a rate above zero")

@@ -7,7 +7,6 @@ from llmperf.models import ModelShape, Tensor, converted, scheme, stored
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one element. Raises ValueError for a dtype that is not known."""
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {dtype!r}: choose {', '.join(DTYPE_BYTES)}")
     return DTYPE_BYTES[dtype]
@@ -40,8 +39,8 @@ def weights_read(
 ) -> float:
     """Bytes of parameters that one forward pass of `tokens` tokens reads.
 
-    The embedding is looked up, not read through, unless it is tied and so also the head; of a
-    mixture of experts as many are read as that many tokens hit, if each chooses at random.
+    An untied embedding is looked up, not read through; of a mixture of experts as many are read as
+    that many tokens hit, if each chooses at random.
     """
     hit = 1.0
     if shape.experts:
@@ -55,10 +54,7 @@ def weights_read(
 
 
 def kv_bytes(shape: ModelShape, rows: int, length: int, dtype: str) -> int:
-    """Bytes of the cache of `rows` rows, each padded to `length` tokens.
-
-    A sliding layer holds min(window, length) tokens, linear attention states of a fixed size.
-    """
+    """Bytes of the cache of `rows` rows, each padded to `length` tokens."""
     item = dtype_bytes(dtype)
     if not rows or not length:
         return 0
@@ -77,16 +73,14 @@ def token_bytes(shape: ModelShape, dtype: str) -> int:
 
 
 def buffers_bytes(shape: ModelShape, dtype: str, masks: bool = False) -> int:
-    """Bytes of the module's buffers: see `buffers`."""
     return sum(buffers(shape, dtype, masks))
 
 
 def buffers(shape: ModelShape, dtype: str, masks: bool = False) -> list[int]:
     """Bytes of each buffer of the module, such as rotary frequencies.
 
-    `masks` gives those of transformers 4 up to 4.37, the releases of the published study's time:
-    for GPT-2 a boolean mask of positions x positions a layer and the value it masks with, for
-    Llama a table of cosines and one of sines over all positions a layer, in the model's dtype.
+    `masks` gives those of transformers 4 up to 4.37, the releases of the published study's time: a
+    mask a layer for GPT-2, tables of cosines and sines over all positions a layer for Llama.
     """
     item = dtype_bytes(dtype)
     if not masks:

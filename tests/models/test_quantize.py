@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from llmperf import models, predict
 from llmperf.models import ModelUnavailable, configs, quantization, quantize
 
-HAVE_BNB = importlib.util.find_spec(quantization.NEEDS["bnb"]) is not None
+HAVE_BNB = importlib.util.find_spec("bitsandbytes") is not None
 needs_bnb = pytest.mark.skipif(not HAVE_BNB, reason="bitsandbytes is not installed (extra bnb)")
 WORDS = ["int8", "int4", *(pytest.param(w, marks=needs_bnb) for w in ("bnb-8", "bnb-4"))]
 IDS = dict(bos_token_id=1, eos_token_id=2)
@@ -127,17 +127,15 @@ def test_bad_words_say_what_would_be_right(folder, wrong, sentence):
 
 
 def test_what_is_not_installed_is_named_with_its_extra(folder, monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelUnavailable, match=r"bnb-4 needs bitsandbytes.*llmperf-study\[bnb\]"):
-        models.load(str(folder), device="cpu", quantization="bnb-4")
-    with pytest.raises(ModelUnavailable, match="bnb-4 needs"):
-        models.load("yi-34b-chat-4bits", dtype="bf16", device="cpu", weights="random")
+    def missing(*_):
+        raise ImportError("No module named 'bitsandbytes'")
+
+    monkeypatch.setattr(quantize, "_bitsandbytes", missing)
+    with pytest.raises(ModelUnavailable, match=r"'bitsandbytes'.*llmperf-study\[bnb\]"):
+        models.load(str(folder), "bf16", "cpu", "random", "bnb-4")
 
 
-def test_a_checkpoint_in_awq_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelUnavailable, match=r"awq needs gptqmodel.*\[awq\]"):
-        quantization.check("awq", "fp16", "cuda:0")
+def test_a_word_is_held_against_what_the_checkpoint_declares():
     with pytest.raises(ValueError, match="these weights are quantised by awq: leave"):
         quantization.word_of_checkpoint("int8", "awq")
     with pytest.raises(ValueError, match="these weights are not quantised by awq"):
