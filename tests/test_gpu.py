@@ -39,7 +39,7 @@ def test_allocator_and_device_channels_see_the_same_tensor():
         tensor = torch.ones(512 * MIB, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
     del tensor
-    seen = window.channels
+    seen = window
     grown = {name: seen[name]["max"] - seen[name]["first"] for name in ("allocated", "device_used")}
     assert grown["allocated"] == 512 * MIB
     assert abs(grown["device_used"] - 512 * MIB) <= 32 * MIB
@@ -50,7 +50,7 @@ def test_process_vram_is_a_value_or_says_why_not():
     torch.zeros(64 * MIB, device="cuda")
     with Sampler() as sampler, sampler.window() as window:
         pass
-    channel = window.channels["process_vram"]
+    channel = window["process_vram"]
     assert channel["status"] == "ok" and channel["max"] > 64 * MIB or channel["reason"]
 
 

@@ -5,20 +5,19 @@ further one adds.
 """
 
 import sys
-from collections.abc import Sequence
 
 import psutil
 
 from llmperf.machine import gpu
 from llmperf.machine.child import Child, ChildDied, Parent
-from llmperf.machine.units import Unknown, spread
+from llmperf.machine.units import Unknown
 
 STAGES = ("interpreter", "torch", "transformers", "forward")  # on the CPU
 STAGE_S = 120.0  # a cold disk takes this long to read torch's libraries, not longer
 
 
-def overhead(device: str = "cpu", repeats: int = 3) -> dict:
-    """Fixed memory of a process on `device` in bytes, `first` and `further`, each with its MAD.
+def overhead(device: str = "cpu") -> dict:
+    """Fixed memory in bytes of the `first` process on `device`, and of a `further` one.
 
     CPU: `rss` and `uss` (unique set size: not shared with any other process) after each of STAGES.
     GPU, from the device level through NVML, the allocator's reserve taken off: `context` after one
@@ -26,27 +25,12 @@ def overhead(device: str = "cpu", repeats: int = 3) -> dict:
     Where it cannot be measured both are None and `reason` says why.
     """
     try:
-        rounds = [_round(device) for _ in range(repeats)]
+        with _process(device) as first:
+            alone = _measured(first, device)
+            with _process(device) as second:
+                return {"first": alone, "further": _measured(second, device), "reason": None}
     except (Unknown, ChildDied) as error:
         return {"first": None, "further": None, "reason": str(error)}
-    first, further = (_merge(each) for each in zip(*rounds, strict=True))
-    return {"first": first, "further": further, "reason": None}
-
-
-def _merge(rounds: Sequence[dict]) -> dict:
-    """Samples of each figure over the rounds, as median, MAD and samples."""
-    merged = {}
-    for name, value in rounds[0].items():
-        samples = [each[name] for each in rounds]
-        merged[name] = _merge(samples) if isinstance(value, dict) else spread(samples)
-    return merged
-
-
-def _round(device: str) -> tuple[dict, dict]:
-    with _process(device) as first:
-        alone = _measured(first, device)
-        with _process(device) as second:
-            return alone, _measured(second, device)
 
 
 def _process(device: str) -> Child:

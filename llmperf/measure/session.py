@@ -220,7 +220,7 @@ class _Session:
             trace=trace.to_dict(),
             token_digest=trace.digest(),
             metrics=condition.summarize(trace),
-            memory=window.channels,
+            memory=window,
             prediction=prediction.audit(condition, self.predictions[i], trace),
             agreement=asdict(agreement(trace, self.reference(condition))),
             warnings=warnings,

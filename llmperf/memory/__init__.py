@@ -6,7 +6,7 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "channels": "CHANNELS GPU_CHANNELS summary",
-        "sampler": "INTERVAL_S Sampler Window",
+        "sampler": "INTERVAL_S Sampler",
         "measured": "Row ledger",
     },
 )

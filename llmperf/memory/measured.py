@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from llmperf.memory.sampler import Window
 from llmperf.models import cached_tensors
 
 
@@ -26,7 +25,7 @@ class Row:
 
 
 def ledger(
-    module: torch.nn.Module, cache: Any, window: Window, base_bytes: int | None = None
+    module: torch.nn.Module, cache: Any, window: Mapping, base_bytes: int | None = None
 ) -> list[Row]:
     """What a run held. `cache` is a cache of transformers, `window` the closed window around it.
 
@@ -35,9 +34,9 @@ def ledger(
     """
     rows = _tensors(module, cache)
     held = sum(row.bytes for row in rows)
-    if window.channels["allocated"]["status"] == "ok":
-        return rows + _on_a_gpu(window.channels, held)
-    return rows + _on_the_cpu(window.channels, held, base_bytes)
+    if window["allocated"]["status"] == "ok":
+        return rows + _on_a_gpu(window, held)
+    return rows + _on_the_cpu(window, held, base_bytes)
 
 
 def _tensors(module: torch.nn.Module, cache: Any) -> list[Row]:

@@ -8,20 +8,12 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from llmperf.machine.child import Child, ChildDied
 from llmperf.memory.channels import CHANNELS, summary
 
 INTERVAL_S = 0.02
 ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its time
-
-
-@dataclass
-class Window:
-    """Each channel's summary, once the window is closed."""
-
-    channels: dict[str, dict] = field(default_factory=dict)
 
 
 class Sampler:
@@ -59,8 +51,8 @@ class Sampler:
         self._child.end()
 
     @contextlib.contextmanager
-    def window(self, without: Sequence[int] = ()) -> Iterator[Window]:
-        """A `Window` on what happens inside. When sampling fails, its channels say so.
+    def window(self, without: Sequence[int] = ()) -> Iterator[dict[str, dict]]:
+        """What happens inside: each channel's summary, filled on leaving.
 
         `without`: ids of child processes that only wait, and do not count as measured.
         """
@@ -72,7 +64,7 @@ class Sampler:
             torch.cuda.reset_peak_memory_stats(self._device)
         self._windows += 1
         died = self._answer(do="start", without=list(without))[1]
-        window, before = Window(), self._allocator()
+        window, before = {}, self._allocator()
         try:
             yield window
         except BaseException:
@@ -80,7 +72,7 @@ class Sampler:
             raise
         found, died_now = ({}, died) if died else self._answer(do="stop")
         found |= self._peaks(before)
-        window.channels = {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
+        window |= {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
 
     def _allocator(self) -> tuple[int, int]:
         torch = _torch_on_gpu()

@@ -204,11 +204,9 @@ def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
 def _context(s: RunSpec, measured: Mapping | None) -> Line:
     further = s.processes - 1
     if measured and measured.get("first"):
-        ends = [measured[which] for which in ("first", "further")]
+        ends = (measured["first"], measured["further"])
         ends = [e["forward"]["rss"] if s.platform == "cpu" else e["total"] for e in ends]
-        middle = ends[0]["median"] + ends[1]["median"] * further
-        spread = 3 * (ends[0]["mad"] + ends[1]["mad"] * further)
-        low, high = middle - spread, middle + spread
+        low = high = ends[0] + ends[1] * further
     else:
         first, each = OVERHEAD_GIB[s.platform]
         low, high = ((first[i] + each[i] * further) * GIB for i in range(2))

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import CONFIGS, build
 
 from llmperf import memory, predict
-from llmperf.memory import CHANNELS, Window, ledger, summary
+from llmperf.memory import CHANNELS, ledger, summary
 from llmperf.models import shape_of
 
 GIB = 2**30
@@ -24,7 +24,7 @@ def generated(module, prompt=20, new=4, rows=2):
 
 def made_up(**peaks):
     reason = "the driver model does not report memory per process (WDDM, WSL2)"
-    return Window({n: summary(n, [peaks[n]] if n in peaks else [], reason) for n in CHANNELS})
+    return {n: summary(n, [peaks[n]] if n in peaks else [], reason) for n in CHANNELS}
 
 
 CLOSED = made_up(rss=10**9)
@@ -66,7 +66,7 @@ def test_on_the_cpu_the_rows_add_up_to_the_resident_set():
     module, _ = build("llama")
     with memory.Sampler() as sampler, sampler.window() as window:
         cache = generated(module)
-    rss = window.channels["rss"]["max"]
+    rss = window["rss"]["max"]
     for base in (0, 50_000_000):
         rows = ledger(module, cache, window, base)
         assert sum(r.bytes for r in rows if r.level != "of process") == rss

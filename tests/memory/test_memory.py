@@ -46,7 +46,7 @@ def child(source: str) -> subprocess.Popen:
 def test_every_channel_is_there_and_unread_ones_say_why(sampler):
     with sampler.window() as window:
         time.sleep(0.05)
-    found = window.channels
+    found = window
     assert list(found) == list(CHANNELS)
     for name, channel in found.items():
         assert channel["unit"] == CHANNELS[name]
@@ -69,8 +69,8 @@ def test_without_a_gpu_its_channels_name_the_reason(sampler):
     with sampler.window() as window:
         pass
     for name in GPU_CHANNELS:
-        assert window.channels[name]["reason"].startswith("no NVIDIA GPU to ask (")
-    assert "CPU" in window.channels["allocated"]["reason"]
+        assert window[name]["reason"].startswith("no NVIDIA GPU to ask (")
+    assert "CPU" in window["allocated"]["reason"]
 
 
 def test_memory_that_the_parent_takes_shows(sampler):
@@ -78,13 +78,13 @@ def test_memory_that_the_parent_takes_shows(sampler):
         time.sleep(0.1)
         held = b"x" * (200 * MB)
         time.sleep(0.1)
-    rss, uss = (window.channels[name] for name in ("rss", "uss"))
+    rss, uss = (window[name] for name in ("rss", "uss"))
     assert 190 * MB < rss["max"] - rss["first"] < 400 * MB
     assert 190 * MB < uss["last"] - uss["first"] < 400 * MB
     del held
     with sampler.window() as window:
         pass
-    assert window.channels["rss"]["max"] < rss["max"] - 150 * MB, "each window starts anew"
+    assert window["rss"]["max"] < rss["max"] - 150 * MB, "each window starts anew"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps what was freed that long")
@@ -96,7 +96,7 @@ def test_a_window_does_not_show_what_was_freed_before_it(sampler):
     before = psutil.Process().memory_info().rss
     with sampler.window() as window:
         pass
-    assert window.channels["rss"]["max"] < before - 150 * MB
+    assert window["rss"]["max"] < before - 150 * MB
     assert len(last) == 64_000
 
 
@@ -105,19 +105,19 @@ def test_the_children_count_from_when_they_start_and_the_sampler_does_not(sample
         other = child(CHILD)
         assert other.stdout.readline().strip() == "ready"
         time.sleep(0.1)
-    grown = window.channels["rss"]
+    grown = window["rss"]
     assert 150 * MB < grown["last"] - grown["first"] < 250 * MB
     other.communicate()
     with sampler.window() as window:
         pass
-    alone = window.channels["rss"]["last"]
+    alone = window["rss"]["last"]
     assert abs(alone - psutil.Process().memory_info().rss) < 5 * MB, "the sampler is not in it"
 
 
 def test_it_samples_while_the_window_is_open(sampler):
     with sampler.window() as window:
         time.sleep(0.2)
-    assert window.channels["rss"]["n"] >= 4
+    assert window["rss"]["n"] >= 4
 
 
 @pytest.mark.parametrize("open_s", [0, 60], ids=["closed window", "open window"])
@@ -142,12 +142,12 @@ def test_a_sampler_that_dies_costs_its_window_and_is_restarted():
     with Sampler() as sampler:
         with sampler.window() as window:
             psutil.Process(sampler.pid).kill()
-        assert window.channels["rss"]["reason"].startswith("the sampler died: ")
-        assert list(window.channels) == list(CHANNELS)
+        assert window["rss"]["reason"].startswith("the sampler died: ")
+        assert list(window) == list(CHANNELS)
         first = sampler.pid
         with sampler.window() as window:
             pass
-        assert window.channels["rss"]["status"] == "ok" and sampler.pid != first
+        assert window["rss"]["status"] == "ok" and sampler.pid != first
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
@@ -160,7 +160,7 @@ def test_leaving_a_window_never_replaces_an_exception(kind):
                 raise kind
         with sampler.window() as window:  # the samples of the window before are not taken for its
             held = b"x" * (100 * MB)
-        rss = window.channels["rss"]
+        rss = window["rss"]
         assert rss["last"] - rss["first"] > 90 * MB
         del held
 
