@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from llmperf.machine.probes import PROBES, ask, cpu_others_percent
+from llmperf.machine.probes import PROBES, ask
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0
@@ -126,4 +126,4 @@ def busy() -> str | None:
     gpus, _ = ask(PROBES["gpus"])
     me = psutil.Process()
     our_pids = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    return busy_warning(ask(cpu_others_percent)[0], gpus or [], our_pids)
+    return busy_warning(ask(PROBES["cpu_others_percent"])[0], gpus or [], our_pids)

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +24,8 @@ PACKAGES = (
     "nvidia-ml-py", "torchao", "bitsandbytes", "gptqmodel", "llama-cpp-python",
 )  # fmt: skip
 WINDOWS_TOOLS = Path("/mnt/c/Windows/System32")  # where WSL2 reaches the programs of its host
-CPUS = Path("/sys/devices/system/cpu")
 TOOL_S = 5.0
+BUSY_WINDOW_S = 0.3
 
 
 def ask(probe: Callable[[], object]) -> tuple[object, str | None]:
@@ -130,7 +129,7 @@ def _cores_quota() -> float:
 def _power_plan() -> str:
     """Linux: frequency governors. Windows and WSL2: the power plan, as Windows calls it."""
     if _os() == "Linux":
-        files = CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")
+        files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
         plans = sorted({file.read_text().strip() for file in files})
         return _known(", ".join(plans), "no frequency governor, as is usual in a virtual machine")
     found = re.search(r"\((.+)\)", run_tool("powercfg.exe", "/getactivescheme"))
@@ -167,28 +166,6 @@ def _packages() -> dict[str, str | None]:
     return found
 
 
-def _our_cpu_s() -> float:
-    me = psutil.Process()
-    total = 0.0
-    for process in (me, *me.children(recursive=True)):
-        try:
-            total += sum(process.cpu_times()[:2])
-        except psutil.Error:
-            continue
-    return total
-
-
-def cpu_others_percent(window_s: float = 0.3) -> float:
-    """Share of all cores (0 to 100) that other processes and virtual machines used."""
-    before, ours, start = psutil.cpu_times(), _our_cpu_s(), time.perf_counter()
-    time.sleep(window_s)
-    after, ours_after = psutil.cpu_times(), _our_cpu_s()
-    idle = sum(getattr(after, k, 0) - getattr(before, k, 0) for k in ("idle", "iowait"))
-    capacity = (time.perf_counter() - start) * psutil.cpu_count()
-    used = capacity - idle - (ours_after - ours)
-    return round(min(max(100 * used / capacity, 0.0), 100.0), 1)
-
-
 PROBES = {
     "os": _os,
     "os_version": _os_version,
@@ -201,7 +178,7 @@ PROBES = {
     "ram_available_bytes": lambda: psutil.virtual_memory().available,
     "power_plan": _power_plan,
     "on_battery": _on_battery,
-    "cpu_others_percent": cpu_others_percent,
+    "cpu_others_percent": lambda: psutil.cpu_percent(BUSY_WINDOW_S),  # we only wait meanwhile
     "gpus": gpu.cards,
     "hags": _hags,
     "mps_daemon": _mps,

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llmperf.machine.private_memory import allocate_like
-from llmperf.machine.probes import CPUS, PROBES
+from llmperf.machine.probes import PROBES
 from llmperf.machine.units import DTYPES, spread
 
 TINY_OPS = 10_000  # enough that a queue of about a thousand launches is long full
 LONG_RUN_S = 0.06  # a product that takes this long is as efficient as it gets
-PAST_CACHES = 8  # a buffer of so many times the last-level cache is read from memory
-UNKNOWN_CACHE = 64 << 20
 
 
 def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.5) -> list[float]:
@@ -37,23 +35,11 @@ def waiter(device: str) -> Callable[[], None]:
     return lambda: None
 
 
-def last_level_cache_bytes() -> int:
-    """All last-level caches together, as Linux shows them."""
-    caches: dict[int, dict[str, int]] = {}
-    for size in CPUS.glob("cpu[0-9]*/cache/index*/size"):
-        level = int((size.parent / "level").read_text())
-        cores = (size.parent / "shared_cpu_list").read_text()
-        caches.setdefault(level, {})[cores] = int(size.read_text().strip().removesuffix("K")) << 10
-    return sum(caches[max(caches)].values()) if caches else UNKNOWN_CACHE
-
-
 def past_caches_bytes(device: str) -> int:
     """Bytes that no cache holds, but no more than a share of what is free."""
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return min(1 << 30, free // 4)
-    free = PROBES["ram_available_bytes"]()
-    return min(max(256 << 20, PAST_CACHES * last_level_cache_bytes()), free // 8)
+    cuda = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if cuda else PROBES["ram_available_bytes"]()
+    return min(1 << 30, free // 8)
 
 
 def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:

@@ -21,7 +21,7 @@ from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, from_json, to_json
 
-SCHEMA = 4  # of the kept shapes
+SCHEMA = 5  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 MOST_LAYERS, LARGEST = 10_000, 100_000_000  # of a count: whose key has the word layer, of any
@@ -72,12 +72,10 @@ def from_hub(hub_id: str, files: list[str], complete: Callable[[Path], object]) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    for here in (True, False):
-        with suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
-            if here or hub_answers():
-                folder = snapshot_download(hub_id, allow_patterns=files, local_files_only=here)
-                if complete(Path(folder)):
-                    return Path(folder)
+    with suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+        offline = not hub_answers()
+        folder = snapshot_download(hub_id, allow_patterns=files, local_files_only=offline)
+        return Path(folder) if complete(Path(folder)) else None
     return None
 
 

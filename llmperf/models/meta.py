@@ -54,17 +54,13 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
     head = 2 * output.weight.numel()
     token, pair, past = _split(flops, any(c.row_elements + c.row_bytes for c in cache))
     experts, per_token = _experts(tensors, token - head)
-    heads = getattr(text, "num_attention_heads", None)
-    heads = heads if isinstance(heads, int) else kv_heads
     positions = (getattr(text, key, None) for key in POSITIONS)
     return ModelShape(
         name=name,
-        family=config.model_type,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
-        heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim or text.hidden_size // max(1, heads),
+        head_dim=head_dim,
         vocab=text.vocab_size,
         max_positions=next((n for n in positions if isinstance(n, int)), 1 << 20),
         tied_embeddings=output.weight is module.get_input_embeddings().weight,

@@ -16,11 +16,8 @@ FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, t
 
 def loading_config(word: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What `from_pretrained` takes to quantise layer by layer while it loads (bitsandbytes)."""
-    if word == "bnb-8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+    bits = {"load_in_8bit": True} if word == "bnb-8" else {"load_in_4bit": True}
+    return BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def quantize(module, word: str, device: str = "cpu"):

@@ -57,10 +57,8 @@ class ModelShape:
     """
 
     name: str
-    family: str
     hidden: int
     layers: int
-    heads: int
     kv_heads: int
     head_dim: int
     vocab: int

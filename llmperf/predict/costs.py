@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from llmperf.decoding.requests import WINDOW
 from llmperf.models import ModelShape
-from llmperf.predict.sizes import dtype_bytes, kv_bytes, token_bytes, weights_read
+from llmperf.predict.sizes import kv_bytes, token_bytes, weights_read
 from llmperf.predict.spec import RunSpec
 
 
@@ -62,20 +62,10 @@ def step(spec: RunSpec, context: int) -> Cost:
 
 def run(spec: RunSpec) -> Cost:
     """The whole generation of one batch: the prompt, then token by token."""
-    past, steps = spec.prompt_tokens, spec.new_tokens - 1
+    start, new = spec.prompt_tokens, spec.new_tokens
     if spec.loop == "recompute":
-        lengths = Counter(min(WINDOW - 1, past - 1 + n) for n in range(spec.new_tokens))
-        return sum((step(spec, n) * times for n, times in lengths.items()), Cost(0, 0, 0))
-    # Their sum without a loop over the steps.
-    shape, rows, item = spec.shape, spec.rows, dtype_bytes(spec.dtype)
-    moved = steps * weights_read(shape, spec.dtype, spec.quantization, rows)
-    for c, layers in Counter(shape.cache).items():
-        entries = _pairs(steps, past - 1, c.window) + steps  # read, and the new one written
-        moved += layers * rows * entries * (c.token_elements * item + c.token_bytes)
-        moved += layers * steps * (rows * (c.row_elements * item + c.row_bytes) + c.fixed_bytes)
-    row = steps * (shape.token_flops + _head_flops(shape)) + attention_flops(shape, steps, past)
-    cached = steps * past + steps * (steps - 1) // 2
-    return forward(spec, past) + Cost(moved, rows * (row + cached * shape.past_flops), steps)
+        return sum((step(spec, n) for n in range(start - 1, start + new - 1)), Cost(0, 0, 0))
+    return sum((step(spec, n) for n in range(start, start + new - 1)), forward(spec, start))
 
 
 def matmul_shapes(shape: ModelShape) -> Counter:

@@ -172,28 +172,30 @@ def at_rest(
     *,
     handles: int = 1,
     masks: bool = False,
-    workspace: int = CUBLAS_WORKSPACE,
 ) -> Placed:
     """What the allocator holds between two generations: weights, buffers and workspaces, placed."""
     found = [size for _, size in sizes.tensors(shape, dtype, quantization)]
     found += sizes.buffers(shape, dtype, masks)
-    return place(found + [workspace] * handles)
+    return place(found + [CUBLAS_WORKSPACE] * handles)
 
 
 def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
     """cuBLAS workspaces (one for each thread's handle), what rounding adds, and slack: ends of
     segments, and holes that a growing cache leaves, no larger than itself."""
     handles = 1 + s.threads  # the main thread's too
-    workspace = CUBLAS_WORKSPACE_HOPPER if s.hopper else CUBLAS_WORKSPACE
-    how = {"handles": handles, "masks": s.masks, "workspace": workspace}
-    placed = at_rest(s.shape, s.dtype, s.quantization, **how)
+    placed = at_rest(s.shape, s.dtype, s.quantization, handles=handles, masks=s.masks)
     spare = (placed.reserved - placed.allocated) * s.processes
     # What moves can lie in the spare ends of segments; every concurrent batch opens new ones.
     least = max(0, spare - sum(line.low for line in moving))
     opened = (LARGE_SEGMENT + ROUND_LARGE) * 2 * s.concurrent * s.processes
     rounding = (placed.allocated - placed.requested) * s.processes
     return [
-        _exact("workspaces", "allocated", workspace * handles * s.processes),
+        Line(
+            "workspaces",
+            "allocated",
+            CUBLAS_WORKSPACE * handles * s.processes,
+            CUBLAS_WORKSPACE_HOPPER * handles * s.processes,
+        ),
         _exact("rounding", "allocated", rounding),
         Line(
             "allocator slack", "reserved", least, spare + sum(line.high for line in moving) + opened

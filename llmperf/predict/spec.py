@@ -14,8 +14,8 @@ class RunSpec:
     """A run as numbers: the model, how it is held, and what goes through it.
 
     `rows` share a step, padded to `prompt_tokens`. `processes` each hold their own model; `threads`
-    are the worker threads of a process (0: only the main thread). `hopper`: compute capability 9 or
-    later, `masks`: see `sizes.buffers`. Raises ValueError for words and sizes that cannot be.
+    are the worker threads of a process (0: only the main thread). `masks`: see
+    `sizes.buffers`. Raises ValueError for words and sizes that cannot be.
     """
 
     shape: ModelShape
@@ -28,7 +28,6 @@ class RunSpec:
     processes: int = 1
     threads: int = 0
     platform: str = "linux"
-    hopper: bool = False
     masks: bool = False
 
     def __post_init__(self):

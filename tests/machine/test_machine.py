@@ -258,18 +258,6 @@ def test_busy_warning():
     assert "28 % busy" in machine.busy_warning(None, [shared], set())
 
 
-def test_cpu_others_does_not_count_ourselves(monkeypatch):
-    """Of two cores over one second, one was idle and we used half of the other."""
-    ticks = iter([SimpleNamespace(idle=100.0), SimpleNamespace(idle=101.0)])
-    own, clock = iter([3.0, 3.5]), iter([10.0, 11.0])
-    monkeypatch.setattr(probes.psutil, "cpu_times", lambda: next(ticks))
-    monkeypatch.setattr(probes.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(probes, "_our_cpu_s", lambda: next(own))
-    monkeypatch.setattr(probes.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(probes.time, "sleep", lambda s: None)
-    assert probes.cpu_others_percent() == 25.0
-
-
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
     assert machine.cache_dir() == tmp_path

@@ -137,7 +137,7 @@ def test_a_checkpoints_own_quantization_is_left_to_the_loader(tiny_folder, tmp_p
         asked.update(how)
         raise OSError("seen enough")
 
-    monkeypatch.setattr(loading, "check", lambda *_: None)
+    monkeypatch.setattr(loading.words, "check", lambda *_: None)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match="awq cannot be loaded: seen enough"):
         models.load(str(folder), device="cpu", weights="trained")

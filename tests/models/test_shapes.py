@@ -50,7 +50,7 @@ def test_a_preset_is_added_as_one_file(tmp_path, monkeypatch):
 def test_a_preset_answers_to_its_name_and_its_hub_id():
     by_id = models.shape_of("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert models.shape_of("smollm2-135m").tensors == by_id.tensors
-    assert models.shape_of("GPT2").family == "gpt2"
+    assert models.shape_of("GPT2").parameters() == PUBLISHED["gpt2"]
     assert models.shape_of("yi-34b-chat-4bits").quantization == "awq-4-g128"
 
 
@@ -59,8 +59,8 @@ def test_a_folder_does_not_shadow_a_preset(tmp_path, monkeypatch):
     config = {"model_type": "llama", **SMALL}
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert models.shape_of("gpt2").family == "gpt2"
-    assert models.shape_of("./gpt2").family == "llama"
+    assert models.shape_of("gpt2").vocab == 50257
+    assert models.shape_of("./gpt2").vocab == SMALL["vocab_size"]
 
 
 def test_windows_are_those_of_the_family():

@@ -160,7 +160,7 @@ def test_what_grows_with_what():
     assert line("kv cache", loop="recompute").low == 0
     assert line("kv cache", loop="compiled", prompt_tokens=30, new_tokens=11).low > one.low
     assert line("workspaces").low == 8_519_680
-    assert line("workspaces", hopper=True).low == 32 * MIB
+    assert line("workspaces").high == 32 * MIB
     assert line("workspaces", threads=10).low == 11 * 8_519_680
     assert line("workspaces", processes=3).low == 3 * 8_519_680
     positions = line("logits", loop="recompute", prompt_tokens=50, new_tokens=40)

@@ -70,7 +70,7 @@ def test_an_unknown_model_names_the_presets(form):
 
 def test_one_look_answers_the_question_of_yi_34b():
     found = widgets.answer(Question())
-    assert list(found.books) == ["as asked", "batch 3", "1,904 tokens"]
+    assert list(found.books) == ["as asked", "batch 3", "1,898 tokens"]
     size = 24 * predict.GIB
     assert found.books["as asked"].low < size < found.books["as asked"].high
     assert all(b.high <= size for label, b in found.books.items() if label != "as asked")
