@@ -127,7 +127,7 @@ def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
         shape, first["dtype"], first.get("quantization"), platform=platform,
         **{k: int(n) for k, n in lengths.items()},
     )  # fmt: skip
-    largest = predict.largest_batch(spec, budget, idle_bytes=0)
+    largest = predict.largest(spec, "rows", budget, idle_bytes=0)
     verdict = HOLDS if 0.9 * ran <= largest.at_best and largest.surely <= 1.1 * beyond else FAILS
     text = (
         f"batch {ran} ran and {beyond} did not; predicted {largest.surely} surely,"

@@ -254,7 +254,7 @@ def predicted(model: str, card: str, dtype: str = "fp16", **lengths) -> pd.DataF
     known, quantization = predict.card(card), "awq" if "4bits" in model else None
     spec = predict.RunSpec(models.shape_of(model), dtype, quantization, **lengths)
     run = {k: getattr(spec, k) for k in ("dtype", "quantization", "prompt_tokens", "new_tokens")}
-    fits = predict.largest_batch(spec, int(known.memory_gib * GIB))
+    fits = predict.largest(spec, "rows", int(known.memory_gib * GIB))
     if not fits.at_best:
         raise ValueError(f"{model} in {dtype} does not fit {known.name}: choose a larger card")
     found = []

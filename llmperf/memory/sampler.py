@@ -13,6 +13,7 @@ from llmperf.machine.child import Child, ChildDied
 from llmperf.memory.channels import CHANNELS, summary
 
 INTERVAL_S = 0.02
+STATS, NO_ALLOCATOR = ("current", "peak", "current"), "torch has no caching allocator on the CPU"
 ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its time
 
 
@@ -71,23 +72,16 @@ class Sampler:
             self._child.send(do="stop", window=self._windows)  # nobody waits for the samples
             raise
         found, died_now = ({}, died) if died else self._answer(do="stop")
-        found |= self._peaks(before)
+        after = self._allocator()
+        for name in ("allocated", "reserved"):  # before, torch's exact peak, now
+            key = f"{name}_bytes.all."
+            values = [x.get(key + k, 0) for x, k in zip((before, after, after), STATS, strict=True)]
+            found[name] = summary(name, values if after else (), NO_ALLOCATOR)
         window |= {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
 
-    def _allocator(self) -> tuple[int, int]:
+    def _allocator(self) -> dict:
         torch = _torch_on_gpu()
-        read = (torch.cuda.memory_allocated, torch.cuda.memory_reserved) if torch else ()
-        return tuple(f(self._device) for f in read) or (0, 0)
-
-    def _peaks(self, before: tuple[int, int]) -> dict[str, dict]:
-        """What torch's allocator held before, its exact peak, and what it holds now."""
-        names, torch = ("allocated", "reserved"), _torch_on_gpu()
-        if not torch:
-            why = "torch has no caching allocator on the CPU"
-            return {name: summary(name, (), why) for name in names}
-        peaks = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
-        seen = zip(before, (f(self._device) for f in peaks), self._allocator(), strict=True)
-        return {name: summary(name, values) for name, values in zip(names, seen, strict=True)}
+        return torch.cuda.memory_stats(self._device) if torch else {}
 
     def _answer(self, **message) -> tuple[dict, str | None]:
         """The answer for this window, or why the sampling process gave none."""

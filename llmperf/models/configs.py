@@ -72,10 +72,12 @@ def from_hub(hub_id: str, files: list[str], complete: Callable[[Path], object]) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    with suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
-        offline = not hub_answers()
-        folder = snapshot_download(hub_id, allow_patterns=files, local_files_only=offline)
-        return Path(folder) if complete(Path(folder)) else None
+    for here in (True, False):
+        with suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+            if here or hub_answers():
+                folder = snapshot_download(hub_id, allow_patterns=files, local_files_only=here)
+                if complete(Path(folder)):
+                    return Path(folder)
     return None
 
 

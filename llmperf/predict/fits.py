@@ -1,6 +1,6 @@
 """What fits a card: refused beforehand, with the arithmetic, and the largest that does fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmperf.machine import GIB
@@ -12,6 +12,7 @@ from llmperf.predict.spec import RunSpec
 MARGIN = 0.05  # of the card, where it must never run full
 LEAST_MARGIN_GIB = 0.5
 KNEE_DROP = 0.25  # of the best throughput
+CEILINGS = {"rows": 65536, "processes": 256}
 
 
 @dataclass(frozen=True)
@@ -57,38 +58,23 @@ def judge(ledger: Ledger, budget_bytes: int) -> Fit:
     return Fit(verdict, f"{need}: {verdict} in {budget_bytes / GIB:.2f} GiB")
 
 
-def _largest(
-    spec_of: Callable[[int], RunSpec], budget_bytes: int, ceiling: int, **known
-) -> Largest:
-    """The largest n up to `ceiling` whose ledger fits. `known`: further arguments of `memory`."""
+def largest(spec: RunSpec, name: str, budget_bytes: int, **known) -> Largest:
+    """The largest `rows`, `processes` or `prompt_tokens` whose ledger fits.
+
+    Tokens end at the model's positions. `known`: further arguments of `memory`.
+    """
+    ceiling = CEILINGS.get(name) or max(1, spec.shape.max_positions - spec.new_tokens)
 
     def most(bound: str) -> int:
         low, high = 0, ceiling + 1  # low fits (nothing always does), high does not
         while high - low > 1:
             middle = (low + high) // 2
-            fits = getattr(memory(spec_of(middle), **known), bound) <= budget_bytes
+            book = memory(replace(spec, **{name: middle}), **known)
+            fits = getattr(book, bound) <= budget_bytes
             low, high = (middle, high) if fits else (low, middle)
         return low
 
     return Largest(most("high"), most("low"))
-
-
-def largest_batch(spec: RunSpec, budget_bytes: int, **known) -> Largest:
-    """Rows that fit."""
-    return _largest(lambda n: replace(spec, rows=n), budget_bytes, 65536, **known)
-
-
-def longest_context(spec: RunSpec, budget_bytes: int, **known) -> Largest:
-    """Tokens of prompt and answer that fit, up to the model's positions; new tokens as given."""
-    new = spec.new_tokens
-    ceiling = max(1, spec.shape.max_positions - new)
-    found = _largest(lambda n: replace(spec, prompt_tokens=n), budget_bytes, ceiling, **known)
-    return Largest(*(n and n + new for n in (found.surely, found.at_best)))
-
-
-def most_processes(spec: RunSpec, budget_bytes: int, **known) -> Largest:
-    """Processes that fit, each with its own model and context."""
-    return _largest(lambda n: replace(spec, processes=n), budget_bytes, 256, **known)
 
 
 def advise(spec: RunSpec, card: Card) -> list[str]:
@@ -98,13 +84,13 @@ def advise(spec: RunSpec, card: Card) -> list[str]:
     said = [f"{spec.shape.name} on {card.name}: {fit.sentence}."]
     if fit.verdict == "fits":
         return said
-    rows, tokens = largest_batch(spec, size), longest_context(spec, size)
+    rows, prompt = largest(spec, "rows", size), largest(spec, "prompt_tokens", size)
     if rows.at_best:
         said.append(f"Batch {rows.surely} surely fits, batch {rows.at_best} at best.")
-    if tokens.at_best:
+    if prompt.at_best:
         said.append(
-            f"At batch {spec.rows} a context of {tokens.surely} tokens surely fits, "
-            f"{tokens.at_best} at best."
+            f"At batch {spec.rows} a prompt of {prompt.surely} tokens surely fits, "
+            f"{prompt.at_best} at best, with {spec.new_tokens} to generate."
         )
     if spec.quantization is None and spec.shape.quantization is None:
         for word in ("bnb-8", "awq"):

@@ -81,12 +81,9 @@ def answer(question: Question) -> Answer:
 
 def _smaller(q: Question, run: predict.RunSpec, size: int) -> dict[str, predict.Ledger]:
     """What surely fits when one thing is made smaller."""
-    found = {
-        "batch": predict.largest_batch(run, size).surely,
-        "context": predict.longest_context(run, size).surely,
-    }
-    if q.processes > 1:
-        found["processes"] = predict.most_processes(run, size).surely
+    counts = {"batch": "rows", "context": "prompt_tokens", "processes": "processes"}
+    found = {k: predict.largest(run, count, size).surely for k, count in counts.items()}
+    found["context"] += run.new_tokens * (found["context"] > 0)
     unit = {"batch": "batch {:,}", "context": "{:,} tokens", "processes": "{:,} process(es)"}
     fits = {name: n for name, n in found.items() if 0 < n < getattr(q, name)}
     runs = {name: _run_with(q, run, name, n) for name, n in fits.items()}

@@ -256,19 +256,16 @@ def test_the_largest_fits_and_one_more_does_not():
     size = 24 * GIB
     short = replace(RUN, prompt_tokens=512)
     many = replace(short, shape=GPT2)
-    for solve, key, spec in (
-        (predict.largest_batch, "rows", short),
-        (predict.most_processes, "processes", many),
-    ):
-        found = solve(spec, size)
+    for key, spec in (("rows", short), ("processes", many)):
+        found = predict.largest(spec, key, size)
         assert 0 < found.surely < found.at_best
         for n, bound in ((found.surely, "high"), (found.at_best, "low")):
             assert getattr(predict.memory(replace(spec, **{key: n})), bound) <= size
             assert getattr(predict.memory(replace(spec, **{key: n + 1})), bound) > size
-    context = predict.longest_context(RUN, size)
-    assert 0 < context.surely < context.at_best <= YI_34B.max_positions
+    prompt = predict.largest(RUN, "prompt_tokens", size)
+    assert 0 < prompt.surely < prompt.at_best < YI_34B.max_positions
     whole = replace(RUN, shape=shape_of("yi-34b-chat"))
-    assert predict.largest_batch(whole, size).at_best == 0
+    assert predict.largest(whole, "rows", size).at_best == 0
 
 
 def test_judged_beforehand_with_the_arithmetic():
