@@ -46,18 +46,17 @@ def _key(device: str) -> dict:
     return key
 
 
-def cached(device: str = "cpu", refresh: bool = False) -> dict:
+def cached(device: str = "cpu") -> dict:
     """`measure(device)`, kept in the user's cache for this machine, driver and torch version.
 
     What was measured on a busy machine is measured again when it is idle.
     """
     digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
     file = description.cache_dir() / "ceilings" / f"{device.replace(':', '-')}-{digest}.json"
-    if not refresh:
-        with contextlib.suppress(OSError, ValueError):
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if not kept["warning"] or description.busy():
-                return kept
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if not kept["warning"] or description.busy():
+            return kept
     result = measure(device)
     with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
         description.save_whole(file, json.dumps(result))

@@ -55,6 +55,8 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONPATH": path},
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             process_group=0,  # a terminal's Ctrl-C is for the parent alone
@@ -130,14 +132,13 @@ class Child:
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # it has died; the reading thread says so
             while (message := self._outbox.get()) is not None:
-                self.process.stdin.write(_line(message))
-                self.process.stdin.flush()
+                print(json.dumps(message), file=self.process.stdin, flush=True)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
     def _read_errors(self) -> None:
         for line in self.process.stderr:
-            self._words.append(line.decode(errors="replace").rstrip())
+            self._words.append(line.rstrip())
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -151,7 +152,7 @@ class Parent:
 
     def __init__(self):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
-        self._out = os.fdopen(os.dup(1), "wb")
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         sys.stdout = sys.stderr
         self._lock = threading.Lock()
@@ -160,8 +161,7 @@ class Parent:
         """Send a message, from any thread. Ends this process when the parent is gone."""
         try:
             with self._lock:
-                self._out.write(_line(message))
-                self._out.flush()
+                print(json.dumps(message), file=self._out, flush=True)
         except OSError:
             os._exit(0)
 
@@ -185,7 +185,3 @@ class Parent:
                 os._exit(0)  # in the middle of its work too
 
         threading.Thread(target=read, daemon=True).start()
-
-
-def _line(message: dict) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"

@@ -81,10 +81,10 @@ def memory(
     cached = 0 if s.loop == "recompute" else kv_bytes(s.shape, s.rows, s.length, s.dtype)
     cached *= s.concurrent * s.processes
     kept = [
-        _exact("weights", "allocated", weights),
-        _exact("buffers", "allocated", buffers),
+        Line("weights", "allocated", weights, weights),
+        Line("buffers", "allocated", buffers, buffers),
     ]
-    moving = [_exact("kv cache", "allocated", cached), *_peak(s)]
+    moving = [Line("kv cache", "allocated", cached, cached), *_peak(s)]
     if s.platform == "cpu":  # the C library keeps freed memory, at most once the cache
         allocator = [Line("allocator slack", "reserved", 0, cached)]
     else:
@@ -94,11 +94,7 @@ def memory(
         low = high = idle_bytes
     idle = Line("idle use", "device", low, high)
     lines = (*kept, *moving, *allocator, _context(s, overhead), idle)
-    return Ledger(lines, _warnings(s, idle_bytes))
-
-
-def _exact(name: str, level: str, size: int) -> Line:
-    return Line(name, level, int(size), int(size))
+    return Ledger(lines, _warnings(s))
 
 
 def _peak(s: RunSpec) -> list[Line]:
@@ -189,17 +185,12 @@ def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
     least = max(0, spare - sum(line.low for line in moving))
     opened = (LARGE_SEGMENT + ROUND_LARGE) * 2 * s.concurrent * s.processes
     rounding = (placed.allocated - placed.requested) * s.processes
+    most = spare + sum(line.high for line in moving) + opened
+    each = handles * s.processes
     return [
-        Line(
-            "workspaces",
-            "allocated",
-            CUBLAS_WORKSPACE * handles * s.processes,
-            CUBLAS_WORKSPACE_HOPPER * handles * s.processes,
-        ),
-        _exact("rounding", "allocated", rounding),
-        Line(
-            "allocator slack", "reserved", least, spare + sum(line.high for line in moving) + opened
-        ),
+        Line("workspaces", "allocated", each * CUBLAS_WORKSPACE, each * CUBLAS_WORKSPACE_HOPPER),
+        Line("rounding", "allocated", rounding, rounding),
+        Line("allocator slack", "reserved", least, most),
     ]
 
 
@@ -215,14 +206,11 @@ def _context(s: RunSpec, measured: Mapping | None) -> Line:
     return Line("context and libraries", "process", int(low), int(high))
 
 
-def _warnings(s: RunSpec, idle_bytes: int | None) -> tuple[str, ...]:
-    found = []
+def _warnings(s: RunSpec) -> tuple[str, ...]:
     read = s.seen + 1 if s.loop == "recompute" else s.prompt_tokens + s.new_tokens
-    if read > s.shape.max_positions:
-        found.append(
-            f"{s.prompt_tokens} + {s.new_tokens} tokens are beyond the {s.shape.max_positions}"
-            f" positions of {s.shape.name}: the memory is right, the text would not be"
-        )
-    if s.platform in ("windows", "wsl2") and idle_bytes is None:
-        found.append("other programs share this card: shared nodes held 2.5 and 3.3 GiB at rest")
-    return tuple(found)
+    if read <= s.shape.max_positions:
+        return ()
+    return (
+        f"{s.prompt_tokens} + {s.new_tokens} tokens are beyond the {s.shape.max_positions}"
+        f" positions of {s.shape.name}: the memory is right, the text would not be",
+    )

@@ -70,7 +70,6 @@ def test_on_the_cpu_the_rows_add_up_to_the_resident_set():
     for base in (0, 50_000_000):
         rows = ledger(module, cache, window, base)
         assert sum(r.bytes for r in rows if r.level != "of process") == rss
-        assert all(r.explanation for r in rows)
         shared = rows[-1]
         assert shared.name == "of it shared" and 0 <= shared.bytes < rss
     assert sizes(rows)["context and libraries"] == 50_000_000
@@ -89,5 +88,5 @@ def test_on_a_gpu_each_level_is_a_row_beyond_the_one_inside():
     del peaks["process_vram"]
     rows = ledger(module, None, made_up(**peaks))
     hidden = next(r for r in rows if r.name == "context and libraries")
-    assert hidden.bytes is None and "WDDM" in hidden.explanation
+    assert hidden.bytes is None and "WDDM" in hidden.reason
     assert sizes(rows)["idle use"] == 1100, "what cannot be told apart stays in the sum"

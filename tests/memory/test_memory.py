@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from llmperf.memory import CHANNELS, GPU_CHANNELS, Sampler, summary
+from llmperf.memory import sampler as sampler_file
 from llmperf.memory.probe import Probe
 
 MB = 10**6
@@ -240,6 +241,21 @@ def test_memory_of_a_process_that_is_not_listed_is_unavailable_and_never_zero(
         assert value is None and says in probe.reasons["process_vram"]
     else:
         assert value == 7
+
+
+def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampler, monkeypatch):
+    names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
+    names += ("reserved_bytes.all.current", "reserved_bytes.all.peak")
+    stats = iter([(1, 9, 2, 20), (5, 8, 6, 30)])
+    cuda = SimpleNamespace(
+        reset_peak_memory_stats=lambda device: None,
+        memory_stats=lambda device: dict(zip(names, next(stats), strict=True)),
+    )
+    monkeypatch.setattr(sampler_file, "_torch_on_gpu", lambda: SimpleNamespace(cuda=cuda))
+    with sampler.window() as window:
+        pass
+    seen = {n: [window[n][k] for k in ("first", "max", "last")] for n in ("allocated", "reserved")}
+    assert seen == {"allocated": [1, 8, 5], "reserved": [2, 30, 6]}
 
 
 @pytest.mark.parametrize("interval_s", [0, -1.0, math.nan, math.inf])
