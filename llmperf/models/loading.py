@@ -21,7 +21,6 @@ from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.models import configs, embedded, quantize
 from llmperf.models import quantization as words
 from llmperf.models.embedded import ModelUnavailable
-from llmperf.models.meta import stays_fp32
 from llmperf.models.quantization import BNB, CHECKPOINT, OURS, QUANTIZATIONS
 from llmperf.models.shape import ModelShape
 
@@ -190,11 +189,8 @@ def _weights_complete(folder: Path) -> bool:
 
 
 def _trained(folder: str, spec: LoadSpec):
-    plain, dtype = (
-        configs.config_of(Path(folder) / "config.json"),
-        getattr(torch, DTYPES[spec.dtype]),
-    )
-    declared = configs.declared_word(plain)
+    plain = configs.config_of(Path(folder) / "config.json")
+    declared, dtype = configs.declared_word(plain), getattr(torch, DTYPES[spec.dtype])
     word = words.word_of_checkpoint(spec.quantization, declared)
     ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
     if declared is None and word in BNB:
@@ -235,20 +231,12 @@ def _random(spec: LoadSpec, seed: int):
     """True shapes, seeded weights; of a quantised checkpoint in 4 bit as well."""
     plain, word = dict(configs.config_of(spec.name)), spec.quantization
     declared = plain.pop("quantization_config", None)
-    config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
     configs.shape_of(spec.name)  # raises for what is no decoder
     if word in CHECKPOINT:
         raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
-    word = word or (declared and "bnb-4")
-    if word not in (None, "none"):
-        return quantize.random_module(config, word, dtype, spec.device, seed), word
-    torch.manual_seed(seed)
-    with torch.device(spec.device):  # a folder's configuration may name another dtype
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for tensor_name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if stays_fp32(module, tensor_name):  # as `from_pretrained` does
-            tensor.data = tensor.data.float()
-    return module, None
+    word = None if word == "none" else word or (declared and "bnb-4")
+    config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
+    return quantize.random_module(config, word, dtype, spec.device, seed), word
 
 
 def byte_tokenizer():

@@ -9,6 +9,7 @@ from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from llmperf.models.meta import stays_fp32
 from llmperf.models.quantization import BNB, GROUP
 
 FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, torch's int8 is slow
@@ -27,7 +28,7 @@ def quantize(module, word: str, device: str = "cpu"):
     return module.to(device)
 
 
-def random_module(config, word: str, dtype, device: str, seed: int):
+def random_module(config, word: str | None, dtype, device: str, seed: int):
     """A seeded random model of these shapes that never stands unquantised in memory.
 
     Each layer gets its weights and is quantised before the next one gets any.
@@ -38,9 +39,12 @@ def random_module(config, word: str, dtype, device: str, seed: int):
     linears = dict(_linears(module))
     for name, child in list(module.named_modules()):
         _fill(module, child, device)
-        if name in linears:
+        if word and name in linears:
             module.set_submodule(name, _quantized(child, word))
     module.tie_weights()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if stays_fp32(module, name):  # as `from_pretrained` does
+            tensor.data = tensor.data.float()
     return module
 
 

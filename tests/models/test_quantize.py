@@ -4,7 +4,14 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from llmperf import models, predict
@@ -94,9 +101,11 @@ def test_random_weights_are_quantised_before_the_next_layer_is_made(folder, word
     assert torch.equal(*(logits(m, torch.tensor([[65, 66, 67]])) for m in (made, same)))
 
 
-def test_random_buffers_are_those_of_an_ordinary_model(folder):
-    made = models.load(str(folder), "bf16", "cpu", "random", "int8").module
-    plain = models.load(str(folder), "bf16", "cpu", "random").module
+@pytest.mark.parametrize("word", ["none", "int8"])
+def test_random_buffers_are_those_of_an_ordinary_model(folder, word):
+    made = models.load(str(folder), "bf16", "cpu", "random", word).module
+    config = AutoConfig.from_pretrained(folder)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     theirs = dict(plain.named_buffers())
     for name, buffer in made.named_buffers():
         assert torch.equal(buffer, theirs[name]), name
