@@ -25,7 +25,7 @@ FIELDS = ("what", "count", "date", "machine", "outcome")
 def main() -> int:
     asked = {name: float(n) for name, n in (a.split("=") for a in sys.argv[1:])} or FULL
     path, failed = REFERENCE / "reliability.csv", False
-    where = machine.slug()
+    where = machine.slug(machine.describe())
     for name, number in asked.items():
         count = number if name == "long_run" else int(number)
         with tempfile.TemporaryDirectory() as folder:
