@@ -15,12 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from llmperf import ROOT
 
-ERROR_LINES = 20  # of standard error that are kept
 EXIT_S = 5.0  # a child that was told to end may take so long
 SLICE_S = 0.2  # Windows cannot interrupt a wait without a limit, so waiting is done in slices
 
@@ -47,7 +45,7 @@ class Child:
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
         self._take = on_message or self._inbox.put
-        self._words: deque[str] = deque(maxlen=ERROR_LINES)
+        self._last_words = "none"
         self._because = ""
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
@@ -125,9 +123,8 @@ class Child:
         self.process.kill()  # where it closed its output and stays
         code = self.process.wait()
         self._threads[1].join(EXIT_S)
-        words = self._because or next((w for w in reversed(self._words) if w.strip()), "none")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"the {self.name} ended ({how}): {words}"
+        return f"the {self.name} ended ({how}): {self._because or self._last_words}"
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # it has died; the reading thread says so
@@ -138,7 +135,7 @@ class Child:
 
     def _read_errors(self) -> None:
         for line in self.process.stderr:
-            self._words.append(line.rstrip())
+            self._last_words = line.strip() or self._last_words
 
     def _read(self) -> None:
         for line in self.process.stdout:

@@ -99,11 +99,9 @@ def _cpu_model() -> str:
             return cpu_name(winreg.QueryValueEx(processor, "ProcessorNameString")[0])
     if sys.platform == "darwin":
         return cpu_name(run_tool("sysctl", "-n", "machdep.cpu.brand_string"))
-    line = r"(?i)^model name\s*:\s*(\S.*)$"
-    found = re.search(line, Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
-    # ARM kernels leave it out; lscpu knows the part numbers
-    found = found or re.search(line, run_tool("lscpu"), re.M)
-    return cpu_name(_known(found, "the system gives no name")[1])
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    found = re.search(r"^model name\s*:\s*(\S.*)$", text, re.M)
+    return cpu_name(_known(found, "the kernel gives no name, as on ARM")[1])
 
 
 def _cores_allowed() -> int:

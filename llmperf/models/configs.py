@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from llmperf import DATA
 from llmperf.machine.description import cache_dir, save_whole
 from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
-from llmperf.models.shape import ModelShape, from_json, to_json
+from llmperf.models.shape import ModelShape, from_json
 
 SCHEMA = 5  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
@@ -132,7 +132,7 @@ def _kept(config: str) -> ModelShape:
     kept_plain = tuple(declared.get("modules_to_not_convert") or ())
     shape = meta.read(as_object(plain), "model", word, kept_plain)
     with suppress(OSError):  # a read-only cache costs time, not the answer
-        save_whole(file, to_json(shape))
+        save_whole(file, json.dumps(asdict(shape)))
     return shape
 
 

@@ -1,7 +1,7 @@
 """A decoder as plain data: its tensors, buffers, cache and arithmetic, without torch."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 
 
@@ -107,11 +107,8 @@ class ModelShape:
         return found
 
 
-def to_json(shape: ModelShape) -> str:
-    return json.dumps(asdict(shape))
-
-
 def from_json(text: str) -> ModelShape:
+    """The shape from `json.dumps(asdict(shape))`."""
     plain = json.loads(text)
     return ModelShape(
         **plain
