@@ -39,7 +39,7 @@ class Results:
             and all(r.condition.get(k) == v for k, v in wanted.items())
         ]
 
-    def twin(self, quantity: str = "output_tokens_per_s") -> stats.Comparison:
+    def twin(self, quantity: str = "output_tokens_per_s") -> stats.SpeedComparison:
         """The same condition twice, paired by round: anything but "cannot tell" is a false alarm.
 
         Of runs measured with `twin=True`.
@@ -47,7 +47,7 @@ class Results:
         second = [replace(r, kind="measure") for r in self.records if r.kind == "twin"]
         keys = {condition_key(r) for r in second}
         first = [r for r in self.records if _counted(r) and condition_key(r) in keys]
-        return stats.compare(first, second, quantity)
+        return stats.compare_speeds(first, second, quantity)
 
 
 def paired(

@@ -1,4 +1,4 @@
-"""Statistics of repeated measurements: median, spread, interval, ratio, comparison, drift.
+"""Statistics of repeated measurements: median,, interval, ratio, comparison, drift.
 
 Conventions: percentiles are numpy's linear ones (Hyndman and Fan, type 7); standard deviations
 divide by n - 1; MAD is the median absolute deviation without a scale factor.
@@ -9,8 +9,8 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "comparison": "Comparison Incomparable compare",
+        "comparison": "SpeedComparison compare_speeds speed_verdict",
         "intervals": "Interval checked median_interval narrow_enough ratio_interval",
-        "samples": "PERCENTILES describe drift mad spread",
+        "samples": "PERCENTILES describe drift mad",
     },
 )

@@ -1,11 +1,8 @@
 """Confidence intervals of a median and of a ratio of two medians.
 
-The interval of a median lies between two order statistics, interpolated (Hettmansperger and
-Sheather, 1986): its nominal 95 % covers 94 to 96 % in simulation for 5 to 30 samples of normal and
-lognormal noise. The intervals of two medians are joined on the log scale (MOVER: Zou and Donner,
-2008), which covers 97 to 98 %. Both assume independent samples. Neighbouring runs of a shared
-machine are correlated, and then the interval of a single median covers only 60 to 75 %: compare
-conditions paired by round, where what slows both cancels.
+A median's interval lies between two order statistics, interpolated (Hettmansperger and Sheather,
+1986); two are joined on the log scale (MOVER: Zou and Donner, 2008). Both assume independent
+samples; where neighbouring runs are correlated, compare conditions paired by round.
 """
 
 import math

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmperf.stats.intervals import checked, median_interval
+from llmperf.stats.intervals import checked
 
 # The least sample size for a percentile: with a probability of 99 %, two samples at least lie
 # above it (mlcommons/endpoints#417). The median is given from two samples on.
@@ -35,24 +35,19 @@ def mad(samples: Sequence[float]) -> float | None:
     return float(np.median(np.abs(x - np.median(x)))) if len(x) > 1 else None
 
 
-def spread(samples: Sequence[float], confidence: float = 0.95) -> dict:
-    """`{n, median, mad, low, high, reason}`: what plots and tables state about repeats."""
-    found = median_interval(samples, confidence)
-    bounds = {"low": found.low, "high": found.high, "reason": found.reason}
-    return {"n": found.n, "median": found.value, "mad": mad(samples)} | bounds
-
-
 def drift(series: Sequence[Sequence[float]]) -> str | None:
     """A warning if values move with time. `series`: per condition, its values in order of time.
 
-    One t-test of a common slope of the logarithms over all conditions, each with a level of its
-    own. For independent noise it warns falsely in 4 % of cases, whatever the number of conditions
-    and repeats. A single condition of three runs shows only a drift far above its noise. Raises
-    ValueError for values that are not finite and above 0.
+    One t-test of a common slope of the logarithms over all conditions. For independent noise it
+    warns falsely in 4 % of cases, whatever the number of conditions and repeats. Raises ValueError
+    for values that are not finite and above 0.
     """
     from scipy.stats import t as student
 
-    rows = [np.log(_positive(row)) for row in series if len(row) > 2]
+    rows = [checked(row) for row in series if len(row) > 2]
+    if any((row <= 0).any() for row in rows):
+        raise ValueError("a drift needs values above 0")
+    rows = [np.log(row) for row in rows]
     values = sum(map(len, rows))
     freedom = values - len(rows) - 1
     if freedom < 1:
@@ -66,10 +61,3 @@ def drift(series: Sequence[Sequence[float]]) -> str | None:
     if not certain or abs(change) <= LEAST_DRIFT:
         return None
     return f"drift: {change:+.1%} from the first run to the last, over {values} runs"
-
-
-def _positive(samples: Sequence[float]) -> np.ndarray:
-    x = checked(samples)
-    if (x <= 0).any():
-        raise ValueError(f"sample {np.argmax(x <= 0)} is {x.min()}; a drift needs values above 0")
-    return x

@@ -35,7 +35,7 @@ def main() -> None:
     load = f"{arguments.pairs} pairs of {arguments.tokens} tokens"
     print(f"a sample every {INTERVAL_S * 1e3:.0f} ms, {load}")
     for name, values in speeds.items():
-        print(f"{name:10} {stats.spread(values)['median']:8.2f} tokens/s")
+        print(f"{name:10} {stats.median_interval(values).value:8.2f} tokens/s")
     if found.low is None:
         print(f"watched / unwatched {found.value:.4f}; {found.reason}")
         return

@@ -45,7 +45,7 @@ def batch_against_workers(model, rounds: int, n: int = 8) -> None:
         arms["processes"] = arm(model, "processes", n, 16)
     with strategies.session():
         speeds = paired(arms, rounds)
-    medians = {name: stats.spread(values)["median"] for name, values in speeds.items()}
+    medians = {name: stats.median_interval(values).value for name, values in speeds.items()}
     best = max((name for name in medians if name != "batch"), key=medians.get)
     print(
         f"tokens/s at {n} requests, {model.label()}:", {k: round(v, 1) for k, v in medians.items()}
