@@ -9,7 +9,7 @@ __getattr__, __all__ = lazy_face(
         "judging": "NOT_TESTABLE Claim Verdict claims judge_all published_verdicts scorecard",
         "published": "published_records",
         "runs": "Run latest load_runs published_runs shipped_runs",
-        "comparing": "Comparison Pair compare differences side_by_side",
+        "comparing": "Pair RunComparison compare_runs",
         "sharing": "share",
         "recommending": "Recommendation choose headline options predicted recommend",
     },

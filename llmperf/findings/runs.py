@@ -17,7 +17,6 @@ from llmperf.measure.frames import machine_in_words
 from llmperf.measure.records import scan
 
 ENDINGS = (".jsonl", ".jsonl.gz")
-GPU_BUSY_PERCENT = 10
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class Run:
     name: str  # the machine's short name; #2 for a second run of it
     records: tuple[Record, ...] = field(repr=False)
     environment: Mapping = field(default_factory=dict, repr=False)
-    left_out: tuple[str, ...] = ()  # what could not be read, one sentence each
-    dirty: tuple[str, ...] = ()  # why its figures may be off: busy, on battery, unstable
+    notes: tuple[str, ...] = ()  # what was not read, and why figures may be off
 
     @cached_property
     def measured(self) -> list[Record]:
@@ -49,7 +47,7 @@ class Run:
 
 
 def load_runs(paths: Iterable[Path | str | Run]) -> list[Run]:
-    """The runs in these files and folders; a folder of runs gives all of them. A Run stays itself.
+    """The runs in these files and folders; a folder of runs gives all. A Run stays itself.
 
     Raises ValueError when a path does not exist, or when nothing in it can be read.
     """
@@ -76,17 +74,15 @@ def latest(path: Path | str = "") -> Run:
 
     Raises ValueError when there is none of them.
     """
-    by_hand = {f.name[:2]: f for f in sorted((RUNS / "interactive").glob("*.jsonl")) if _full(f)}
-    choices = [[Path(path)] if path and _full(Path(path)) else [], list(by_hand.values())]
-    choices += _files(shipped_runs()[0]) if shipped_runs() else []
-    for files in choices:
-        if files:
-            return _load(files)
+    files = [f for f in sorted((RUNS / "interactive").glob("*.jsonl")) if f.stat().st_size]
+    by_hand = {f.name[:2]: f for f in files}  # the last of each notebook
+    if path and Path(path).is_file() and Path(path).stat().st_size:
+        return _load([Path(path)])
+    if by_hand:
+        return _load(list(by_hand.values()))
+    if shipped_runs():
+        return load_runs(shipped_runs()[:1])[0]
     raise ValueError("nothing was measured yet: run notebook 03 first")
-
-
-def _full(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
 
 
 def published_runs() -> list[Run]:
@@ -117,24 +113,21 @@ def _files(path: Path) -> list[list[Path]]:
 
 def _load(files: Sequence[Path]) -> Run:
     records: list[Record] = []
-    left_out: list[str] = []
+    faults: list[str] = []
     for file in files:
-        found, faults = scan(file, traces=False)
+        found, unread = scan(file, traces=False)
         records += found
-        left_out += faults
+        faults += unread
     if not records:
-        why = left_out[0] if left_out else "it is empty"
+        why = faults[0] if faults else "it is empty"
         raise ValueError(f"{files[0].name} holds no record that can be read ({why})")
-    environments = [r.environment for r in records if r.environment]
-    environment = environments[-1] if environments else {}
-    if lacking := len(records) - len(environments):
-        left_out.append(f"{lacking} records without an environment: their machine is not known")
+    environment = next((r.environment for r in reversed(records) if r.environment), {})
     unknown = f"unknown ({files[0].stem.split('.')[0]})"
     name = machine_in_words(environment, machine.slug) or unknown
-    return Run(name, tuple(records), environment, tuple(left_out), tuple(_dirt(records)))
+    return Run(name, tuple(records), environment, (*faults, *_doubts(records)))
 
 
-def _dirt(records: Sequence[Record]) -> Iterator[str]:
+def _doubts(records: Sequence[Record]) -> Iterator[str]:
     """Why these figures may be off, one sentence each."""
     measured = [r for r in records if r.kind in ("measure", "failed")]
     warned = Counter(str(r.warnings[0]) for r in measured if r.warnings)
@@ -143,9 +136,6 @@ def _dirt(records: Sequence[Record]) -> Iterator[str]:
         yield f"{warned.total()} of {len(measured)} runs warn, most often: {often}"
     if any(r.environment.get("on_battery") for r in measured):
         yield "on battery"
-    cards = (card for r in measured for card in (r.environment.get("gpus") or [])[:1])
-    if busy := [c for c in cards if (c.get("utilization_percent") or 0) > GPU_BUSY_PERCENT]:
-        yield f"{busy[0].get('name')} was {busy[0]['utilization_percent']} % busy before the run"
     if impossible := sum(not r.possible for r in measured):
         yield f"{impossible} runs are faster than the machine can be, and left out"
     failed = Counter(r.status for r in measured if r.status != "ok")

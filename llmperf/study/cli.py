@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("models", nargs="*", help="preset, hub id, folder or config.json")
     add = command("compare", _compare, "put runs side by side, from any machines")
     add("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
-    add("--quantity", default="output_tokens_per_s", help="any metric, e.g. ttft_ms.median")
+    add("--quantity", default="output_tokens_per_s", help="any rate or time, e.g. ttft_ms")
     add("--published", action="store_true", help="the published tables too")
     add = command("share", _share, "pack a run into one file without names or paths")
     add("run", metavar="RUN")
@@ -163,7 +163,7 @@ def _compare(arguments) -> None:
     gc.disable()  # it would walk through all records again and again, and this process ends soon
     found = findings.load_runs(arguments.runs)
     found += findings.published_runs() if arguments.published else []
-    _say(str(findings.compare(found, arguments.quantity)))
+    _say(str(findings.compare_runs(found, arguments.quantity)))
 
 
 def _share(arguments) -> None:

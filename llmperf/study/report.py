@@ -65,13 +65,13 @@ def _first_screen(folder: Path) -> str:
     except ValueError as error:
         return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
     card, _ = answers.write_card(folder, found)
-    dirty = "".join(f'<p class="failed">Not clean: {html.escape(x)}</p>' for x in run.dirty)
+    notes = "".join(f'<p class="failed">Note: {html.escape(text)}</p>' for text in run.notes)
     figure, drawn = overview.figure(run.records), io.BytesIO()
     if figure is not None:
         figure.savefig(drawn, format="png", dpi=110)
     return (
         f"{_image(card.read_bytes(), ' '.join(found.lines))}"
-        f"<p>Measured on {html.escape(run.caption)}.</p>{dirty}"
+        f"<p>Measured on {html.escape(run.caption)}.</p>{notes}"
         f"{_image(drawn.getvalue(), 'Throughput and waiting of every strategy')}"
         f"{_findings(findings.judge_all(run.records))}"
     )
