@@ -29,9 +29,6 @@ class Checked:
     verdict: str
     points_to: str
     text: str
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
 
 
 def ratio(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
@@ -46,22 +43,6 @@ def ratio(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
     floor = check.get("floor", 0.0)
     a, b = ([max(x, floor) for x in side] for side in (a, b))
     return judge(*_quotient(a, b), check=check, n=n) if min(*a, *b) > 0 else None
-
-
-def scaling(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
-    """How much level n gains over level 1, in one loop over the other."""
-    variants = {r["variant"] for r in rows if r.get("loop") in check["of"]["loop"]}
-    rows = [r for r in rows if r["variant"] in variants]
-    gains = []
-    for side in (check["of"], check["to"]):
-        levels = [samples(rows, {**side, "level": level}, n, check["metric"]) for level in (n, 1)]
-        if not all(levels):
-            return None
-        gains.append(_quotient(*levels))
-    (x, x_low, x_high, basis), (y, y_low, y_high, _) = gains
-    known = None not in (x_low, y_low)
-    low, high = (x_low / y_high, x_high / y_low) if known else (None, None)
-    return judge(x / y, low, high, basis, check=check, n=n)
 
 
 def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
@@ -86,7 +67,7 @@ def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
     text += f", the weights are {weights / GIB:.2f}" if weights else ""
     text += f"; the first takes {first / GIB:.2f}" if first is not None else ""
     text += "" if even else "; unequal steps say nothing of one process"
-    return Checked(verdict, points_to, text, sizes[-1] / GIB)
+    return Checked(verdict, points_to, text)
 
 
 def each(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
@@ -100,10 +81,9 @@ def each(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
     inside = [x for x in shares.values() if check["least"] <= x <= check["most"]]
     verdict = HOLDS if len(inside) == len(shares) else FAILS
     ends = ", ".join(f"batch {k}: {shares[k]:.0%}" for k in sorted({min(shares), max(shares)}))
-    text = f"{check['says']} {ends}; {len(inside)} of {len(shares)} within 20 to 50 %"
-    if rows[0].get("loop") == "recompute":
-        text += "; the recomputing loop keeps no KV cache at all"
-    return Checked(verdict, verdict, text, shares[max(shares)])
+    claimed = f"{check['least']:.0%} to {check['most']:.0%}"
+    text = f"{check['says']} {ends}; {len(inside)} of {len(shares)} within {claimed}"
+    return Checked(verdict, verdict, text)
 
 
 def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
@@ -114,29 +94,28 @@ def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
     first = next((r for r in ours if r.get("card_bytes")), None)
     if not ran or first is None:
         return None
-    budget = int(first["card_bytes"] - first.get("card_used_bytes", 0))
     try:
-        shape = models.shape_of(str(first["model"]))
-    except ValueError:  # a model that no preset names: its record holds no shape
+        spec = predict.RunSpec(
+            models.shape_of(str(first["model"])),
+            first["dtype"],
+            first.get("quantization"),
+            prompt_tokens=int(first["prompt_tokens"]),
+            new_tokens=int(first["new_tokens"]),
+            platform={"Windows": "windows", "WSL2": "wsl2"}.get(first["os"], "linux"),
+        )
+    except (ValueError, KeyError):  # a model that no preset names, or several lengths
         return None
-    platform = {"Windows": "windows", "WSL2": "wsl2"}.get(first["os"], "linux")
-    lengths = {k: first.get(k) for k in ("prompt_tokens", "new_tokens")}
-    if not all(isinstance(n, int | float) for n in lengths.values()):
-        return None  # several lengths, or none that is known
-    spec = predict.RunSpec(
-        shape, first["dtype"], first.get("quantization"), platform=platform,
-        **{k: int(n) for k, n in lengths.items()},
-    )  # fmt: skip
+    budget = int(first["card_bytes"] - first.get("card_used_bytes", 0))
     largest = predict.largest(spec, "rows", budget, idle_bytes=0)
     verdict = HOLDS if 0.9 * ran <= largest.at_best and largest.surely <= 1.1 * beyond else FAILS
     text = (
         f"batch {ran} ran and {beyond} did not; predicted {largest.surely} surely,"
         f" {largest.at_best} at best, in {budget / GIB:.1f} GiB"
     )
-    return Checked(verdict, verdict, text, float(ran))
+    return Checked(verdict, verdict, text)
 
 
-SHAPES = {"ratio": ratio, "scaling": scaling, "steps": steps, "each": each, "fits": fits}
+SHAPES = {"ratio": ratio, "steps": steps, "each": each, "fits": fits}
 
 
 def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) -> list[float]:
@@ -187,22 +166,18 @@ def _quotient(a: Sequence[float], b: Sequence[float]) -> tuple:
     return found.value, None, None, f"{found.n} repeat{'s' * (found.n > 1)}, no interval"
 
 
-def judge(
-    value: float, low: float | None, high: float | None, basis: str, check: Mapping, n: int
-) -> Checked:
+def judge(value: float, low: float | None, high: float | None, basis: str, check: Mapping, n: int):
     """A value with its interval against the limits of a check; `outside`: it must lie beyond."""
     least, most = check.get("least", -inf), check.get("most", inf)
     inside, outside = (HOLDS, FAILS) if not check.get("outside") else (FAILS, HOLDS)
     points_to = inside if least <= value <= most else outside
-    if low is None:
-        verdict = CANNOT_TELL
-    elif least <= low and high <= most:
+    verdict = CANNOT_TELL
+    if low is not None and least <= low and high <= most:
         verdict = inside
-    else:
-        verdict = outside if high < least or low > most else CANNOT_TELL
-    claimed = " to ".join(f"{x:g}" for x in (least, most) if abs(x) != inf)
-    word = "outside " if check.get("outside") else "at least " if most == inf else ""
-    word = "at most " if least == -inf else word
+    elif low is not None and (high < least or low > most):
+        verdict = outside
+    limits = [f"at least {least:g}"] * (least > -inf) + [f"at most {most:g}"] * (most < inf)
+    claimed = "not " * bool(check.get("outside")) + " and ".join(limits)
     span = f"{value:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]" * (low != high))
-    text = f"{check['says'].format(x=span, n=n)} (claimed: {word}{claimed}; {basis})"
-    return Checked(verdict, points_to, text, value, low, high)
+    text = f"{check['says'].format(x=span, n=n)} (claimed: {claimed}; {basis})"
+    return Checked(verdict, points_to, text)

@@ -1,14 +1,13 @@
-"""The published claims, each judged at its own level, platform, device and length.
-
-What this machine shows of the same mechanism elsewhere (fewer threads, a processor, fewer tokens)
-is in `Verdict.here` and never counts as the claim.
-"""
+"""The published claims, each judged at its own level, platform, device and length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+
+import pandas as pd
+import yaml
 
 from llmperf import REFERENCE
 from llmperf.findings.checks import CANNOT_TELL, FAILS, HOLDS, SHAPES, Checked, Row
@@ -51,13 +50,9 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Checked):
     """What one setting says of a claim, at level n."""
 
-    verdict: str
-    points_to: str
-    text: str
-    value: Checked
     setting: str
     n: int
     rows: Sequence[Row]
@@ -75,26 +70,22 @@ class Verdict:
     here: str  # the same mechanism on this machine; never counts as the claim
     measured: str = ""  # the figures of the deciding setting alone
     points_to: str | None = None
-    needed: str | None = None
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    settings: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # instability, and impossible runs that were left out
 
+    @property
+    def word(self) -> str:
+        """The verdict; where it cannot be told, with the side of the bare value."""
+        side = f" (the value alone: {self.points_to})" * (self.verdict == CANNOT_TELL)
+        return self.verdict + side
+
     def __str__(self) -> str:
-        word = self.verdict
-        if self.verdict == CANNOT_TELL and self.points_to:
-            word += f" (the value alone: {self.points_to})"
-        here = "" if self.verdict in (HOLDS, FAILS) else f"; here: {self.here}"
-        return "; ".join((f"{word}: {self.figures}", *self.warnings)) + here
+        here = f"; here: {self.here}" * (self.verdict not in (HOLDS, FAILS))
+        return "; ".join((f"{self.word}: {self.figures}", *self.warnings)) + here
 
 
 @cache
 def claims() -> tuple[Claim, ...]:
     """The seventeen, in the order of the publication."""
-    import yaml
-
     text = (REFERENCE / "findings.yaml").read_text(encoding="utf-8")
     return tuple(Claim(**row) for row in yaml.safe_load(text)["claims"])
 
@@ -119,11 +110,9 @@ def published_verdicts() -> list[Verdict]:
     return judge_all(published_records())
 
 
-def scorecard(records: Iterable[Record]):
-    """The claims as a DataFrame: claim, where it stands, verdict, figures, what this machine shows,
-    and what the published rows say. Index is the claim's id; there is no empty cell."""
-    import pandas as pd
-
+def scorecard(records: Iterable[Record]) -> pd.DataFrame:
+    """The claims as a table: claim, where it stands, verdict, figures, what this machine shows, and
+    what the published rows say. Index is the claim's id; there is no empty cell."""
     rows = [
         {
             "claim": v.claim,
@@ -131,9 +120,7 @@ def scorecard(records: Iterable[Record]):
             "verdict": v.verdict,
             "figures": ". ".join((v.figures, *v.warnings)),
             "here": v.here,
-            "published rows": f"single runs; the value alone: {p.points_to}"
-            if p.verdict == CANNOT_TELL
-            else p.verdict,
+            "published rows": p.word,
         }
         for v, p in zip(judge_all(records), published_verdicts(), strict=True)
     ]
@@ -149,22 +136,16 @@ def _judge(claim: Claim, possible: Sequence[Row], everything: Sequence[Row]) -> 
         why = f"needs {claim.at}: {claim.needs}"
         if _by_setting(claim, everything, True):
             why = f"the runs that would test it are faster than their machine can be; {why}"
-        return Verdict(
-            claim.id, claim.claim, claim.at, NOT_TESTABLE, why, seen, why, needed=claim.needs
-        )
-    verdict, points_to = _joined(strict)
-    ordered = sorted(strict, key=lambda p: (p.verdict, p.points_to) != (verdict, points_to))
-    first, *others = ordered
-    text = f"{first.text} ({first.setting})"
-    for p in others[:2]:
-        word = p.verdict + f" (the value: {p.points_to})" * (p.verdict == CANNOT_TELL)
-        text += f". Elsewhere {word}: {p.text} ({p.setting})"
-    text += f". And {len(others) - 2} more settings" if len(others) > 2 else ""
+        return Verdict(claim.id, claim.claim, claim.at, NOT_TESTABLE, why, seen, why)
+    decided = _joined(strict)
+    first, *others = sorted(strict, key=lambda p: (p.verdict, p.points_to) != decided)
+    said = [f"{first.text} ({first.setting})"]
+    said += [f"Elsewhere {p.verdict}: {p.text} ({p.setting})" for p in others[:2]]
+    said += [f"And {len(others) - 2} more settings"] * (len(others) > 2)
+    warnings = tuple(_noticed(strict, [r for r in everything if not r["possible"]]))
     return Verdict(
-        claim.id, claim.claim, claim.at, verdict, text, seen, first.text, points_to,
-        f"{claim.needs}, with 5 repeats or more" if verdict == CANNOT_TELL else None,
-        first.value.value, first.value.low, first.value.high, tuple(p.setting for p in strict),
-        tuple(_noticed(strict, [r for r in everything if not r["possible"]])),
+        claim.id, claim.claim, claim.at, decided[0], ". ".join(said), seen, first.text, decided[1],
+        warnings,
     )  # fmt: skip
 
 
@@ -180,15 +161,14 @@ def _noticed(found: Sequence[Part], impossible: Sequence[Row]) -> Iterable[str]:
 
 def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
     """What each setting says: settings of one experiment, else those of several together."""
-    rows = [r for r in rows if claim.arriving == ("arrivals" in r)]
-    if strict:
-        rows = [
-            r
-            for r in rows
-            if r.get("device") == claim.device
-            and (not claim.platforms or r["os"] in claim.platforms)
-            and claim.tokens in (None, r.get("new_tokens"))
-        ]
+    rows = [
+        r
+        for r in rows
+        if claim.arriving == ("arrivals" in r)
+        and (not strict or r.get("device") == claim.device)
+        and (not strict or not claim.platforms or r["os"] in claim.platforms)
+        and (not strict or claim.tokens in (None, r.get("new_tokens")))
+    ]
     columns = [name for name in (*WORK, *PLACE) if name not in claim.varied]
     for by in (["experiment", *columns], columns):
         groups: dict[tuple, list[Row]] = {}
@@ -200,12 +180,12 @@ def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
 
 
 def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
-    """All checks of a claim over one setting; None where one cannot be made."""
+    """All checks of a claim over one setting, at its level (not strict: at the highest below)."""
     levels = {r["level"] for r in rows if 1 < r["level"] <= (claim.level or r["level"])}
-    if claim.level and strict:
-        levels &= {claim.level}
-    elif not claim.level:
+    if not claim.level:
         levels |= {1}  # a claim of one process has no level above it
+    elif strict:
+        levels &= {claim.level}
     for n in sorted(levels, reverse=True):
         found = [(c, SHAPES[c["check"]](rows, c, n, strict)) for c in claim.checks]
         if all(x or c.get("optional") for c, x in found):
@@ -214,12 +194,11 @@ def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
             if verdict == HOLDS and len(known) < len(found):
                 verdict = CANNOT_TELL
             text = "; ".join(x.text for x in known)
-            setting = f"{rows[0]['setting']}, level {n}"
-            return Part(verdict, points_to, text, known[0], setting, n, rows)
+            return Part(verdict, points_to, text, f"{rows[0]['setting']}, level {n}", n, rows)
     return None
 
 
-def _joined(found: Sequence[Checked | Part]) -> tuple[str, str]:
+def _joined(found: Sequence[Checked]) -> tuple[str, str]:
     """One counterexample refutes; one that cannot be told leaves the whole so."""
     verdicts, points = {x.verdict for x in found}, {x.points_to for x in found}
     verdict = next((v for v in (FAILS, CANNOT_TELL) if v in verdicts), HOLDS)

@@ -125,10 +125,8 @@ CASES = [
      [run("threads", 10, 10), run("threads", 10, 10.1, options={"stream": "own"})],
      [run("threads", 10, 10), run("threads", 10, 5, options={"stream": "own"})]),
     ("threads-gil",
-     [contention(1, 2, 0.1), contention(10, 20, 0.7), run("threads", 1, 1, loop="compiled"),
-      run("threads", 10, 5, loop="compiled")],
-     [contention(1, 2, 0.1), contention(10, 20, 0.1), run("threads", 1, 1, loop="compiled"),
-      run("threads", 10, 10, loop="compiled")]),
+     [contention(1, 2, 0.1), contention(10, 20, 0.7)],
+     [contention(1, 2, 0.1), contention(10, 20, 0.1)]),
     ("threads-wsl2",
      both(("threads", 10), (2.8, 23), (2, 85)),
      both(("threads", 10), (2.8, 23), (2, 18))),
@@ -172,8 +170,8 @@ def test_verdicts(id, good, bad):
     yes, no, nothing = verdict(id, *good), verdict(id, *bad), verdict(id)
     assert yes.verdict == HOLDS, str(yes)
     assert no.verdict == FAILS, str(no)
-    assert nothing.verdict == NOT_TESTABLE and nothing.needed
-    assert yes.figures and no.figures and yes.settings
+    assert nothing.verdict == NOT_TESTABLE
+    assert yes.figures and no.figures
     assert yes.here.startswith("as claimed"), "what holds at its own level is seen here too"
 
 
@@ -204,7 +202,7 @@ TIMED = [c for c in CASES if c[0] not in BYTES]  # memory repeats to the byte: o
 def test_two_repeats_cannot_tell_and_say_which_way_they_point(id, good):
     few = verdict(id, *(group[:2] for group in good))
     assert few.verdict == CANNOT_TELL and few.points_to == HOLDS
-    assert "2 repeats" in few.figures and "5 repeats" in few.needed
+    assert "2 repeats" in few.figures
 
 
 @pytest.mark.parametrize(("id", "good"), [c[:2] for c in CASES], ids=[c[0] for c in CASES])
@@ -233,8 +231,7 @@ def platforms(gpu):
 
 
 def gil(**more):
-    loops = [run("threads", n, s, loop="compiled", **more) for n, s in ((1, 1), (10, 5))]
-    return [contention(1, 2, 0.1, **more), contention(10, 20, 0.7, **more), *loops]
+    return [contention(1, 2, 0.1, **more), contention(10, 20, 0.7, **more)]
 
 
 def steps(*gib, **more):
@@ -312,7 +309,7 @@ def test_what_lies_around_a_limit_cannot_be_told(count):
     wide = (0.6, 0.8, 1.0, 1.2, 1.4)[:count]
     groups = [run("batch", n, s, noise=wide, os="Windows") for n, s in ((1, 2), (10, 2.9))]
     found = verdict("batch-time", *groups)
-    assert found.verdict == CANNOT_TELL and found.low < 1.5 < found.high
+    assert found.verdict == CANNOT_TELL and found.points_to == HOLDS
     assert ("no interval" in found.figures) == (count == 3)
 
 
@@ -327,7 +324,7 @@ def test_a_counterexample_refutes_and_the_others_are_named():
     groups = [run("batch", 1, 2, os="Windows", model=m) for m in "ab"]
     groups += [run("batch", 10, s, os="Windows", model=m) for m, s in (("a", 2.5), ("b", 4))]
     found = verdict("batch-time", *groups)
-    assert found.verdict == FAILS and found.value == pytest.approx(2)
+    assert found.verdict == FAILS and "takes 2 [" in found.figures
     assert "Elsewhere holds" in found.figures and "a fp32" in found.figures
 
 
@@ -417,7 +414,7 @@ def test_wsl2_batch_rows_do_not_support_about_25_percent():
     records = findings.published_records()
     rows = {os: [r for r in records if r.environment["os"] == os] for os in ("Windows", "WSL2")}
     found = verdict("batch-time", rows["Windows"])
-    assert found.value == pytest.approx(3.549 / 2.782) and found.points_to == HOLDS
+    assert "1.28" in found.measured and found.points_to == HOLDS
     found = verdict("batch-time", rows["WSL2"])
     assert found.verdict == NOT_TESTABLE and "1.89" in found.here
 
