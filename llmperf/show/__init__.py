@@ -1,1 +1,17 @@
 """Figures, widgets, and what only a lesson needs."""
+
+from llmperf import lazy_face
+
+__getattr__, __all__ = lazy_face(
+    __name__,
+    {
+        "plots": "COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels"
+        " published_groups roofline stacked",
+        "overview": "strategies_figure",
+        "sentences": "agreement_sentence check loops_sentence ratio_sentence value_sentence",
+        "widgets": "Question calculator draw",
+        "anatomy": "PHASES split",
+        "profiling": "STEP profile_steps shares timeline",
+        "other_tools": "METRICS TOOLS score_as",
+    },
+)

@@ -17,7 +17,7 @@ PANELS = (  # metric, title, unit
 MODEL = ["model", "dtype", "quantization", "weights", "loop", "hardware", "os"]
 
 
-def strategies_frame(records: Iterable[Record]) -> pd.DataFrame:
+def comparable_rows(records: Iterable[Record]) -> pd.DataFrame:
     """The runs of the model, dtype, loop and machine with the most of them: of every strategy the
     setting and variant with the most levels, and of those the fastest."""
     rows = frame(r for r in records if r.counts and not r.condition.get("arrivals"))
@@ -35,15 +35,15 @@ def strategies_frame(records: Iterable[Record]) -> pd.DataFrame:
     return rows.merge(best[["strategy", "setting", "variant"]])
 
 
-def figure(records: Iterable[Record]) -> Figure | None:
+def strategies_figure(records: Iterable[Record]) -> Figure | None:
     """Throughput and what each request pays for it, over requests at once. None without runs."""
-    rows = strategies_frame(records)
+    rows = comparable_rows(records)
     if not len(rows):
         return None
     fig, axes = plots.figure(columns=2, height=3.8)
     for ax, (y, title, unit) in zip(axes, PANELS, strict=True):
-        for name, part in rows[rows[y].notna()].groupby("strategy", sort=False):
-            plots.curve(ax, part, "level", y, name)
+        for name, runs in rows[rows[y].notna()].groupby("strategy", sort=False):
+            plots.curve(ax, runs, "level", y, name)
         ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
         ax.set_title(title, fontsize=10)
         plots.levels(ax, sorted(rows.level.unique()))

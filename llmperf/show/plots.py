@@ -1,4 +1,4 @@
-"""Functions that take data and an Axes. Light, fixed size, readable without colour.
+"""Functions that draw data on an Axes: light, fixed size, readable without colour.
 
 Every figure shows the spread of what it draws and names the machine in its caption.
 """
@@ -29,7 +29,7 @@ SIZE = (7.5, 4.2)  # inches
 CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
 GIB = 2**30
 LINES = ("-", "--", ":", "-.")  # variants of one strategy
-DRAWN = "drawn: "  # what an artist shows, for the caption
+HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
 
 
 def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
@@ -63,29 +63,25 @@ def caption(
 
     `curve` and `bars` leave in the figure what they drew. A `simulated` figure names no machine.
     """
-    lines = [note]
-    if frame is not None and len(frame):
+    lines = [_machines(frame), note]
+    if simulated:
+        lines = ["simulated, on no machine", note]
+    elif frame is not None and len(frame):
         ok = frame[frame.status == "ok"]
         models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
-        artists = (a for ax in fig.axes for a in (*ax.lines, *ax.collections, *ax.patches))
-        marks = sorted({a.get_gid().removeprefix(DRAWN) for a in artists if _is_mark(a)})
-        lines = ["; ".join((models, *marks)), note, *_unstable(ok.warnings)]
-        failed = frame[frame.status != "ok"]
-        lines += [f"left out: {len(failed)} runs, {failed.status.iloc[0]}"] if len(failed) else []
-    machines = "simulated, on no machine" if simulated else _machines(frame)
-    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in (machines, *lines) if line)
+        drawn = {a.get_gid() for ax in fig.axes for a in ax.get_children()} - {None}
+        lines = [lines[0], "; ".join((models, *sorted(drawn))), note, *_unstable(ok.warnings)]
+        lines += [f"left out: {n} runs, {s}" for s, n in frame.status.value_counts().items()
+                  if s != "ok"]  # fmt: skip
+    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
-
-
-def _is_mark(artist) -> bool:
-    return str(artist.get_gid()).startswith(DRAWN)
 
 
 def _unstable(warnings: Iterable[str]) -> list[str]:
     """One warning of a kind, though each run gives its own figures."""
-    mark = "unstable: "
-    texts = [text for w in warnings if w for text in w.removeprefix(mark).split(f"; {mark}")]
-    return [mark + text for text in {re.sub(r"[\d.,]+", "", text): text for text in texts}.values()]
+    texts = [text for several in warnings for text in several.split("; unstable: ") if text]
+    kinds = {re.sub(r"[\d.,]+", "", t.removeprefix("unstable: ")): t for t in texts}
+    return [f"unstable: {text.removeprefix('unstable: ')}" for text in kinds.values()]
 
 
 def _machines(frame: pd.DataFrame | None) -> str:
@@ -124,33 +120,24 @@ def curve(
         style = STRATEGIES[names[0]].style if len(names) == 1 and names[0] in STRATEGIES else 0
     color, marker = COLORS[style % len(COLORS)], MARKERS[style % len(MARKERS)]
     samples = {key: (values * scale).tolist() for key, values in rows.groupby(x)[y]}
-    repeated = {key: values for key, values in samples.items() if len(values) > 1}
-    drawn = "points are runs, lines their medians" if repeated else "points are single runs"
-    spreads = {key: stats.spread(values) for key, values in samples.items()}
+    found = {key: stats.median_interval(values) for key, values in samples.items()}
     ax.plot(rows[x], rows[y] * scale, marker, color=color, alpha=0.35, markersize=4, linewidth=0)
-    ax.plot(
-        list(samples),
-        [s["median"] for s in spreads.values()],
-        LINES[nth % len(LINES)],
-        marker=marker,
-        color=color,
-        markerfacecolor=color if not nth else "white",
-        label=label,
-        gid=DRAWN + drawn,
-    )
-    ends = [(spreads[key]["low"], spreads[key]["high"]) for key in repeated]
+    line, face = LINES[nth % len(LINES)], color if not nth else "white"
+    look = {"color": color, "marker": marker, "markerfacecolor": face, "label": label}
+    repeated = [key for key, values in samples.items() if len(values) > 1]
+    drawn = "points are runs, lines their medians" if repeated else "points are single runs"
+    ax.plot(list(samples), [i.value for i in found.values()], line, gid=drawn, **look)
+    if not repeated:
+        return
+    low, high = ([getattr(found[k], end) for k in repeated] for end in ("low", "high"))
     kind = "band: 95 % interval"
-    if any(low is None for low, _ in ends):
-        ends = [(min(values), max(values)) for values in repeated.values()]
-        kind = f"band: lowest to highest of {min(map(len, repeated.values()))}"
-    if repeated:
-        low, high = zip(*ends, strict=True)
-        ax.fill_between(
-            list(repeated), low, high, color=color, alpha=0.15, linewidth=0, gid=DRAWN + kind
-        )
+    if None in low:
+        low, high = ([end(samples[k]) for k in repeated] for end in (min, max))
+        kind = f"band: lowest to highest of {min(len(samples[k]) for k in repeated)}"
+    ax.fill_between(repeated, low, high, color=color, alpha=0.15, linewidth=0, gid=kind)
 
 
-def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **wanted) -> None:
+def published_groups(ax: Axes, strategy: str, y: str, **wanted) -> None:
     """The published rows of a strategy over concurrency, in grey, one line style a machine."""
     dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
     rows = published.groups(strategy, **wanted)
@@ -158,7 +145,7 @@ def published_groups(ax: Axes, strategy: str, y: str, scale: float = 1.0, **want
     for i, (label, group) in enumerate(rows.groupby("label")):
         ax.plot(
             group.concurrency,
-            group[y] * scale,
+            group[y],
             linestyle=dashes[i % len(dashes)],
             marker=MARKERS[3 + i % 4],
             markersize=4,
@@ -190,20 +177,11 @@ def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
 
 def stacked(ax: Axes, table: pd.DataFrame, unit: str) -> None:
     """Horizontal stacked bars: one bar a row of `table`, one segment a column, hatched apart."""
-    hatches = ("", "//", "..", "xx", "\\\\", "--", "oo")
-    left = pd.Series(0.0, index=table.index)
+    labels, left = list(map(str, table.index)), pd.Series(0.0, index=table.index)
     for i, column in enumerate(table.columns):
-        color = COLORS[i % len(COLORS)]
-        ax.barh(
-            [str(label) for label in table.index],
-            table[column],
-            left=left,
-            color=color,
-            alpha=0.85,
-            hatch=hatches[i % len(hatches)],
-            edgecolor="white",
-            label=column,
-        )
+        look = {"color": COLORS[i % len(COLORS)], "hatch": HATCHES[i % len(HATCHES)]}
+        ax.barh(labels, table[column], left=left, alpha=0.85, edgecolor="white", label=column,
+                **look)  # fmt: skip
         left = left + table[column]
     ax.set_xlabel(unit)
     ax.invert_yaxis()
@@ -217,22 +195,43 @@ def ledgers(ax: Axes, books: Mapping[str, Ledger], most: int = 5) -> None:
         {label: {line.name: line.low / GIB for line in b.lines} for label, b in books.items()}
     ).T
     lows = lows[lows.max().sort_values(ascending=False, kind="stable").index]
-    table = lows.iloc[:, :most].assign(rest=lows.iloc[:, most:].sum(axis=1))
-    stacked(ax, table, "GiB")
-    for label, book in books.items():
-        width, name = (book.high - book.low) / GIB, "up to" if label == next(iter(books)) else None
-        ax.barh(label, width, left=book.low / GIB, color="white", edgecolor=GREY, hatch="////",
-                linewidth=0.8, label=name)  # fmt: skip
+    stacked(ax, lows.iloc[:, :most].assign(rest=lows.iloc[:, most:].sum(axis=1)), "GiB")
+    low = [b.low / GIB for b in books.values()]
+    width = [(b.high - b.low) / GIB for b in books.values()]
+    ax.barh(list(books), width, left=low, color="white", edgecolor=GREY, hatch="////",
+            linewidth=0.8, label="up to")  # fmt: skip
     legend(ax)
 
 
 def bars(ax: Axes, labels: Iterable[str], samples: Sequence[Sequence[float]], unit: str) -> None:
-    """One bar a label at the median of its samples, with every sample as a point."""
+    """One bar a label at the median of its samples, with every sample as a tick."""
     for i, (label, values) in enumerate(zip(labels, samples, strict=True)):
         style = STRATEGIES[label].style if label in STRATEGIES else i
         drawn = "bars are medians, ticks the runs" if len(values) > 1 else "bars are single runs"
         color = COLORS[style % len(COLORS)]
-        ax.barh(label, pd.Series(values).median(), color=color, alpha=0.8, gid=DRAWN + drawn)
+        ax.barh(label, pd.Series(values).median(), color=color, alpha=0.8, gid=drawn)
         ax.plot(values, [label] * len(values), "|", color="black", markersize=9)
     ax.set_xlabel(unit)
     ax.invert_yaxis()
+
+
+def roofline(ax: Axes, limits: Mapping, points: pd.DataFrame) -> None:
+    """Roofs of the dtypes in use and one marker a row of `points`, on logarithmic axes.
+
+    `limits` is what `ceilings.measure` gives; `points` has `name`, `dtype`, `flops`, `bytes` (of
+    one step) and `seconds`. Below the slope memory is the limit.
+    """
+    bandwidth = limits["read_bytes_per_s"]["median"]
+    intensity = points.flops / points.bytes
+    lowest, highest = intensity.min() / 3, intensity.max() * 8
+    for i, dtype in enumerate(points["dtype"].drop_duplicates()):
+        peak = limits["flops_per_s"][dtype]["median"]
+        xs = [lowest, peak / bandwidth, max(highest, 3 * peak / bandwidth)]
+        ys = [min(x * bandwidth, peak) / 1e9 for x in xs]
+        ax.plot(xs, ys, "--" if i else "-", color=GREY, label=f"roof, {dtype}")
+    for i, (x, row) in enumerate(zip(intensity, points.itertuples(), strict=True)):
+        look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        ax.plot(x, row.flops / row.seconds / 1e9, ls="", markersize=8, label=row.name, **look)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs for each byte that must move")
+    ax.set_ylabel("GFLOP/s")
+    legend(ax)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.axes import Axes
 
 from llmperf import decoding
 from llmperf.decoding.requests import Request
 from llmperf.decoding.sampling import GREEDY
 from llmperf.models import Model
-
-if TYPE_CHECKING:
-    import pandas as pd
+from llmperf.show.plots import COLORS, legend
 
 KINDS = {
     "matrix products": ("linear", "mm", "addmm", "bmm", "matmul", "gemm", "gemv"),
@@ -22,6 +22,11 @@ KINDS = {
 }
 OTHER = "other operations"
 STEP = "decode step"
+LOOKS = {  # colour and hatch of a kind
+    "matrix products": (COLORS[0], ""),
+    "attention": (COLORS[1], "////"),
+    OTHER: (COLORS[4], ".."),
+}
 
 
 def profile_steps(
@@ -64,7 +69,6 @@ def _quiet() -> Iterator[None]:
 
 def rows_of(events) -> pd.DataFrame:
     """The events of torch.profiler as the rows of `profile_steps`."""
-    import pandas as pd
 
     def on_gpu(event) -> bool:
         return "CPU" not in str(event.device_type)
@@ -110,3 +114,32 @@ def shares(rows: pd.DataFrame) -> pd.Series:
     found = times.drop(STEP) / times[STEP]
     found["between operations"] = 1 - found.sum()
     return found
+
+
+def timeline(ax: Axes, lanes: Mapping[str, pd.DataFrame]) -> None:
+    """A lane for each entry of `lanes` (rows of `profile_steps`), another for its GPU.
+
+    Colour and hatch give the kind of operation, thin lines the ends of steps; white is Python, and
+    kernels that have no name.
+    """
+    bars = {
+        f"{label}\n{where}": rows[rows["where"] == where]
+        for label, rows in lanes.items()
+        for where in ("processor", "GPU")
+        if (rows["where"] == where).any()
+    }
+    for lane, found in enumerate(bars.values()):
+        steps = found[found.kind == STEP]
+        ends = [*steps.start_ms, *(steps.start_ms + steps.ms)]
+        ax.vlines(ends, lane - 0.45, lane + 0.45, color="black", linewidth=0.8)
+        for kind, (color, hatch) in LOOKS.items():
+            of_kind = found[found.kind == kind]
+            spans = list(zip(of_kind.start_ms, of_kind.ms, strict=True))
+            ax.broken_barh(
+                spans, (lane - 0.35, 0.7), facecolor=color, hatch=hatch,
+                edgecolor="white", linewidth=0, label=kind if not lane else None,
+            )  # fmt: skip
+    ax.set_yticks(range(len(bars)), list(bars))
+    ax.set_xlabel("time since the first step began (ms)")
+    ax.invert_yaxis()
+    legend(ax)

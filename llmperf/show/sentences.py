@@ -1,7 +1,8 @@
-"""What the numbers of this run say, in words: more, less, cannot tell, not measured."""
+"""What the numbers of this run say, in words; and whether a reader's answer is right."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -88,14 +89,35 @@ def agreement_sentence(frame: pd.DataFrame) -> str:
 
 def loops_sentence(records: Iterable[Record]) -> str:
     """Which decoding loop was asked for and which one ran, and why another."""
-    asked, others = {}, {}  # dictionaries keep the order
+    found = {}  # a dictionary keeps the order
     for r in records:
         notes = (r.trace or {}).get("notes") or {}
-        loop, ran, why = r.condition.get("loop"), notes.get("loop"), notes.get("fallback")
+        asked, ran, why = r.condition.get("loop"), notes.get("loop"), notes.get("fallback")
         if r.status == "ok" and ran:
-            (others if why else asked)[f"{loop} ran as {ran} ({why})" if why else ran] = None
-    words = [f"{' and '.join(asked)} ran as asked"] * bool(asked) + [*others]
-    return "Loops: " + ("; ".join(words) or "not noted in these runs") + "."
+            other = f"{asked} ran as {ran} ({why or 'no reason is noted'})"
+            found[f"{ran} ran as asked" if ran == asked else other] = None
+    return f"Loops: {'; '.join(found) or 'not noted in these runs'}."
+
+
+def check(
+    question: str, answer: float | str | None, expected: float | str, rel: float = 0.05
+) -> None:
+    """Print whether `answer` is right: a number within `rel` of `expected`, or the same word.
+
+    None is an answer not yet given, so that a notebook runs through unanswered.
+    """
+    if answer is None:
+        print(f"{question}: write your answer above, then run this cell again.")
+    elif isinstance(expected, str):
+        right = str(answer).strip().lower() == expected.lower()
+        print(f"{question}: {'right.' if right else 'not yet. Think again.'}")
+    elif math.isclose(float(answer), expected, rel_tol=rel):
+        print(f"{question}: right, {expected:.4g}.")
+    else:
+        near = expected and 0.5 < float(answer) / expected < 2
+        word = "a little" if near else "much"
+        side = "high" if float(answer) > expected else "low"
+        print(f"{question}: {word} too {side}. Think again.")
 
 
 def _samples(frame: pd.DataFrame, quantity: str, side: str | Mapping) -> pd.Series:

@@ -57,7 +57,6 @@ def write(folder: Path, state) -> Path:
 def _first_screen(folder: Path) -> str:
     """The card, one figure, and the findings."""
     from llmperf import findings
-    from llmperf.show import overview
 
     try:
         found = answers.of_run(folder)
@@ -66,7 +65,7 @@ def _first_screen(folder: Path) -> str:
         return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
     card, _ = answers.write_card(folder, found)
     notes = "".join(f'<p class="failed">Note: {html.escape(text)}</p>' for text in run.notes)
-    figure, drawn = overview.figure(run.records), io.BytesIO()
+    figure, drawn = show.strategies_figure(run.records), io.BytesIO()
     if figure is not None:
         figure.savefig(drawn, format="png", dpi=110)
     return (

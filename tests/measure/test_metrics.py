@@ -166,8 +166,6 @@ def test_unobserved_start_has_no_queue_delay():
 def test_impossible_times_are_refused(bad, says):
     with pytest.raises(ValueError, match=says):
         metrics.summarize(trace(request(7), bad))
-    with pytest.raises(ValueError, match=says):
-        other_tools.score_as(trace(request(7), bad), "vllm")
 
 
 @pytest.mark.parametrize("duration", [math.nan, -1.0])
@@ -219,7 +217,6 @@ def test_score_as_by_hand(tool):
     wanted["output_tokens_per_s"] = wanted.pop("rate")
     for name, value in wanted.items():
         assert found[name] == (None if value is None else pytest.approx(value)), name
-        assert (name in found["reasons"]) == (value is None)
 
 
 def test_transformers_rules_on_a_rectangle():
@@ -232,6 +229,5 @@ def test_transformers_rules_on_a_rectangle():
 def test_score_as_leaves_failures_out_and_names_its_tools():
     run = trace(request(0), request(1, (0.9, 0.95), status="error"))
     assert other_tools.score_as(run, "vllm") == other_tools.score_as(trace(request(0)), "vllm")
-    assert other_tools.score_as(trace(), "vllm")["reasons"]["ttft_ms"]
     with pytest.raises(ValueError, match="guidellm"):
         other_tools.score_as(run, "genai-perf")

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from llmperf.show import plots, profiling, speedplots
+from llmperf.show import plots, profiling
 
 
 def test_profiled_steps_hold_their_operations(tiny):
@@ -77,7 +77,7 @@ def test_a_roofline_has_a_slope_a_flat_and_the_points_where_they_were_measured()
         }
     )
     fig, ax = plots.figure()
-    speedplots.roofline(ax, limits, points)
+    plots.roofline(ax, limits, points)
     lines = {line.get_label(): line for line in ax.lines}
     assert list(lines["a"].get_xydata()[0]) == [0.5, 2.5]
     assert list(lines["b"].get_xydata()[0]) == [1.0, 5.0]
@@ -91,7 +91,7 @@ def test_a_timeline_has_a_lane_for_each_loop_and_device(tiny):
     rows = profiling.profile_steps(tiny, steps=1, prompt_tokens=5)
     both = pd.concat([rows, rows.assign(where="GPU", kind="attention")])
     fig, ax = plots.figure()
-    speedplots.timeline(ax, {"cached": both, "compiled": rows})
+    profiling.timeline(ax, {"cached": both, "compiled": rows})
     labels = [text.get_text() for text in ax.get_yticklabels()]
     assert labels == ["cached\nprocessor", "cached\nGPU", "compiled\nprocessor"]
     plt.close(fig)

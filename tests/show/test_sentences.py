@@ -102,7 +102,7 @@ def test_the_loops_sentence_says_what_ran_instead():
         return SimpleNamespace(status="ok", condition={"loop": asked}, trace={"notes": notes})
 
     both = [record(loop, loop=loop) for loop in ("compiled", "cached")]
-    assert sentences.loops_sentence(both) == "Loops: compiled and cached ran as asked."
+    assert sentences.loops_sentence(both) == "Loops: compiled ran as asked; cached ran as asked."
     fell = record("compiled", loop="cached", fallback="no compiler")
     assert sentences.loops_sentence([fell]) == "Loops: compiled ran as cached (no compiler)."
     assert "not noted" in sentences.loops_sentence([])
