@@ -28,6 +28,7 @@ MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tr
 GIB = 2**30
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
+ASKED = ("quantization", "dtype", "loop", "output_tokens", "requests_ok")
 PEAKS = ("max_device_used_bytes", "max_reserved_bytes", "max_rss_bytes")
 
 
@@ -56,9 +57,10 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
         return rows
     rows["record"] = counted
     rows = rows[~rows.foreign]
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, "quantization"])))
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, *ASKED])))
     rows["precision"] = rows.quantization.astype(object).fillna(rows["dtype"])
-    rows["answer_tokens"] = rows.output_tokens / rows.requests_ok
+    rows["loop"] = rows.loop.astype(object).fillna("cached")
+    rows["answer_tokens"] = rows.output_tokens / rows.requests_ok.fillna(rows.level)
     rows["memory_gib"] = rows[list(PEAKS)].bfill(axis=1).iloc[:, 0] / GIB
     first = ("record", "label", "precision", "loop")
     found = rows.groupby(["setting", "variant", "level"], sort=False).agg(
@@ -128,7 +130,7 @@ def choose(
     new_tokens: int | None = None,
 ) -> Recommendation:
     """The recommendation among these options: see `recommend`."""
-    tokens = new_tokens or int(found.answer_tokens.max())
+    tokens = new_tokens or int(found.answer_tokens.fillna(1).max())
 
     def rank(o, each_per_s: float) -> tuple:
         share, answer_ms = simulated(o, each_per_s, slo, tokens)

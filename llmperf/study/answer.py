@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from matplotlib.figure import Figure
+
 from llmperf import findings
+from llmperf.findings import Run
 from llmperf.measure import Record
 from llmperf.strategies import STRATEGIES
 
-OTHERS = "unstable: other"  # how `machine.busy` begins in a record
 SAME = ("model", "dtype", "quantization", "device")
 LOAD_PER_S = 1.0  # requests a second that the recommendation is for
+CARD_STYLE = (
+    "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;overflow:hidden;"
+    "font:26px/1.4 sans-serif"
+)
 BECAUSE = (  # by what grows with a strategy: rows of a step, processes, threads
     "one pass over the weights serves {} requests",
     "{} processes compute at the same time",
     "{} threads compute at the same time",
-)
-CARD_STYLE = (
-    "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;color:#1b1f24;"
-    "background:#fff;font:26px/1.4 system-ui,sans-serif;border:1px solid #d0d7de;overflow:hidden"
 )
 
 
@@ -33,17 +35,17 @@ class Answer:
     """`lines`: ceilings, one request, the best strategy, what to run, the scorecard."""
 
     lines: tuple[str, ...]
-    machine: str
+    run: Run
 
 
-def load(folder: Path | str) -> tuple[Record, ...]:
-    """The records of a run's folder. Raises ValueError when it has none."""
-    return findings.load_runs([Path(folder) / "records.jsonl"])[0].records
+def load(folder: Path | str) -> Run:
+    """The run in a study's folder. Raises ValueError when it has no records."""
+    return findings.load_runs([Path(folder) / "records.jsonl"])[0]
 
 
 def of_run(folder: Path | str) -> Answer:
-    """The answer from the records of a run's folder. Raises ValueError when it has none."""
-    (run,) = findings.load_runs([Path(folder) / "records.jsonl"])
+    """The answer from the records of a study's folder. Raises ValueError when it has none."""
+    run = load(folder)
     counted = [r for r in run.records if _speed([r])]
     if not counted:
         raise ValueError("no run ended ok")
@@ -53,22 +55,23 @@ def of_run(folder: Path | str) -> Answer:
     ]
     alone = [r for r in alike if max(_at_once(r.condition)) == 1]
     least = min(r.condition["level"] for r in alike)
-    one = _fastest(alone or [r for r in alike if r.condition["level"] == least])
+    single = _fastest(alone or [r for r in alike if r.condition["level"] == least])
     count = Counter(v.verdict for v in findings.judge_all(run.records))
+    what = str(findings.recommend(counted, LOAD_PER_S)).splitlines()[0]
     lines = (
-        _ceilings(one[0].prediction, one[0].condition),
-        _alone(one),
+        _ceilings(single[0].prediction, single[0].condition),
+        _alone(single),
         findings.headline(counted).rstrip(".") + _why(best[0].condition) + ".",
-        f"At {LOAD_PER_S:g} request/s: {_lower(str(_recommended(counted)).splitlines()[0])}",
+        f"At {LOAD_PER_S:g} request/s: {what[:1].lower()}{what[1:]}",
         f"Of {sum(count.values())} published findings here:"
         f" {', '.join(f'{n} {word}' for word, n in count.most_common())}.",
     )
-    return Answer(lines, run.caption)
+    return Answer(lines, run)
 
 
-def of_notebook(folder: Path, stem: str) -> str:
-    """What the records of one notebook say. Raises ValueError when it has none."""
-    rows = [r for r in load(folder) if stem.startswith(r.experiment) and _speed([r])]
+def of_notebook(run: Run, stem: str) -> str:
+    """What the records of one notebook say; empty when it has none."""
+    rows = [r for r in run.records if stem.startswith(r.experiment) and _speed([r])]
     return findings.headline(rows) if rows else ""
 
 
@@ -84,8 +87,8 @@ def _fastest(records: Sequence[Record]) -> list[Record]:
     for r in records:
         foreign = STRATEGIES[r.condition["strategy"]].foreign
         groups[foreign, str(sorted(r.condition.items(), key=str))].append(r)
-    own = [rows for (foreign, _), rows in groups.items() if not foreign]
-    return max(own or groups.values(), key=_speed)
+    ours = [rows for (foreign, _), rows in groups.items() if not foreign]
+    return max(ours or groups.values(), key=_speed)
 
 
 def _ceilings(found: Mapping, condition: Mapping) -> str:
@@ -114,20 +117,9 @@ def _at_once(condition: Mapping) -> tuple[int, int, int]:
 
 def _why(condition: Mapping) -> str:
     """What the strategy does more of at the same time; nothing for one request at a time."""
-    counts = _at_once(condition)
-    texts = [text.format(n) for text, n in zip(BECAUSE, counts, strict=True) if n > 1]
+    counts = zip(BECAUSE, _at_once(condition), strict=True)
+    texts = [text.format(n) for text, n in counts if n > 1]
     return f", because {texts[0]}" if texts else ""
-
-
-def _lower(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]
-
-
-def _recommended(records: Sequence[Record]) -> object:
-    try:
-        return findings.recommend(records, LOAD_PER_S)
-    except ValueError as error:
-        return f"{error}."
 
 
 def not_ok(records: Sequence[Record]) -> str | None:
@@ -139,42 +131,22 @@ def not_ok(records: Sequence[Record]) -> str | None:
     if not bad:
         return None
     kinds = ", ".join(f"{n} {word}" for word, n in Counter(r.status for r in bad).items())
-    return (
-        f"{len(bad)} records are not ok ({kinds}); the first: {bad[0].experiment}: {bad[0].reason}"
-    )
-
-
-def unfit(records: Sequence[Record]) -> str | None:
-    """Why this run cannot become a reference: another program was busy; None when none was."""
-    counted = [r for r in records if r.kind == "measure"]
-    busy = [w for r in counted for w in r.warnings if w.startswith(OTHERS)]
-    if not busy:
-        return None
-    return f"Not fit as a reference, {len(busy)} of {len(counted)} runs: {busy[0]}"
-
-
-def measured_share(records: Sequence[Record], seconds: float) -> str:
-    """How much of the study's time was runs that count."""
-    took = sum(r.metrics.get("duration_s") or 0 for r in records if r.kind == "measure")
-    return f"Measured runs took {took:.0f} of {seconds:.0f} s ({took / max(seconds, 1e-9):.0%})."
+    first = f"{bad[0].experiment}: {bad[0].reason}"
+    return f"{len(bad)} records are not ok ({kinds}); the first: {first}"
 
 
 def write_card(folder: Path | str, found: Answer) -> tuple[Path, Path]:
-    """`card.png` and `card.html`, 1200 x 630 pixels, in a run's folder."""
-    from matplotlib.figure import Figure
-
+    """`card.png` and `card.html`, 1200 x 630 pixels, in a study's folder."""
     png, page = Path(folder) / "card.png", Path(folder) / "card.html"
-    fig, y, paragraphs = Figure(figsize=(12, 6.3), dpi=100, facecolor="white"), 0.92, []
-    texts = zip(
-        (22, 22, 22, 15, 15, 12), (*found.lines, f"llmperf on {found.machine}"), strict=True
-    )
-    for points, text in texts:
+    fig, y = Figure(figsize=(12, 6.3), dpi=100, facecolor="white"), 0.92
+    paragraphs = ""
+    texts = (*found.lines, f"llmperf on {found.run.caption}")
+    for points, text in zip((22, 22, 22, 15, 15, 12), texts, strict=True):
         lines = textwrap.wrap(text, 1450 // points)
         fig.text(0.05, y, "\n".join(lines), fontsize=points, va="top", linespacing=1.35)
         y -= (len(lines) * points * 1.5 + 12) / 450
-        style = f"font-size:{points * 1.38:.0f}px;margin:0 0 14px"
-        paragraphs.append(f"<p style='{style}'>{html.escape(text)}</p>")
+        paragraphs += f"<p style='font-size:{points * 1.38:.0f}px'>{html.escape(text)}</p>"
     fig.savefig(png)
     head = f"<!doctype html><meta charset='utf-8'><title>llmperf</title><body style='{CARD_STYLE}'>"
-    page.write_text(f"{head}{''.join(paragraphs)}</body>", encoding="utf-8")
+    page.write_text(f"{head}{paragraphs}</body>", encoding="utf-8")
     return png, page

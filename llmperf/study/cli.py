@@ -106,18 +106,21 @@ def _ending(folder: Path, state, records_only: bool) -> int:
         _say(f"Failed: {stem}: {outcome}", sys.stderr)
     bad = None
     try:
-        found, records = answer.of_run(folder), answer.load(folder)
+        run = answer.load(folder)
+        bad = answer.not_ok(run.records)
+        for line in filter(None, (bad, *run.notes)):
+            _say(line, sys.stderr)
+        found = answer.of_run(folder)
         answer.write_card(folder, found)
         _say("\n".join(("", *found.lines, "")))
-        _say(answer.measured_share(records, sum(state.seconds.values())))
-        bad = answer.not_ok(records)
-        for line in filter(None, (bad, answer.unfit(records))):
-            _say(line, sys.stderr)
+        took = sum(r.metric("duration_s") or 0 for r in run.measured)
+        seconds = sum(state.seconds.values())
+        _say(f"Measured runs took {took:.0f} of {seconds:.0f} s ({took / max(seconds, 1):.0%}).")
         _say(f"Card: {folder / 'card.png'}")
     except ValueError as error:
         _say(f"No answer yet: {error}", sys.stderr)
     name = "records.jsonl" if records_only else "report.html"
-    _say(f"{'Records' if records_only else 'Report'}: {folder / name}")
+    _say(f"{name.partition('.')[0].capitalize()}: {folder / name}")
     return 1 if failed or bad else 0
 
 

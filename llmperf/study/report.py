@@ -12,7 +12,12 @@ import io
 import re
 from pathlib import Path
 
-from llmperf import show
+import bleach
+import nbformat
+import pandas as pd
+from nbconvert import HTMLExporter
+
+from llmperf import findings, show
 from llmperf.study import answer as answers
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -23,8 +28,6 @@ HEAD = (
     "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     f"<title>llmperf</title><style>{STYLE}</style></head><body><main>"
 )
-CLASSES = {"holds": "holds", "does not hold": "fails"}
-UNTESTED = "not testable here"
 SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg"}
 TAGS = (
     "a b blockquote br code dd del details div dl dt em h1 h2 h3 h4 hr i img li ol p pre s span"
@@ -36,13 +39,18 @@ CODE_ONLY = re.compile(r"<!-- code -->.*?<!-- /code -->", re.DOTALL)  # prose th
 
 
 def write(folder: Path, state) -> Path:
-    """Write the report and the card into a run's folder: the answer, then every notebook."""
+    """Write the report and the card into a study's folder: the answer, then every notebook."""
     links, sections = [], []
+    try:
+        run = answers.load(folder)
+    except ValueError:
+        run = None
     for stem in state.steps:
         outcome = state.done.get(stem, "not run")
         note = "" if outcome == "ok" else f' <span class="failed">{html.escape(outcome)}</span>'
         links.append(f'<li><a href="#{stem}">{stem}</a>{note}</li>')
-        sections.append(_section(folder, stem, note))
+        said = html.escape(answers.of_notebook(run, stem)) if run else ""
+        sections.append(_section(folder, stem, note, said))
     asked = f"Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}."
     page = (
         f"{HEAD}<h1>What decides how fast a language model answers on this machine</h1>"
@@ -56,14 +64,11 @@ def write(folder: Path, state) -> Path:
 
 def _first_screen(folder: Path) -> str:
     """The card, one figure, and the findings."""
-    from llmperf import findings
-
     try:
         found = answers.of_run(folder)
-        (run,) = findings.load_runs([folder / "records.jsonl"])
     except ValueError as error:
         return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
-    card, _ = answers.write_card(folder, found)
+    run, (card, _) = found.run, answers.write_card(folder, found)
     notes = "".join(f'<p class="failed">Note: {html.escape(text)}</p>' for text in run.notes)
     figure, drawn = show.strategies_figure(run.records), io.BytesIO()
     if figure is not None:
@@ -72,7 +77,7 @@ def _first_screen(folder: Path) -> str:
         f"{_image(card.read_bytes(), ' '.join(found.lines))}"
         f"<p>Measured on {html.escape(run.caption)}.</p>{notes}"
         f"{_image(drawn.getvalue(), 'Throughput and waiting of every strategy')}"
-        f"{_findings(findings.judge_all(run.records))}"
+        f"{_findings(findings.scorecard(run.records))}"
     )
 
 
@@ -81,48 +86,35 @@ def _image(png: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">' if png else ""
 
 
-def _findings(verdicts) -> str:
+def _findings(card: pd.DataFrame) -> str:
     """How many of the published findings hold, those that were judged, and the others folded."""
-    words = ("holds", "does not hold", "cannot tell", UNTESTED)
-    count = ", ".join(f"{sum(v.verdict == w for v in verdicts)} × {w}" for w in words)
-    judged = sorted(
-        (v for v in verdicts if v.verdict != UNTESTED), key=lambda v: words.index(v.verdict)
-    )
-    untested = [v for v in verdicts if v.verdict == UNTESTED]
+    count = ", ".join(f"{n} × {word}" for word, n in card.verdict.value_counts().items())
+    tested = card.verdict != findings.NOT_TESTABLE
+    judged = card[tested].sort_values("verdict", ascending=False)
     return (
-        f"<h2>Does the published study hold here?</h2><p>Of its {len(verdicts)} findings, on this"
-        f" machine: {count}.</p>{_table(judged)}"
-        f"<details><summary>{UNTESTED}: {len(untested)}</summary>{_table(untested)}</details>"
+        f"<h2>Does the published study hold here?</h2><p>Of its {len(card)} findings, on this"
+        f" machine: {count}.</p>{_table(judged)}<details>"
+        f"<summary>{findings.NOT_TESTABLE}: {sum(~tested)}</summary>{_table(card[~tested])}"
+        "</details>"
     )
 
 
-def _table(verdicts) -> str:
-    if not verdicts:
+def _table(card: pd.DataFrame) -> str:
+    if card.empty:
         return ""
-    rows = "".join(
-        f"<tr><td>{html.escape(v.claim)}</td>"
-        f'<td class="{CLASSES.get(v.verdict, "open")}">{v.verdict}</td>'
-        f"<td>{html.escape('. '.join((v.figures, *v.warnings)))}</td>"
-        f"<td>{html.escape(v.here)}</td></tr>"
-        for v in verdicts
-    )
-    return (
-        "<table class='findings'><thead><tr><th>Finding</th><th>Verdict</th>"
-        "<th>Figures, or what is lacking</th><th>What this machine shows of it (never counts)</th>"
-        f"</tr></thead>{rows}</table>"
-    )
+    names = {"claim": "Finding", "verdict": "Verdict", "figures": "Figures, or what is lacking",
+             "here": "What this machine shows of it (never counts)"}  # fmt: skip
+    with pd.option_context("display.max_colwidth", None):
+        rows = card[list(names)].rename(columns=names)
+        return rows.to_html(index=False, classes="findings", border=0)
 
 
-def _section(folder: Path, stem: str, note: str) -> str:
+def _section(folder: Path, stem: str, note: str, said: str) -> str:
     """One notebook, folded, with its question and what its records say."""
     path = folder / "notebooks" / f"{stem}.ipynb"
     if not path.is_file():
         return f'<section id="{stem}">{stem}{note}</section>'
     question, body = _body(path)
-    try:
-        said = html.escape(answers.of_notebook(folder, stem))
-    except ValueError:
-        said = ""
     return (
         f'<section id="{stem}"><details><summary><b>{stem}</b>{note} {html.escape(question)}'
         f"</summary>{body}</details>{said and f'<p>{said}</p>'}</section>"
@@ -131,10 +123,6 @@ def _section(folder: Path, stem: str, note: str) -> str:
 
 def _body(path: Path) -> tuple[str, str]:
     """The question of a notebook, and its prose and outputs as HTML; code stays in the notebook."""
-    import bleach
-    import nbformat
-    from nbconvert import HTMLExporter
-
     try:
         notebook = nbformat.read(path, as_version=4)
     except (ValueError, OSError, AttributeError, nbformat.ValidationError) as error:
@@ -176,7 +164,6 @@ def _static(output):
         return output if output.name == "stdout" else None
     if output.output_type == "error":
         return output
-    if any("widget" in mime for mime in output.get("data", {})):
-        return None
-    output.data = {mime: text for mime, text in output.data.items() if mime in SHOWN}
+    widget = any("widget" in mime for mime in output.data)
+    output.data = {mime: x for mime, x in output.data.items() if mime in SHOWN and not widget}
     return output if output.data else None

@@ -6,10 +6,14 @@ the executed `notebooks/`, `report.html`, and the card. A killed run goes on wit
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import datetime
+import inspect
+import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,8 +113,8 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
             state.seconds[stem] = round(state.seconds.get(stem, 0) + took, 1)
             state.save(folder)
             said = f"    {took:.0f} s, {state.done[stem]}."
-            with suppress(ValueError):  # a notebook that keeps no records
-                said += f" {answer.of_notebook(folder, stem)}"
+            with suppress(ValueError):  # no notebook kept records yet
+                said += f" {answer.of_notebook(answer.load(folder), stem)}"
             say(said.rstrip())
         if use_notebooks:
             write_report(folder)
@@ -122,14 +126,10 @@ def _time_left(stems: list[str]) -> str:
     past: dict[str, float] = {}
     for path in sorted(RUNS.glob("*/run.yaml")):
         with suppress(ValueError):
-            state = load_state(path.parent)
-            past |= {s: t for s, t in state.seconds.items() if state.done.get(s) == "ok"}
+            past |= load_state(path.parent).seconds
     if not past.keys() >= set(stems):
         return ""
-    seconds = sum(past[stem] for stem in stems)
-    return (
-        f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
-    )
+    return f", about {sum(past[stem] for stem in stems) / 60:.1f} min left"
 
 
 def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
@@ -150,13 +150,28 @@ def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
                 extra_arguments=["--log-level=CRITICAL"],  # no "TCP without encryption"
             )
         else:
-            from llmperf.study import without_jupyter
-
-            without_jupyter.execute(source, parameters)
+            _execute_without_jupyter(source, parameters)
     except Exception as error:  # papermill's own, a time-out, a dead kernel: the study goes on
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # its last line is the exception
         return f"{type(error).__name__}: {text.splitlines()[-1] if text else 'no message'}"
     return "ok"
+
+
+def _execute_without_jupyter(notebook: Path, parameters: Mapping) -> None:
+    """The cells tagged `parameters` and `measure`: the same records, without prose and plots."""
+    namespace: dict = {"__name__": "__main__", "display": lambda *_: None}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        tags = {"parameters", "measure"} & set(cell["metadata"].get("tags", []))
+        if cell["cell_type"] != "code" or not tags:
+            continue
+        source = "".join(cell["source"])
+        code = compile(source, notebook.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if code.co_flags & inspect.CO_COROUTINE:
+            asyncio.run(eval(code, namespace))  # noqa: S307 - the kit's own notebook
+        else:
+            exec(code, namespace)  # noqa: S102
+        if "parameters" in tags:
+            namespace.update(parameters)
 
 
 def write_report(folder: Path | str) -> Path:

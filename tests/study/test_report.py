@@ -85,12 +85,6 @@ def test_a_failure_that_was_measured_again_does_not_count():
     assert answer.not_ok([*RUNS, refused]) is None
 
 
-def test_a_run_on_a_busy_machine_is_no_reference():
-    busy = made_up("batch", 4, 20, 9, warnings=["unstable: other processes use 30 % of the CPU"])
-    assert answer.unfit(RUNS) is None
-    assert answer.unfit([*RUNS, busy]).startswith("Not fit as a reference, 1 of 21 runs")
-
-
 def test_the_report_opens_with_the_card_one_figure_and_the_findings(folder):
     page = report.write(folder, STATE).read_text(encoding="utf-8")
     first = page[: page.index("<nav>")]

@@ -127,8 +127,8 @@ def test_a_line_a_notebook_with_the_time_left_by_past_runs(shelf, tmp_path, monk
     state.save(tmp_path / "a")
     said.clear()
     study.run(study.start(Profile("p"), out=tmp_path / "b"), use_notebooks=False, say=said.append)
-    assert said[0] == "[1/2] 00-first, about 2 min left"
-    assert said[2] == "[2/2] 03-third, about 30 s left"
+    assert said[0] == "[1/2] 00-first, about 2.2 min left"
+    assert said[2] == "[2/2] 03-third, about 0.5 min left"
 
 
 WAIT = "import time; open(records + '.began', 'w').close(); time.sleep(60)"
