@@ -28,7 +28,8 @@ MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tr
 GIB = 2**30
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
-ASKED = ("quantization", "dtype", "loop", "output_tokens", "requests_ok")
+ASKED = ("model", "quantization", "dtype", "loop", "output_tokens", "requests_ok")
+LIMITS = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms", "limit")  # of the prediction
 PEAKS = ("max_device_used_bytes", "max_reserved_bytes", "max_rss_bytes")
 
 
@@ -57,12 +58,12 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
         return rows
     rows["record"] = counted
     rows = rows[~rows.foreign]
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, *ASKED])))
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, *ASKED, *LIMITS])))
     rows["precision"] = rows.quantization.astype(object).fillna(rows["dtype"])
     rows["loop"] = rows.loop.astype(object).fillna("cached")
     rows["answer_tokens"] = rows.output_tokens / rows.requests_ok.fillna(rows.level)
     rows["memory_gib"] = rows[list(PEAKS)].bfill(axis=1).iloc[:, 0] / GIB
-    first = ("record", "label", "precision", "loop")
+    first = ("record", "label", "model", "dtype", "precision", "loop", *LIMITS)
     found = rows.groupby(["setting", "variant", "level"], sort=False).agg(
         **{name: (name, "first") for name in first},
         **{name: (name, "median") for name in (*TIMES, "answer_tokens")},

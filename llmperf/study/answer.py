@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from llmperf import findings
 from llmperf.findings import Run
 from llmperf.measure import Record
-from llmperf.strategies import STRATEGIES
 
-SAME = ("model", "dtype", "quantization", "device")
 LOAD_PER_S = 1.0  # requests a second that the recommendation is for
 CARD_STYLE = (
     "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;overflow:hidden;"
     "font:26px/1.4 sans-serif"
-)
-BECAUSE = (  # by what grows with a strategy: rows of a step, processes, threads
-    "one pass over the weights serves {} requests",
-    "{} processes compute at the same time",
-    "{} threads compute at the same time",
 )
 
 
@@ -46,22 +39,18 @@ def load(folder: Path | str) -> Run:
 def of_run(folder: Path | str) -> Answer:
     """The answer from the records of a study's folder. Raises ValueError when it has none."""
     run = load(folder)
-    counted = [r for r in run.records if _speed([r])]
-    if not counted:
+    table = findings.options(run.records)
+    if table.empty:
         raise ValueError("no run ended ok")
-    best = _fastest(counted)
-    alike = [
-        r for r in counted if all(r.condition.get(k) == best[0].condition.get(k) for k in SAME)
-    ]
-    alone = [r for r in alike if max(_at_once(r.condition)) == 1]
-    least = min(r.condition["level"] for r in alike)
-    single = _fastest(alone or [r for r in alike if r.condition["level"] == least])
+    best = table.loc[table.output_tokens_per_s.idxmax()]
+    alike = table[(table.model == best.model) & (table.precision == best.precision)]
+    alone = alike[alike.rows * alike.servers == 1]
+    alone = alone if len(alone) else alike[alike.level == alike.level.min()]
     count = Counter(v.verdict for v in findings.judge_all(run.records))
-    what = str(findings.recommend(counted, LOAD_PER_S)).splitlines()[0]
+    what = str(findings.choose(table, LOAD_PER_S)).splitlines()[0]
     lines = (
-        _ceilings(single[0].prediction, single[0].condition),
-        _alone(single),
-        findings.headline(counted).rstrip(".") + _why(best[0].condition) + ".",
+        *_single(alone.loc[alone.output_tokens_per_s.idxmax()]),
+        findings.headline(run.records).rstrip(".") + _why(best) + ".",
         f"At {LOAD_PER_S:g} request/s: {what[:1].lower()}{what[1:]}",
         f"Of {sum(count.values())} published findings here:"
         f" {', '.join(f'{n} {word}' for word, n in count.most_common())}.",
@@ -71,55 +60,33 @@ def of_run(folder: Path | str) -> Answer:
 
 def of_notebook(run: Run, stem: str) -> str:
     """What the records of one notebook say; empty when it has none."""
-    rows = [r for r in run.records if stem.startswith(r.experiment) and _speed([r])]
+    rows = [r for r in run.records if stem.startswith(r.experiment) and r.counts]
     return findings.headline(rows) if rows else ""
 
 
-def _speed(records: Sequence[Record]) -> float:
-    """Median tokens/s; 0 for records that do not count."""
-    ok = [r for r in records if (r.kind, r.status) == ("measure", "ok")]
-    return median([r.metrics.get("output_tokens_per_s") or 0 for r in ok] or [0])
+def _single(option: pd.Series) -> tuple[str, str]:
+    """The ceilings of the machine, and what one request gets of them."""
+    ceilings = "This machine's ceilings are not in these records."
+    if pd.notna(option.read_bytes_per_s):
+        ceilings = f"This machine reads {option.read_bytes_per_s / 1e9:.3g} GB/s"
+        if pd.notna(option.flops_per_s):
+            flops = option.flops_per_s / 1e12
+            ceilings += f" and computes {flops:.2g} TFLOP/s in {option['dtype']}"
+        ceilings += "."
+    how = f"{option.model} in {option.precision}, {option.loop}"
+    gets = f"One request gets {option.output_tokens_per_s:.3g} tokens/s ({how})"
+    if pd.notna(option.bound_tpot_ms):
+        gets += f" of at most {1e3 / option.bound_tpot_ms:.3g}; its limit is {option.limit}"
+    return ceilings, f"{gets}."
 
 
-def _fastest(records: Sequence[Record]) -> list[Record]:
-    """The runs of the condition with the most tokens/s; another engine is no strategy."""
-    groups = defaultdict(list)
-    for r in records:
-        foreign = STRATEGIES[r.condition["strategy"]].foreign
-        groups[foreign, str(sorted(r.condition.items(), key=str))].append(r)
-    ours = [rows for (foreign, _), rows in groups.items() if not foreign]
-    return max(ours or groups.values(), key=_speed)
-
-
-def _ceilings(found: Mapping, condition: Mapping) -> str:
-    if not found.get("read_bytes_per_s"):
-        return "This machine's ceilings are not in these records."
-    text = f"This machine reads {found['read_bytes_per_s'] / 1e9:.3g} GB/s"
-    flops, dtype = found.get("flops_per_s"), condition.get("dtype")
-    return text + (f" and computes {flops / 1e12:.2g} TFLOP/s in {dtype}." if flops else ".")
-
-
-def _alone(runs: Sequence[Record]) -> str:
-    c, found = runs[0].condition, runs[0].prediction
-    how = f"{c.get('model')} in {c.get('quantization') or c.get('dtype')}, {c.get('loop')}"
-    text = f"One request gets {_speed(runs):.3g} tokens/s ({how})"
-    if not found.get("bound_tpot_ms"):
-        return f"{text}."
-    return f"{text} of at most {1e3 / found['bound_tpot_ms']:.3g}; its limit is {found['limit']}."
-
-
-def _at_once(condition: Mapping) -> tuple[int, int, int]:
-    """Rows of a step, processes and threads of a condition."""
-    known = STRATEGIES[condition["strategy"]]
-    how = (condition["level"], condition.get("options") or {})
-    return known.rows_per_step(*how), known.processes(*how), known.threads(*how)
-
-
-def _why(condition: Mapping) -> str:
-    """What the strategy does more of at the same time; nothing for one request at a time."""
-    counts = zip(BECAUSE, _at_once(condition), strict=True)
-    texts = [text.format(n) for text, n in counts if n > 1]
-    return f", because {texts[0]}" if texts else ""
+def _why(option: pd.Series) -> str:
+    """What the option does more of at the same time; nothing for one request at a time."""
+    if option["rows"] > 1:
+        return f", because one pass over the weights serves {option['rows']} requests"
+    if option.servers > 1:
+        return f", because {option.servers} requests are computed at the same time"
+    return ""
 
 
 def not_ok(records: Sequence[Record]) -> str | None:

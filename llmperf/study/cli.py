@@ -159,11 +159,8 @@ def _models(arguments) -> None:
 
 
 def _compare(arguments) -> None:
-    import gc
-
     from llmperf import findings
 
-    gc.disable()  # it would walk through all records again and again, and this process ends soon
     found = findings.load_runs(arguments.runs)
     found += findings.published_runs() if arguments.published else []
     _say(str(findings.compare_runs(found, arguments.quantity)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from llmperf import DATA, ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = DATA / "profiles"
-TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 RESERVED = ("records",)  # parameters that the study itself sets
 MOST_CHARACTERS, MOST_DEPTH = 100_000, 8
 
@@ -36,12 +34,9 @@ class Profile:
         forms = {"name": str, "description": str, "timeout_s": int}
         forms |= {"parameters": dict, "notebooks": dict}
         if not isinstance(data, dict) or (unknown := sorted(set(data) - set(forms))):
-            known = ", ".join(forms)
-            found = ", ".join(unknown) if isinstance(data, dict) else repr(data)
-            raise ValueError(
-                f"{what}: unknown entry {found:.60}; a profile is a mapping of {known}"
-            )
-        nested = data.get("notebooks")
+            found = f"unknown entry {unknown[0]:.60}" if isinstance(data, dict) else repr(data)
+            raise ValueError(f"{what}: {found}; a profile is a mapping of {', '.join(forms)}")
+        nested = data.get("notebooks", {})
         for key, value in [*data.items(), *(nested.items() if isinstance(nested, dict) else ())]:
             wanted = forms.get(key, dict)
             if type(value) is not wanted:
@@ -70,9 +65,19 @@ def read_yaml(text: str, what: str) -> object:
     return data
 
 
+def read_yaml_file(path: Path, what: str) -> object:
+    """`read_yaml` of a file. Raises ValueError for what cannot be read as text."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return read_yaml(text, what)
+
+
 def check_data(value: object, what: str) -> None:
-    """Raise ValueError unless `value` is made of text, finite numbers, true, false, null, lists and
-    mappings with text keys: papermill writes any other type into a notebook as code."""
+    """Raise ValueError unless `value` is plain data (that of JSON): papermill writes any other type
+    into a notebook as code."""
     try:
         text = json.dumps(value, allow_nan=False)
         plain = len(text) <= MOST_CHARACTERS and json.loads(text) == value
@@ -105,17 +110,7 @@ def load_profile(name: str | Path) -> Profile:
             f"unknown profile {str(name)!r}: choose {', '.join(profiles())}, or a file"
         )
     what = f"profile {path.name}"
-    return Profile.of(read_yaml(read_text(path, what), what) or {}, what, path.stem)
-
-
-def read_text(path: Path, what: str) -> str:
-    """A small text file. Raises ValueError for what cannot be read as one."""
-    try:
-        if path.stat().st_size > 4 * MOST_CHARACTERS:
-            raise ValueError(f"{what} is too large: at most {MOST_CHARACTERS:,} characters")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return Profile.of(read_yaml_file(path, what) or {}, what, path.stem)
 
 
 def notebooks(only: Sequence[str] = ()) -> list[Path]:
@@ -150,44 +145,42 @@ def plan(profile: Profile, paths: Sequence[Path], overrides: Mapping | None = No
     for all, to every one of them), or has another type than the default that it replaces.
     """
     every = {p.stem: parameters_of(p) for p in notebooks()}
-    overrides = overrides or {}
-    common = {**profile.parameters, **overrides}
+    common = {**profile.parameters, **(overrides or {})}
     anywhere = {name for known in every.values() for name in known}
     for name in common:
         _check_known(name, anywhere, "any notebook")
-    for stem in profile.notebooks:
-        if stem not in every:
-            raise ValueError(f"profile {profile.name}: there is no notebook {stem!r}")
-    steps = {}
-    for stem, known in every.items():
-        one = profile.notebooks.get(stem, {})
-        given = {**common, **one, **overrides}
-        steps[stem] = {k: v for k, v in given.items() if k in known or k in one}
+    steps = {stem: {k: v for k, v in common.items() if k in every[stem]} for stem in every}
+    for stem, given in profile.notebooks.items():
+        steps[stem] = steps.get(stem, {}) | given
+        steps[stem] |= {k: v for k, v in (overrides or {}).items() if k in steps[stem]}
     check_steps(steps)
     return {p.stem: steps[p.stem] for p in paths}
 
 
 def check_steps(steps: Mapping) -> None:
     """Raise ValueError unless these are the kit's notebooks with parameters that they have."""
-    known = {p.stem: p for p in notebooks()}
+    every = {p.stem: p for p in notebooks()}
     for stem, given in steps.items():
-        if stem not in known:
-            raise ValueError(f"there is no notebook {stem!r:.60}: choose {', '.join(known)}")
+        if stem not in every:
+            raise ValueError(f"there is no notebook {stem!r:.60}: choose {', '.join(every)}")
         if not isinstance(given, dict):
             raise ValueError(f"the parameters of notebook {stem} are no mapping: {given!r:.60}")
-        defaults = parameters_of(known[stem])
+        defaults = parameters_of(every[stem])
         for name, value in given.items():
             _check_known(name, defaults, f"notebook {stem}")
             check_data(value, f"parameter {name!r} of notebook {stem}")
-            wanted = TYPES.get(type(defaults[name]).__name__, object)
-            if not isinstance(value, wanted) or (
-                isinstance(value, bool) and wanted in (int, float)
-            ):
-                kind = type(defaults[name]).__name__
-                raise ValueError(
-                    f"parameter {name!r} of notebook {stem} is {value!r:.60}, a"
-                    f" {type(value).__name__}: it must be a {kind}, for instance {defaults[name]!r}"
-                )
+            _check_type(f"parameter {name!r} of notebook {stem}", value, defaults[name])
+
+
+def _check_type(what: str, value: object, default: object) -> None:
+    kind = type(default)
+    wanted = (int, float) if kind is float else kind
+    if default is None or isinstance(value, wanted) and (type(value) is bool) == (kind is bool):
+        return
+    raise ValueError(
+        f"{what} is {value!r:.60}, a {type(value).__name__}: it must be a {kind.__name__}, for"
+        f" instance {default!r}"
+    )
 
 
 def _check_known(name: str, known, where: str) -> None:
@@ -196,8 +189,3 @@ def _check_known(name: str, known, where: str) -> None:
     if name not in known:
         choice = ", ".join(sorted(k for k in known if k not in RESERVED))
         raise ValueError(f"unknown parameter {name!r} for {where}: choose {choice}")
-
-
-def file_name(text: str) -> str:
-    """A text as a part of a file's name: no separators, no leading dot."""
-    return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:60] or "run"

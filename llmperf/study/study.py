@@ -51,7 +51,7 @@ def start(profile: Profile, only=(), overrides=None, out: Path | str | None = No
     """
     steps = profiles.plan(profile, profiles.notebooks(only), overrides)
     now = datetime.datetime.now()
-    name = f"{now:%Y-%m-%d-%H%M%S}-{profiles.file_name(profile.name)}"
+    name = f"{now:%Y-%m-%d-%H%M%S}-" + re.sub(r"[^\w-]+", "-", profile.name)[:60]
     folder = Path(out) if out else RUNS / name
     if (folder / "run.yaml").exists():
         raise ValueError(f"{folder.name} already holds a run: use --resume, or another --out")
@@ -76,7 +76,7 @@ def load_state(folder: Path | str) -> State:
             f"{folder} holds no run (no run.yaml in it): name a folder under data/runs"
         )
     what = f"{path.parent.name}/run.yaml"
-    data = profiles.read_yaml(profiles.read_text(path, what), what)
+    data = profiles.read_yaml_file(path, what)
     try:
         state = State(**data)
         forms = ((state.profile, str), (state.steps, dict), (state.timeout_s, int))
