@@ -176,8 +176,9 @@ def judge(value: float, low: float | None, high: float | None, basis: str, check
         verdict = inside
     elif low is not None and (high < least or low > most):
         verdict = outside
-    limits = [f"at least {least:g}"] * (least > -inf) + [f"at most {most:g}"] * (most < inf)
-    claimed = "not " * bool(check.get("outside")) + " and ".join(limits)
+    claimed = f"{least:g} to {most:g}" if least > -inf else f"at most {most:g}"
+    claimed = f"at least {least:g}" if most == inf else claimed
+    claimed = "outside " * bool(check.get("outside")) + claimed
     span = f"{value:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]" * (low != high))
     text = f"{check['says'].format(x=span, n=n)} (claimed: {claimed}; {basis})"
     return Checked(verdict, points_to, text)

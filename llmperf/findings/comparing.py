@@ -18,7 +18,6 @@ from llmperf.measure import frame
 
 RUN_TO_RUN = 0.10  # without A/A data: two launches of one machine may differ by as much
 LEAST_MARGIN = 0.05
-TOKEN_TOLERANCE = 0.01  # of the tokens that came out: beyond it, different work was done
 PACKAGES = ("torch", "transformers", "triton", "numpy", "torchao", "gptqmodel", "bitsandbytes")
 CARD = ("name", "driver", "driver_model", "memory_total_bytes", "power_limit_w", "pcie_gen_max",
         "pcie_width_max", "compute_capability")  # fmt: skip
@@ -105,7 +104,7 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
 
     Raises ValueError when there is nothing to compare, or no record has that quantity.
     """
-    values = {run.name: _values(run, quantity.removesuffix(".median")) for run in runs}
+    values = {run.name: _values(run, quantity) for run in runs}
     if not any(map(len, values.values())):
         known = sorted({k for run in runs for r in run.measured[:1] for k in r.metrics})
         raise ValueError(f"no run has {quantity!r}: choose one of {', '.join(known)}")
@@ -125,10 +124,10 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
 
 
 def _values(run: Run, quantity: str) -> pd.DataFrame:
-    """The frame of the runs and twins that have the quantity, as the column `value`."""
-    usable = (r for r in run.records if r.kind in ("measure", "twin") and r.possible)
-    rows = frame(r for r in usable if r.status == "ok").rename(columns={quantity: "value"})
-    return rows[rows.value > 0] if "value" in rows else pd.DataFrame()
+    """The frame of the runs and twins that have the quantity, with the columns value and record."""
+    ok = (r for r in run.records if r.status == "ok" and r.possible)
+    records = [r for r in ok if r.kind in ("measure", "twin") and r.metric(quantity)]
+    return frame(records).assign(value=[r.metric(quantity) for r in records], record=records)
 
 
 def _side_by_side(values: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -160,12 +159,11 @@ def _pair(a: str, b: str, machines: pd.DataFrame, values: Mapping, quantity: str
 
 def _row(a: pd.DataFrame, b: pd.DataFrame, quantity: str, margin: float) -> tuple:
     name = (a.variant.iloc[0], a.level.iloc[0])
-    low, high = sorted((a.output_tokens.median(), b.output_tokens.median()))
-    if high - low > TOKEN_TOLERANCE * high:
-        return *name, None, None, None, "cannot tell", "not the same number of tokens came out"
-    found = stats.ratio_interval(b.value.to_numpy(), a.value.to_numpy())
-    verdict = stats.speed_verdict(found, quantity, margin)
-    return *name, found.value, found.low, found.high, verdict, found.reason or ""
+    try:
+        x = stats.compare_speeds(b.record, a.record, quantity, paired=False, margin=margin)
+    except ValueError as error:  # not the same number of tokens came out
+        return *name, None, None, None, "cannot tell", str(error)
+    return *name, x.ratio, x.low, x.high, x.verdict, x.reason or ""
 
 
 def _differing(facts: pd.DataFrame) -> pd.DataFrame:

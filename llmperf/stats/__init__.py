@@ -9,7 +9,7 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "comparison": "SpeedComparison compare_speeds speed_verdict",
+        "comparison": "SpeedComparison compare_speeds",
         "intervals": "Interval checked median_interval narrow_enough ratio_interval",
         "samples": "PERCENTILES describe drift mad",
     },

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmperf.stats.intervals import Interval, ratio_interval
+from llmperf.stats.intervals import ratio_interval
 
 # Fields of the condition in which two sets of records must agree before their speeds compare.
 COMPARED = ("model", "weights", "dtype", "quantization", "prompt_tokens", "new_tokens", "sampling")
@@ -38,16 +38,18 @@ def compare_speeds(
     b_records: Iterable,
     quantity: str = "output_tokens_per_s",
     paired: bool = True,
+    margin: float = 0.0,
 ) -> SpeedComparison:
     """Is a faster than b in `quantity` (a metric with its unit, or e.g. "ttft_ms.median")?
 
     Only records that count are used. Where both sides ran in the same rounds of one run they are
-    compared in pairs, unless `paired` is False. Raises ValueError when a field of COMPARED or the
-    number of tokens differs, and for a quantity that is no rate, no time, or in no record.
+    compared in pairs, unless `paired` is False. A ratio within `margin` of 1 is "cannot tell".
+    Raises ValueError when a field of COMPARED or the number of tokens differs, and for a quantity
+    that is no rate, no time, or in no record.
     """
     sides = [[r for r in records if r.counts] for records in (a_records, b_records)]
     _check_comparable(*sides)
-    higher_is_better(quantity)
+    higher_is_better = _higher_is_better(quantity)
     known = [[r for r in side if r.metric(quantity) is not None] for side in sides]
     if any(sides) and not any(known):
         raise ValueError(f"no record has the number {quantity}: try {quantity}.median")
@@ -58,20 +60,14 @@ def compare_speeds(
     if paired:
         a, b = list(x.values()), [y[round] for round in x]
     found = ratio_interval(a, b, paired=paired)
-    verdict = speed_verdict(found, quantity)
+    verdict = "cannot tell"
+    if found.low is not None and (found.low > 1 + margin or found.high < 1 / (1 + margin)):
+        verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
     interval, n = (found.value, found.low, found.high), (len(a), len(b))
     return SpeedComparison(quantity, verdict, *interval, n, found.reason)
 
 
-def speed_verdict(ratio: Interval, quantity: str, margin: float = 0.0) -> str:
-    """ "faster" or "slower" where the interval lies beyond 1 by more than `margin`."""
-    if ratio.low is None or ratio.low <= 1 + margin and ratio.high >= 1 / (1 + margin):
-        return "cannot tell"
-    return "faster" if (ratio.low > 1) == higher_is_better(quantity) else "slower"
-
-
-def higher_is_better(quantity: str) -> bool:
-    """True for a rate, False for a time. Raises ValueError for another quantity."""
+def _higher_is_better(quantity: str) -> bool:
     name = quantity.split(".")[0]
     if not name.endswith(("_per_s", "_per_user", "_ms", "_s")):
         raise ValueError(f"{quantity!r} is no rate and no time: compare e.g. output_tokens_per_s")

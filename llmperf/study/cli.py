@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("models", nargs="*", help="preset, hub id, folder or config.json")
     add = command("compare", _compare, "put runs side by side, from any machines")
     add("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
-    add("--quantity", default="output_tokens_per_s", help="any rate or time, e.g. ttft_ms")
+    add("--quantity", default="output_tokens_per_s", help="any rate or time, e.g. ttft_ms.median")
     add("--published", action="store_true", help="the published tables too")
     add = command("share", _share, "pack a run into one file without names or paths")
     add("run", metavar="RUN")

@@ -204,7 +204,7 @@ def test_fewer_tokens_are_not_a_speed(tmp_path):
     cut = [dataclasses.replace(r, metrics=r.metrics | {"output_tokens": 1}) for r in b.records]
     found = findings.compare_runs([a, dataclasses.replace(b, records=tuple(cut))])
     assert found.pairs[0].rows.ratio.isna().all() and found.pairs[0].typical is None
-    assert "number of tokens" in found.pairs[0].rows.note[0]
+    assert "output_tokens" in found.pairs[0].rows.note[0]
 
 
 def test_published_tables_stand_beside(tmp_path):
