@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 
@@ -24,24 +25,25 @@ class Profile:
 
     name: str
     description: str = ""
-    parameters: Mapping = field(default_factory=dict)
-    notebooks: Mapping = field(default_factory=dict)
+    parameters: dict = field(default_factory=dict)
+    notebooks: dict = field(default_factory=dict)
     timeout_s: int = 900  # for one cell
 
-    @classmethod
-    def of(cls, data: object, what: str, name: str) -> Profile:
-        """From a mapping as YAML gives it. Raises ValueError for another form."""
-        forms = {"name": str, "description": str, "timeout_s": int}
-        forms |= {"parameters": dict, "notebooks": dict}
-        if not isinstance(data, dict) or (unknown := sorted(set(data) - set(forms))):
-            found = f"unknown entry {unknown[0]:.60}" if isinstance(data, dict) else repr(data)
-            raise ValueError(f"{what}: {found}; a profile is a mapping of {', '.join(forms)}")
-        nested = data.get("notebooks", {})
-        for key, value in [*data.items(), *(nested.items() if isinstance(nested, dict) else ())]:
-            wanted = forms.get(key, dict)
-            if type(value) is not wanted:
-                raise ValueError(f"{what}: {key} is {value!r:.60}; it must be a {wanted.__name__}")
-        return cls(**{"name": name, **data})
+
+def from_data(kind: type, data: object, what: str):
+    """A dataclass from a mapping as YAML gives it. Raises ValueError for another form."""
+    forms = get_type_hints(kind)
+    if not isinstance(data, dict) or not data.keys() <= forms.keys():
+        found = sorted(data.keys() - forms.keys()) if isinstance(data, dict) else data
+        raise ValueError(f"{what} has {found!r:.60}: it is a mapping of {', '.join(forms)}")
+    for key, value in data.items():
+        if type(value) is not forms[key]:
+            wanted = forms[key].__name__
+            raise ValueError(f"{what}: {key} is {value!r:.60}; it must be a {wanted}")
+    try:
+        return kind(**data)
+    except TypeError as error:  # an entry is missing
+        raise ValueError(f"{what} is not complete: {error}") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -110,7 +112,9 @@ def load_profile(name: str | Path) -> Profile:
             f"unknown profile {str(name)!r}: choose {', '.join(profiles())}, or a file"
         )
     what = f"profile {path.name}"
-    return Profile.of(read_yaml_file(path, what) or {}, what, path.stem)
+    data = read_yaml_file(path, what) or {}
+    named = {"name": path.stem} | data if isinstance(data, dict) else data
+    return from_data(Profile, named, what)
 
 
 def notebooks(only: Sequence[str] = ()) -> list[Path]:
@@ -149,10 +153,11 @@ def plan(profile: Profile, paths: Sequence[Path], overrides: Mapping | None = No
     anywhere = {name for known in every.values() for name in known}
     for name in common:
         _check_known(name, anywhere, "any notebook")
-    steps = {stem: {k: v for k, v in common.items() if k in every[stem]} for stem in every}
-    for stem, given in profile.notebooks.items():
-        steps[stem] = steps.get(stem, {}) | given
-        steps[stem] |= {k: v for k, v in (overrides or {}).items() if k in steps[stem]}
+    check_steps(profile.notebooks)
+    steps = {}
+    for stem, known in every.items():
+        given = {**common, **profile.notebooks.get(stem, {}), **(overrides or {})}
+        steps[stem] = {name: value for name, value in given.items() if name in known}
     check_steps(steps)
     return {p.stem: steps[p.stem] for p in paths}
 

@@ -72,19 +72,9 @@ def load_state(folder: Path | str) -> State:
     have. Raises ValueError when there is none, or it is damaged."""
     path = Path(folder) / "run.yaml"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no run (no run.yaml in it): name a folder under data/runs"
-        )
+        raise ValueError(f"{folder} holds no run (no run.yaml): name a folder under data/runs")
     what = f"{path.parent.name}/run.yaml"
-    data = profiles.read_yaml_file(path, what)
-    try:
-        state = State(**data)
-        forms = ((state.profile, str), (state.steps, dict), (state.timeout_s, int))
-        forms += ((state.done, dict), (state.started, str), (state.seconds, dict))
-        if not all(isinstance(value, form) for value, form in forms):
-            raise TypeError("an entry has another type than the study writes")
-    except TypeError as error:
-        raise ValueError(f"{what} is damaged ({error}): start a new run") from None
+    state = profiles.from_data(State, profiles.read_yaml_file(path, what), what)
     profiles.check_steps(state.steps)
     return state
 

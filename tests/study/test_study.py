@@ -87,9 +87,9 @@ def test_a_folder_that_holds_a_run_or_cannot_be_written_is_refused(shelf, tmp_pa
 
 DAMAGED = {
     "no YAML": ("{", "is not plain YAML"),
-    "no mapping": ("[1]", "is damaged"),
-    "another field": ("profile: p\nsteps: {}\ntimeout_s: 1\nx: 1", "is damaged"),
-    "a wrong type": ("profile: p\nsteps: 4\ntimeout_s: 1", "is damaged"),
+    "no mapping": ("[1]", "is a mapping of"),
+    "another field": ("profile: p\nsteps: {}\ntimeout_s: 1\nx: 1", "is a mapping of"),
+    "a wrong type": ("profile: p\nsteps: 4\ntimeout_s: 1", "it must be a dict"),
     "no notebook of ours": (
         "profile: p\nsteps: {'../../evil': {}}\ntimeout_s: 1",
         "there is no notebook '../../evil'",
