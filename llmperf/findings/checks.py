@@ -1,8 +1,4 @@
-"""The check shapes: what rows of one setting say of one check of a claim.
-
-A row is a dict of the data frame's columns that are known. A side of a check names a strategy, a
-level (default: the level n at which the claim is judged), options, an operating system, a loop.
-"""
+"""The check shapes: what rows of one setting say of one check of a claim."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Two or more runs against each other: what differs first, then ratios of equal conditions.
-
-Runs on the same card (or, without cards, the same processor) are compared with the first of them.
-Two launches of one program differ by more than the repeats of one launch: by how much is taken
-from conditions that a run measured twice (A/A), and a smaller ratio is "cannot tell".
-"""
+"""Runs against each other: what differs, then ratios of equal conditions on one hardware."""
 
 from __future__ import annotations
 
@@ -30,11 +25,10 @@ WORK = ("model", "dtype", "quantization", "weights", "device", "prompt_tokens", 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs on the same hardware.
+    """Two runs on the same hardware. `rows`: the conditions that both measured, second over first.
 
-    `rows`: one condition each that both measured, with `ratio` (second over first), `low`, `high`,
-    `verdict` (is the second faster, slower, or "cannot tell") and `note`. `margin`: the share by
-    which two launches differ with nothing changed, from `basis`.
+    `margin`: the share by which two launches differ with nothing changed, from `basis`; what is
+    smaller is "cannot tell".
     """
 
     first: str

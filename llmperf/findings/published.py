@@ -1,8 +1,4 @@
-"""The published study as tables: rows as a frame, as records, audited, and its memory predicted.
-
-Source: "Large Language Model Inference Performance" (6 February 2024), transcribed in
-data/reference. GB there means GiB. Nothing here is fitted to the figures it is compared with.
-"""
+"""The published study as tables and records, audited, its memory predicted. GB means GiB."""
 
 from __future__ import annotations
 
@@ -47,8 +43,7 @@ def _not_quoted(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def groups(strategy: str, **wanted) -> pd.DataFrame:
-    """One row a group of requests in flight: its median seconds and its fastest line, tokens/s as
-    printed (256 tokens assumed for each request), reserved GB.
+    """One row a group of requests in flight: median seconds, tokens/s (256 a request assumed), GB.
 
     `times_one` is its time over that of one request on the same page. A group of workers takes the
     time of its total line, or of its slowest worker.

@@ -1,8 +1,4 @@
-"""What to run: every measured option side by side, and for an arriving load the one to choose.
-
-An option is judged by simulated arrivals: the share of requests that stay within the limits. Its
-times are taken from records, or from arithmetic where there are none; the answer says which.
-"""
+"""What to run: every measured option side by side, and for an arriving load the one to choose."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Runs: the records of one machine, from a folder or a file, and what to know before using them.
-
-A run is a file of records (`.jsonl`, or `.jsonl.gz` as `share` writes it) or a folder with one.
-"""
+"""Runs: the records of one machine, from a file (.jsonl, .jsonl.gz) or a folder with one."""
 
 from __future__ import annotations
 
@@ -47,10 +44,7 @@ class Run:
 
 
 def load_runs(paths: Iterable[Path | str | Run]) -> list[Run]:
-    """The runs in these files and folders; a folder of runs gives all. A Run stays itself.
-
-    Raises ValueError when a path does not exist, or when nothing in it can be read.
-    """
+    """The runs in these files and folders; a folder of runs gives all. ValueError for none."""
     found: list[Run] = []
     for source in paths:
         found += [source] if isinstance(source, Run) else map(_load, _files(Path(source)))
@@ -69,10 +63,8 @@ def shipped_runs() -> list[Path]:
 
 
 def latest(path: Path | str = "") -> Run:
-    """The run to judge: `path` if it has records, else what was last measured by hand (the newest
-    file of each notebook), else the first run that came with the kit.
-
-    Raises ValueError when there is none of them.
+    """The run in `path` if it has records, else the newest file of each notebook run by hand, else
+    the first run that came with the kit. ValueError when there is none of them.
     """
     files = [f for f in sorted((RUNS / "interactive").glob("*.jsonl")) if f.stat().st_size]
     by_hand = {f.name[:2]: f for f in files}  # the last of each notebook

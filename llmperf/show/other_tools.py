@@ -1,8 +1,4 @@
-"""One trace by the definitions of five other tools: the same names, other numbers.
-
-Every tool reports the mean of its values; they differ in which values, in their weights, and in the
-denominator. All leave failed requests out, and time from the send.
-"""
+"""One trace by the definitions of five other tools, each the mean of other values."""
 
 from collections.abc import Sequence
 
@@ -14,10 +10,7 @@ METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "output_tokens_per_s")
 
 
 def score_as(trace: Trace, tool: str) -> dict[str, float | None]:
-    """METRICS as one of TOOLS computes them; None for a metric that the tool does not have.
-
-    Raises ValueError for another tool.
-    """
+    """METRICS as one of TOOLS computes them; None for a metric that the tool does not have."""
     if tool not in TOOLS:
         raise ValueError(f"no tool named {tool!r}: use one of {', '.join(TOOLS)}")
     answered = [r for r in trace.requests if r.status == OK and r.token_s]

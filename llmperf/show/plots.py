@@ -1,7 +1,4 @@
-"""Functions that draw data on an Axes: light, fixed size, readable without colour.
-
-Every figure shows the spread of what it draws and names the machine in its caption.
-"""
+"""Functions that draw data with its spread on an Axes, and captions that name the machine."""
 
 from __future__ import annotations
 

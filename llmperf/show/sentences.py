@@ -102,10 +102,7 @@ def loops_sentence(records: Iterable[Record]) -> str:
 def check(
     question: str, answer: float | str | None, expected: float | str, rel: float = 0.05
 ) -> None:
-    """Print whether `answer` is right: a number within `rel` of `expected`, or the same word.
-
-    None is an answer not yet given, so that a notebook runs through unanswered.
-    """
+    """Print whether `answer` is right: a number within `rel` of `expected`, or the same word."""
     if answer is None:
         print(f"{question}: write your answer above, then run this cell again.")
     elif isinstance(expected, str):

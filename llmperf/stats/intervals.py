@@ -83,10 +83,9 @@ def ratio_interval(
 def narrow_enough(
     samples: Sequence[float], relative_width: float, confidence: float = 0.95, least: int = 8
 ) -> bool:
-    """Whether to stop: the interval's width is at most `relative_width` of the median.
+    """Whether to stop: the interval is at most `relative_width` of the median wide.
 
-    Never before `least` samples, since a narrow start by chance would bias a sequential stop. The
-    interval after such a stop is a little too narrow; the median is biased by less than 1 %.
+    Never before `least` samples, since a narrow start by chance would bias a sequential stop.
     """
     if not relative_width > 0:
         raise ValueError(f"relative_width is {relative_width}; it must be above 0, such as 0.05")

@@ -17,8 +17,7 @@ LEAST_DRIFT = 0.01  # a smaller change does not matter, however certain it is
 def describe(samples: Sequence[float]) -> tuple[dict, str | None]:
     """`({median, mad, n, p50, p90, p95, p99}, reason)` of finite samples, in their own unit.
 
-    What the sample is too small for is None, and `reason` names it. Raises ValueError for a value
-    that is not finite.
+    What the sample is too small for is None, and `reason` names it.
     """
     x = checked(samples)
     least = {"median": 1, "mad": 2, **PERCENTILES}

@@ -1,7 +1,5 @@
-"""The HTML report of a run: one file that opens without a network, the verdict first.
-
-A run's folder may come from a stranger: names are escaped, outputs are cleaned, and the page's
-policy lets no script run and nothing be fetched.
+"""The HTML report of a run: one file that opens without a network. A run may come from a stranger:
+names are escaped, outputs are cleaned, and no script runs.
 """
 
 from __future__ import annotations

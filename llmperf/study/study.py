@@ -1,8 +1,4 @@
-"""A study: notebooks run one after another through papermill, and one HTML report.
-
-A run's folder holds everything: `run.yaml` (what was asked and how far it came), `records.jsonl`,
-the executed `notebooks/`, `report.html`, and the card. A killed run goes on with `--resume`.
-"""
+"""A study: notebooks run one after another through papermill into a folder, and resumed."""
 
 from __future__ import annotations
 
