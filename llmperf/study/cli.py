@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
 import sys
 from pathlib import Path
+
+from llmperf import findings, machine, models, predict, study
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 STOPS = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
@@ -56,24 +59,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
     add("--resume", metavar="DIR", help="go on with a run that was interrupted")
     add("--no-notebooks", action="store_true", help="records only, on machines without Jupyter")
-    command("machine", _machine, "describe this machine")
+    command(
+        "machine", lambda _: _say(json.dumps(machine.describe(), indent=2)), "describe this machine"
+    )
     add = command("models", _models, "sizes of the presets, or of the models named")
     add("models", nargs="*", help="preset, hub id, folder or config.json")
     add = command("compare", _compare, "put runs side by side, from any machines")
     add("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
     add("--quantity", default="output_tokens_per_s", help="any rate or time, e.g. ttft_ms.median")
     add("--published", action="store_true", help="the published tables too")
-    add = command("share", _share, "pack a run into one file without names or paths")
+    add = command(
+        "share",
+        lambda a: _say(f"Shared: {findings.share(a.run, a.to)}"),
+        "pack a run into one file without names or paths",
+    )
     add("run", metavar="RUN")
     add("--to", metavar="FILE", help="default: the machine's name.jsonl.gz, here")
-    add = command("report", _report, "write a run's report again")
+    add = command(
+        "report",
+        lambda a: _say(f"Report: {study.write_report(a.folder)}"),
+        "write a run's report again",
+    )
     add("folder", metavar="DIR")
     return parser
 
 
 def _run(arguments) -> int:
-    from llmperf import study
-
     if arguments.resume:
         given = [f"--{n}" for n in ("only", "values", "out") if getattr(arguments, n)]
         if given:
@@ -126,26 +137,15 @@ def _ending(folder: Path, state, records_only: bool) -> int:
 
 def _values(pairs: list[str]) -> dict:
     """`name=value` pairs; a value is read as YAML, so 4, [1, 2] and fp32 all work."""
-    from llmperf import study
-
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(f"--set {pair!r}: write NAME=VALUE, for instance --set repeats=5")
-    split = ((name.strip(), value) for name, value in (pair.split("=", 1) for pair in pairs))
-    return {name: study.read_yaml(value, f"--set {name}") for name, value in split}
-
-
-def _machine(_) -> None:
-    import json
-
-    from llmperf import machine
-
-    print(json.dumps(machine.describe(), indent=2, ensure_ascii=False))
+    found = {}
+    for name, equals, value in (pair.partition("=") for pair in pairs):
+        if not equals:
+            raise ValueError(f"--set {name!r}: write NAME=VALUE, for instance --set repeats=5")
+        found[name.strip()] = study.read_yaml(value, f"--set {name}")
+    return found
 
 
 def _models(arguments) -> None:
-    from llmperf import models, predict
-
     for name in arguments.models or models.PRESETS:
         shape = models.shape_of(name)
         gib = predict.weights_bytes(shape, "bf16") / predict.GIB
@@ -159,20 +159,6 @@ def _models(arguments) -> None:
 
 
 def _compare(arguments) -> None:
-    from llmperf import findings
-
     found = findings.load_runs(arguments.runs)
     found += findings.published_runs() if arguments.published else []
     _say(str(findings.compare_runs(found, arguments.quantity)))
-
-
-def _share(arguments) -> None:
-    from llmperf import findings
-
-    _say(f"Shared: {findings.share(arguments.run, arguments.to)}")
-
-
-def _report(arguments) -> None:
-    from llmperf import study
-
-    _say(f"Report: {study.write_report(arguments.folder)}")
