@@ -43,7 +43,7 @@ class Claim:
 
     @property
     def varied(self) -> set[str]:
-        """Columns in which the two sides of a check differ: os, loop."""
+        """Columns in which the two sides of a check differ."""
         sides = (c.get(k, {}) for c in self.checks for k in ("of", "to"))
         flat = (s for side in sides for s in ([side] if isinstance(side, Mapping) else side))
         return {name for s in flat for name in ("os", "loop") if name in s}
@@ -55,7 +55,6 @@ class Part(Checked):
 
     setting: str
     n: int
-    rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ class Verdict:
     here: str  # the same mechanism on this machine; never counts as the claim
     measured: str = ""  # the figures of the deciding setting alone
     points_to: str | None = None
-    warnings: tuple[str, ...] = ()  # instability, and impossible runs that were left out
 
     @property
     def word(self) -> str:
@@ -80,7 +78,7 @@ class Verdict:
 
     def __str__(self) -> str:
         here = f"; here: {self.here}" * (self.verdict not in (HOLDS, FAILS))
-        return "; ".join((f"{self.word}: {self.figures}", *self.warnings)) + here
+        return f"{self.word}: {self.figures}{here}"
 
 
 @cache
@@ -92,7 +90,8 @@ def claims() -> tuple[Claim, ...]:
 
 def judge_all(records: Iterable[Record], of: Sequence[Claim] = ()) -> list[Verdict]:
     """One verdict a claim (default: the published ones) over records of one machine or several."""
-    wanted = [r for r in records if r.kind in ("measure", "failed") and r.status in ("ok", "oom")]
+    kinds, states = ("measure", "failed"), ("ok", "oom")
+    wanted = [r for r in records if r.kind in kinds and r.status in states and r.possible]
     rows = []
     for row, r in zip(frame(wanted).to_dict("records"), wanted, strict=True):
         card = (r.environment.get("gpus") or [{}])[0]
@@ -100,8 +99,7 @@ def judge_all(records: Iterable[Record], of: Sequence[Claim] = ()) -> list[Verdi
         row["card_used_bytes"] = card.get("memory_used_bytes")
         if not row["foreign"]:
             rows.append({k: v for k, v in row.items() if v is not None and v == v})
-    possible = [row for row in rows if row["possible"]]
-    return [_judge(claim, possible, rows) for claim in of or claims()]
+    return [_judge(claim, rows) for claim in of or claims()]
 
 
 @cache
@@ -118,7 +116,7 @@ def scorecard(records: Iterable[Record]) -> pd.DataFrame:
             "claim": v.claim,
             "at": v.at,
             "verdict": v.verdict,
-            "figures": ". ".join((v.figures, *v.warnings)),
+            "figures": v.figures,
             "here": v.here,
             "published rows": p.word,
         }
@@ -127,36 +125,21 @@ def scorecard(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=[c.id for c in claims()]).rename_axis("finding")
 
 
-def _judge(claim: Claim, possible: Sequence[Row], everything: Sequence[Row]) -> Verdict:
-    strict, here = _by_setting(claim, possible, True), _by_setting(claim, possible, False)
+def _judge(claim: Claim, rows: Sequence[Row]) -> Verdict:
+    strict, here = _by_setting(claim, rows, True), _by_setting(claim, rows, False)
     top = max((p.n for p in here), default=0)  # the claim is of ten: what ran highest says most
     shown = [f"{LIKE_CLAIM[p.verdict]}: {p.text} ({p.setting})" for p in here if p.n == top]
     seen = ". ".join(shown[:2]) or "nothing was measured of it"
+    known = (claim.id, claim.claim, claim.at)
     if not strict:
         why = f"needs {claim.at}: {claim.needs}"
-        if _by_setting(claim, everything, True):
-            why = f"the runs that would test it are faster than their machine can be; {why}"
-        return Verdict(claim.id, claim.claim, claim.at, NOT_TESTABLE, why, seen, why)
-    decided = _joined(strict)
+        return Verdict(*known, NOT_TESTABLE, why, seen, why)
+    verdict, points_to = decided = _joined(strict)
     first, *others = sorted(strict, key=lambda p: (p.verdict, p.points_to) != decided)
     said = [f"{first.text} ({first.setting})"]
     said += [f"Elsewhere {p.verdict}: {p.text} ({p.setting})" for p in others[:2]]
     said += [f"And {len(others) - 2} more settings"] * (len(others) > 2)
-    warnings = tuple(_noticed(strict, [r for r in everything if not r["possible"]]))
-    return Verdict(
-        claim.id, claim.claim, claim.at, decided[0], ". ".join(said), seen, first.text, decided[1],
-        warnings,
-    )  # fmt: skip
-
-
-def _noticed(found: Sequence[Part], impossible: Sequence[Row]) -> Iterable[str]:
-    rows = [r for p in found for r in p.rows]
-    warned = [r["warnings"] for r in rows if r["warnings"]]
-    if warned:
-        yield f"{len(warned)} of {len(rows)} runs were not quiet ({warned[0].split('; ')[0]})"
-    settings = {r["setting"] for r in rows}
-    if left_out := sum(r["setting"] in settings for r in impossible):
-        yield f"{left_out} runs left out: faster than their machine can be"
+    return Verdict(*known, verdict, ". ".join(said), seen, first.text, points_to)
 
 
 def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
@@ -194,7 +177,7 @@ def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
             if verdict == HOLDS and len(known) < len(found):
                 verdict = CANNOT_TELL
             text = "; ".join(x.text for x in known)
-            return Part(verdict, points_to, text, f"{rows[0]['setting']}, level {n}", n, rows)
+            return Part(verdict, points_to, text, f"{rows[0]['setting']}, level {n}", n)
     return None
 
 

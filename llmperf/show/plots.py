@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -67,18 +66,13 @@ def caption(
         ok = frame[frame.status == "ok"]
         models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
         drawn = {a.get_gid() for ax in fig.axes for a in ax.get_children()} - {None}
-        lines = [lines[0], "; ".join((models, *sorted(drawn))), note, *_unstable(ok.warnings)]
-        lines += [f"left out: {n} runs, {s}" for s, n in frame.status.value_counts().items()
-                  if s != "ok"]  # fmt: skip
+        lines = [lines[0], "; ".join((models, *sorted(drawn))), note]
+        if len(warned := ok.warnings[ok.warnings != ""]):
+            lines.append(f"{len(warned)} of {len(ok)} runs warn, first: {warned.iloc[0]}")
+        if len(failed := frame[frame.status != "ok"]):
+            lines.append(f"left out: {len(failed)} runs, {failed.status.iloc[0]}")
     text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
-
-
-def _unstable(warnings: Iterable[str]) -> list[str]:
-    """One warning of a kind, though each run gives its own figures."""
-    texts = [text for several in warnings for text in several.split("; unstable: ") if text]
-    kinds = {re.sub(r"[\d.,]+", "", t.removeprefix("unstable: ")): t for t in texts}
-    return [f"unstable: {text.removeprefix('unstable: ')}" for text in kinds.values()]
 
 
 def _machines(frame: pd.DataFrame | None) -> str:

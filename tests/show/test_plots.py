@@ -60,14 +60,14 @@ def test_one_run_has_no_band():
     assert "points are single runs" in text and "median" not in text
 
 
-def test_the_caption_names_model_machine_and_one_warning_of_a_kind():
+def test_the_caption_names_model_machine_and_a_warning():
     rows = frame(3)
     rows.loc[0, "warnings"] = "unstable: others use 50 % of the CPU; unstable: drift: -7.1%"
     rows.loc[1, "warnings"] = "unstable: others use 61 % of the CPU"
     rows.loc[8, ["status", "warnings"]] = ["oom", "unstable: a failed run's own"]
     text, _ = drawn(rows)
     assert text.startswith("a card\ngpt2 fp32; band: lowest to highest of 2; points are runs")
-    assert text.count("unstable: others use") == 1 and "unstable: drift: -7.1%" in text
+    assert "2 of 8 runs warn, first: unstable: others use 50 % of the CPU" in text
     assert "failed run's own" not in text and "left out: 1 runs, oom" in text
 
 
