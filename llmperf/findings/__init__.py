@@ -11,6 +11,6 @@ __getattr__, __all__ = lazy_face(
         "runs": "Run latest load_runs published_runs shipped_runs",
         "comparing": "Pair RunComparison compare_runs",
         "sharing": "share",
-        "recommending": "Recommendation choose headline options predicted recommend",
+        "recommending": "Recommendation headline options recommend",
     },
 )

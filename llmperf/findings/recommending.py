@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import ceil, inf
 from statistics import median
 
 import pandas as pd
 
-from llmperf import models, predict
 from llmperf.decoding.requests import Request, Workload
 from llmperf.measure import Record, capacity, frame, load
-from llmperf.measure.frames import work
 from llmperf.strategies import STRATEGIES
 
 SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}  # MLPerf's for an 8B model
@@ -22,7 +20,6 @@ ARRIVALS = 300  # simulated requests
 GROUP_WINDOW_S, FOREVER_S = 0.002, 1e9  # a server groups what comes in that time; a batch waits
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
 GIB = 2**30
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
 ASKED = ("model", "quantization", "dtype", "loop", "output_tokens", "requests_ok")
 LIMITS = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms", "limit")  # of the prediction
@@ -79,9 +76,8 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     return found.drop(columns="record")
 
 
-def headline(records: Iterable[Record]) -> str:
-    """The answer in one sentence: what gives the most tokens/s here, against one after another."""
-    found = options(records)
+def headline(found: pd.DataFrame) -> str:
+    """What gives the most tokens/s of these `options`, against one request after another."""
     if not len(found):
         return "Nothing was measured yet."
     best = found.loc[found.output_tokens_per_s.idxmax()]
@@ -101,32 +97,21 @@ def name_of(option) -> str:
 
 
 def recommend(
-    records: Iterable[Record],
-    load_per_s: float,
-    slo: Mapping[str, float] = SLO,
-    new_tokens: int | None = None,
-) -> Recommendation:
-    """The option to run for `load_per_s` arriving requests a second within `slo` (ms).
-
-    Of the options that keep 90 % of the simulated requests within the limits, the one with the
-    shortest median answer; of none, the one that keeps most. `new_tokens` is the length of an
-    answer (default: the longest that was measured). Raises ValueError when no record has a speed.
-    """
-    if not load_per_s > 0:
-        raise ValueError(f"the load is {load_per_s} requests/s: it must be above 0")
-    found = options(records)
-    if not len(found):
-        raise ValueError("no record has a speed: measure something first")
-    return choose(found, load_per_s, slo, new_tokens)
-
-
-def choose(
     found: pd.DataFrame,
     load_per_s: float,
     slo: Mapping[str, float] = SLO,
     new_tokens: int | None = None,
 ) -> Recommendation:
-    """The recommendation among these options: see `recommend`."""
+    """The one of these `options` to run for `load_per_s` arriving requests a second.
+
+    Of the options that keep 90 % of the simulated requests within `slo` (ms), the one with the
+    shortest median answer; of none, the one that keeps most. `new_tokens` is the length of an
+    answer (default: the longest that was measured).
+    """
+    if not load_per_s > 0:
+        raise ValueError(f"the load is {load_per_s} requests/s: it must be above 0")
+    if not len(found):
+        raise ValueError("no record has a speed: measure something first")
     tokens = new_tokens or int(found.answer_tokens.fillna(1).max())
 
     def rank(o, each_per_s: float) -> tuple:
@@ -152,8 +137,7 @@ def choose(
     elif machines > 1:
         what = f"One machine does not carry the load, {machines} would, each with {name}. "
         what += f"On one, {said}."
-    basis = f"{best.runs} runs of {best.setting}" if best.runs else f"no record: {best.setting}"
-    rests = f"Rests on {basis}, among {len(found)} options."
+    rests = f"Rests on {best.runs} runs of {best.setting}, among {len(found)} options."
     rests += f" Not quiet: {best.warning}." if best.warning else ""
     extrapolated = (f"Extrapolated: {text}" for text in _extrapolated(best, tokens))
     return Recommendation(name, share, machines, (what, rests, *extrapolated))
@@ -192,52 +176,9 @@ def _arrivals(load_per_s: float, rows: int) -> Workload:
 
 
 def _extrapolated(o, tokens: int) -> Iterator[str]:
-    if not o.runs:
-        yield "all of it: a bound from bandwidth and arithmetic, which no run reaches"
-        return
     if not o.arriving:
         yield "the arrivals: measured with all requests at once, waiting is simulated"
     if abs(tokens - o.answer_tokens) > 0.01 * o.answer_tokens:
         yield f"the length: from answers of {o.answer_tokens:g} to {tokens:g} tokens"
     if o.runs < 5:
         yield f"the spread: {o.runs} runs give no interval"
-
-
-def predicted(model: str, card: str, dtype: str = "fp16", **lengths) -> pd.DataFrame:
-    """Options of continuous batching on a card of the data sheet: arithmetic, no record at all.
-
-    Each of n slots answers one request at the step time of n rows. `lengths`: prompt_tokens and
-    new_tokens. Times are bounds, which no run beats. Raises ValueError when it does not fit.
-    """
-    known, quantization = predict.card(card), "awq" if "4bits" in model else None
-    spec = predict.RunSpec(models.shape_of(model), dtype, quantization, **lengths)
-    fits = predict.largest_batch(spec, int(known.memory_gib * GIB))
-    if not fits.at_best:
-        raise ValueError(f"{model} in {dtype} does not fit {known.name}: choose a larger card")
-    asked = {k: getattr(spec, k) for k in ("dtype", "quantization", "prompt_tokens", "new_tokens")}
-    found = []
-    for n in (n for n in BATCHES if n <= max(1, fits.surely)):
-        run = replace(spec, rows=n)
-        middle = spec.prompt_tokens + spec.new_tokens // 2
-        times = predict.latency(run, predict.card_ceilings(known), context=middle)
-        first_s, step_s = times.prefill.seconds, times.decode.seconds
-        whole_s = first_s + (spec.new_tokens - 1) * step_s
-        found.append({
-            "label": STRATEGIES["continuous"].words(n, {"max_batch": n}),
-            "level": n,
-            "output_tokens_per_s": n * spec.new_tokens / whole_s,
-            "tpot_ms": step_s * 1e3,
-            "first_ms": first_s * 1e3,
-            "memory_gib": predict.memory(run).high / GIB,
-            "servers": n,
-        })  # fmt: skip
-    return pd.DataFrame(found).assign(
-        setting=f"{work({'model': model, **asked})}, {known.name}, data sheet alone",
-        precision=quantization or dtype,
-        loop="cached",
-        answer_tokens=spec.new_tokens,
-        rows=1,
-        runs=0,
-        arriving=False,
-        warning="",
-    )

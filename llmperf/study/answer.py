@@ -47,10 +47,10 @@ def of_run(folder: Path | str) -> Answer:
     alone = alike[alike.rows * alike.servers == 1]
     alone = alone if len(alone) else alike[alike.level == alike.level.min()]
     count = Counter(v.verdict for v in findings.judge_all(run.records))
-    what = str(findings.choose(table, LOAD_PER_S)).splitlines()[0]
+    what = str(findings.recommend(table, LOAD_PER_S)).splitlines()[0]
     lines = (
         *_single(alone.loc[alone.output_tokens_per_s.idxmax()]),
-        findings.headline(run.records).rstrip(".") + _why(best) + ".",
+        findings.headline(table).rstrip(".") + _why(best) + ".",
         f"At {LOAD_PER_S:g} request/s: {what[:1].lower()}{what[1:]}",
         f"Of {sum(count.values())} published findings here:"
         f" {', '.join(f'{n} {word}' for word, n in count.most_common())}.",
@@ -61,7 +61,7 @@ def of_run(folder: Path | str) -> Answer:
 def of_notebook(run: Run, stem: str) -> str:
     """What the records of one notebook say; empty when it has none."""
     rows = [r for r in run.records if stem.startswith(r.experiment) and r.counts]
-    return findings.headline(rows) if rows else ""
+    return findings.headline(findings.options(rows)) if rows else ""
 
 
 def _single(option: pd.Series) -> tuple[str, str]:

@@ -58,6 +58,14 @@ def share_by_hand(record, load, slo):
     return good / n if step * 1e3 <= slo["tpot_ms"] else 0.0
 
 
+def recommend(records, *how, **more):
+    return findings.recommend(findings.options(records), *how, **more)
+
+
+def headline(records):
+    return findings.headline(findings.options(records))
+
+
 def name(record):
     return name_of(next(findings.options([record]).itertuples()))
 
@@ -67,7 +75,7 @@ def test_the_chosen_option_is_as_good_as_brute_force_finds(seed):
     records = drawn(seed)
     load = (0.1, 0.5, 2, 5)[seed % 4]
     slo = [SLO, {"ttft_ms": 500, "tpot_ms": 60}][seed % 2]
-    found = findings.recommend(records, load, slo)
+    found = recommend(records, load, slo)
     shares = {id(r): share_by_hand(r, load, slo) for r in records}
     best = next(r for r in records if found.name == name(r))
     assert found.share == pytest.approx(shares[id(best)], abs=0.02)
@@ -77,9 +85,9 @@ def test_the_chosen_option_is_as_good_as_brute_force_finds(seed):
 
 
 def test_a_rare_load_does_not_get_large_batches():
-    found = findings.recommend(RARE, 0.1, SLO)
+    found = recommend(RARE, 0.1, SLO)
     assert found.name == name(RARE[0]) and found.machines == 1 and found.share == 1
-    alone = findings.recommend(RARE[1:], 0.1, SLO)
+    alone = recommend(RARE[1:], 0.1, SLO)
     assert alone.machines != 1 and alone.share < 0.2, "nine of ten wait for the batch to fill"
 
 
@@ -87,32 +95,32 @@ RARE = [rec("sequential", 1, 100, 50), rec("batch", 10, 200, 60)]
 
 
 def test_a_load_beyond_one_machine_says_how_many():
-    found = findings.recommend(RARE[:1], 6.0, SLO)
+    found = recommend(RARE[:1], 6.0, SLO)
     assert found.machines > 1, "0.45 s a request: 2.2 a second at the most"
     fewest = next(n for n in range(1, 9) if share_by_hand(RARE[0], 6.0 / n, SLO) >= 0.9)
     assert found.machines == fewest and f"{fewest} would, each with one request" in str(found)
-    never = findings.recommend([rec("sequential", 1, 3000, 50)], 0.01, SLO)
+    never = recommend([rec("sequential", 1, 3000, 50)], 0.01, SLO)
     assert never.machines is None and "Nothing here keeps the limits" in str(never)
 
 
 def test_what_is_extrapolated_is_said():
-    found = findings.recommend([rec("batch", 4, 100, 10)], 2, new_tokens=80)
+    found = recommend([rec("batch", 4, 100, 10)], 2, new_tokens=80)
     said = str(found)
     assert "from answers of 8 to 80" in said and "all requests at once" in said
     assert "1 runs give no interval" in said
     asked = {"arrivals": {"kind": "poisson", "rate_per_s": 4.0}}
     many = [rec("dynamic", 4, 100, 10, i, asked=asked) for i in range(5)]
-    assert "Extrapolated" not in str(findings.recommend(many, 4))
+    assert "Extrapolated" not in str(recommend(many, 4))
 
 
 def test_what_was_not_measured_is_not_within_the_limits():
-    assert findings.recommend([rec("batch", 1, None, 10)], 1).machines is None
+    assert recommend([rec("batch", 1, None, 10)], 1).machines is None
 
 
 def test_impossible_runs_are_not_recommended_and_unstable_ones_say_so():
     false = rec("batch", 1, 1, 1, prediction={"plausible": False})
     busy = rec("threads", 2, 100, 10, warnings=["unstable: busy"])
-    found = findings.recommend([false, busy], 1)
+    found = recommend([false, busy], 1)
     assert found.name == name(busy) and "Not quiet: unstable: busy" in str(found)
 
 
@@ -124,27 +132,14 @@ def test_another_engine_is_never_recommended():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="no record has a speed"):
-        findings.recommend([], 1)
+        recommend([], 1)
     with pytest.raises(ValueError, match="must be above 0"):
-        findings.recommend([rec("batch", 1, 1, 1)], 0)
-
-
-def test_another_card_is_all_extrapolation():
-    found = findings.predicted("yi-6b-chat", "RTX 4090", new_tokens=256)
-    assert list(found.level) == sorted(found.level) and len(found) > 3
-    # A step reads 2 bytes of each weight but the embedding at 1,008 GB/s, and a small cache.
-    step_ms = 2 * (6.061e9 - 64_000 * 4096) / 1008e9 * 1e3
-    assert found.tpot_ms[0] == pytest.approx(step_ms, rel=0.02)
-    assert (found.memory_gib <= 24.1).all()
-    chosen = findings.choose(found, 0.1, {"ttft_ms": 4000, "tpot_ms": 100})
-    assert chosen.machines == 1 and "data sheet" in str(chosen) and "all of it" in str(chosen)
-    with pytest.raises(ValueError, match="does not fit"):
-        findings.predicted("yi-34b-chat", "RTX A2000 Laptop 4GB")
+        recommend([rec("batch", 1, 1, 1)], 0)
 
 
 def test_headline():
-    assert "Nothing was measured" in findings.headline([])
+    assert "Nothing was measured" in headline([])
     rows = [rec("sequential", 1, 100, 100), rec("batch", 4, 100, 100)]
-    assert findings.headline(rows[:1]).endswith("tokens/s.")
-    text = findings.headline(rows)
+    assert headline(rows[:1]).endswith("tokens/s.")
+    text = headline(rows)
     assert text.startswith("Batches of 4, fp32: the most") and "4.0 times one request" in text
