@@ -11,7 +11,7 @@ __getattr__, __all__ = lazy_face(
         "sentences": "agreement_sentence check loops_sentence ratio_sentence value_sentence",
         "widgets": "Question calculator draw",
         "anatomy": "PHASES split",
-        "profiling": "STEP profile_steps shares timeline",
+        "profiling": "STEP profile_steps shares",
         "other_tools": "METRICS TOOLS score_as",
     },
 )
