@@ -19,8 +19,6 @@ CARD = ("name", "driver", "driver_model", "memory_total_bytes", "power_limit_w",
 SYSTEM = ("os", "os_version", "kernel", "cpu_model", "ram_total_bytes", "container",
           "virtual_machine", "power_plan", "on_battery", "hags", "mps_daemon", "python",
           "gil_enabled", "switch_interval_s")  # fmt: skip
-WORK = ("model", "dtype", "quantization", "weights", "device", "prompt_tokens", "new_tokens",
-        "sampling", "loop", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,6 @@ class Pair:
     rows: pd.DataFrame
     margin: float
     basis: str
-
-    @property
-    def typical(self) -> float | None:
-        """The median ratio over the conditions."""
-        return float(self.rows.ratio.median()) if self.rows.ratio.notna().any() else None
 
     @property
     def verdict(self) -> str:
@@ -63,7 +56,7 @@ class RunComparison:
 
     runs: tuple[Run, ...]
     quantity: str
-    differs: pd.DataFrame  # a row a fact of machine or work that differs, a column a run
+    differs: pd.DataFrame  # a row a fact of the machines that differs, a column a run
     table: pd.DataFrame  # medians; rows are strategies and levels, columns runs and their work
     pairs: tuple[Pair, ...]
 
@@ -75,10 +68,9 @@ class RunComparison:
         for i, run in enumerate(self.runs, start=1):
             yield f"  ({i}) {run.name}: {run.caption}; {len(run.measured)} runs that count"
             yield from (f"      note: {text}" for text in run.notes)
-        yield "\nWhat differs"
-        yield self.differs.set_axis(
-            [f"({i + 1})" for i in range(len(self.runs))], axis=1
-        ).to_string()
+        yield "\nWhat differs between the machines"
+        numbers = [f"({i + 1})" for i in range(len(self.runs))]
+        yield self.differs.set_axis(numbers, axis=1).to_string()
         yield f"\n{self.quantity}, median of the repeats"
         letters = [f"[{i + 1}]" for i in range(len(self.table.columns))]  # names are too wide
         shown = self.table.set_axis(letters, axis=1).reset_index()
@@ -103,7 +95,6 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
         known = sorted({k for run in runs for r in run.measured[:1] for k in r.metrics})
         raise ValueError(f"no run has {quantity!r}: choose one of {', '.join(known)}")
     machines = pd.DataFrame({run.name: _machine_facts(run.environment) for run in runs})
-    asked = pd.DataFrame({run.name: _work_facts(run) for run in runs})
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.hardware != "unknown":
@@ -113,8 +104,8 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
         for first, *others in groups.values()
         for other in others
     ]
-    differs = _differing(pd.concat([machines, asked]))
-    return RunComparison(tuple(runs), quantity, differs, _side_by_side(values), tuple(pairs))
+    table = _side_by_side(values)
+    return RunComparison(tuple(runs), quantity, _differing(machines), table, tuple(pairs))
 
 
 def _values(run: Run, quantity: str) -> pd.DataFrame:
@@ -161,7 +152,7 @@ def _row(a: pd.DataFrame, b: pd.DataFrame, quantity: str, margin: float) -> tupl
 
 
 def _differing(facts: pd.DataFrame) -> pd.DataFrame:
-    facts = facts.fillna("not recorded")
+    facts = facts.astype(object).fillna("not recorded")
     return facts[facts.nunique(axis=1) > 1]
 
 
@@ -174,9 +165,3 @@ def _machine_facts(env: Mapping) -> dict[str, str]:
     facts |= {key: packages[key] for key in PACKAGES if key in packages}
     facts |= {f"GPU {key}": card[key] for key in CARD if key in card}
     return {key: str(value) for key, value in facts.items()}
-
-
-def _work_facts(run: Run) -> dict[str, str]:
-    conditions = {id(r.condition): r.condition for r in run.measured}.values()
-    values = {key: sorted({str(c.get(key)) for c in conditions}) for key in WORK}
-    return {key: ", ".join(texts) for key, texts in values.items() if texts}

@@ -6,8 +6,7 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "plots": "COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels"
-        " published_groups roofline stacked",
-        "overview": "strategies_figure",
+        " published_groups roofline stacked strategies_figure",
         "sentences": "agreement_sentence check loops_sentence ratio_sentence value_sentence",
         "widgets": "Question calculator draw",
         "anatomy": "PHASES split",

@@ -10,10 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llmperf import machine, stats
+from llmperf import machine, measure, stats
 from llmperf.decoding.trace import Trace
 from llmperf.findings import published
-from llmperf.measure import environment
 from llmperf.predict import Ledger
 from llmperf.strategies import STRATEGIES
 
@@ -26,6 +25,11 @@ CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narro
 GIB = 2**30
 LINES = ("-", "--", ":", "-.")  # variants of one strategy
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
+PANELS = (  # metric, title, unit
+    ("output_tokens_per_s", "All requests together: more is better", "output tokens/s"),
+    ("wait_ms", "Each request, waiting included: less is better", "its time for a token (ms)"),
+)
+MODEL = ["model", "dtype", "quantization", "weights", "loop", "hardware", "os"]
 
 
 def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
@@ -78,7 +82,7 @@ def caption(
 def _machines(frame: pd.DataFrame | None) -> str:
     """The machines that the records name; without records, this one."""
     if frame is None or not frame.get("machine", pd.Series(dtype=str)).notna().any():
-        return machine.caption(environment())
+        return machine.caption(measure.environment())
     return "; ".join(sorted(frame.machine.dropna().unique()))
 
 
@@ -226,3 +230,38 @@ def roofline(ax: Axes, limits: Mapping, points: pd.DataFrame) -> None:
     ax.set(xscale="log", yscale="log", xlabel="FLOPs for each byte that must move")
     ax.set_ylabel("GFLOP/s")
     legend(ax)
+
+
+def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
+    """The runs of the model, dtype, loop and machine with the most of them: of every strategy the
+    setting and variant with the most levels, and of those the fastest."""
+    rows = measure.frame(r for r in records if r.counts and not r.condition.get("arrivals"))
+    if not len(rows):
+        return rows
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *MODEL, "e2el_ms", "requests_ok"])))
+    rows = rows[~rows.foreign & rows.output_tokens_per_s.notna()]
+    model = rows.groupby(MODEL, dropna=False).ngroup()
+    rows = rows[model == model.mode()[0]].copy()
+    rows["wait_ms"] = rows.e2el_ms * rows.requests_ok / rows.output_tokens
+    kinds = rows.groupby(["strategy", "setting", "variant"], as_index=False, sort=False).agg(
+        levels=("level", "nunique"), speed=("output_tokens_per_s", "max")
+    )
+    best = kinds.sort_values(["levels", "speed"]).drop_duplicates("strategy", keep="last")
+    return rows.merge(best[["strategy", "setting", "variant"]])
+
+
+def strategies_figure(records: Iterable[measure.Record]) -> Figure | None:
+    """Throughput and what each request pays for it, over requests at once. None without runs."""
+    rows = comparable_rows(records)
+    if not len(rows):
+        return None
+    fig, axes = figure(columns=2, height=3.8)
+    for ax, (y, title, unit) in zip(axes, PANELS, strict=True):
+        for name, runs in rows[rows[y].notna()].groupby("strategy", sort=False):
+            curve(ax, runs, "level", y, name)
+        ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
+        ax.set_title(title, fontsize=10)
+        levels(ax, sorted(rows.level.unique()))
+    legend(axes[1])
+    caption(fig, rows)
+    return fig

@@ -36,9 +36,8 @@ def load(folder: Path | str) -> Run:
     return findings.load_runs([Path(folder) / "records.jsonl"])[0]
 
 
-def of_run(folder: Path | str) -> Answer:
-    """The answer from the records of a study's folder. Raises ValueError when it has none."""
-    run = load(folder)
+def of_run(run: Run) -> Answer:
+    """The answer from the records of a run. Raises ValueError when none of them counts."""
     table = findings.options(run.records)
     if table.empty:
         raise ValueError("no run ended ok")

@@ -121,7 +121,7 @@ def _ending(folder: Path, state, records_only: bool) -> int:
         bad = answer.not_ok(run.records)
         for line in filter(None, (bad, *run.notes)):
             _say(line, sys.stderr)
-        found = answer.of_run(folder)
+        found = answer.of_run(run)
         answer.write_card(folder, found)
         _say("\n".join(("", *found.lines, "")))
         took = sum(r.metric("duration_s") or 0 for r in run.measured)

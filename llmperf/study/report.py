@@ -38,11 +38,13 @@ CODE_ONLY = re.compile(r"<!-- code -->.*?<!-- /code -->", re.DOTALL)  # prose th
 
 def write(folder: Path, state) -> Path:
     """Write the report and the card into a study's folder: the answer, then every notebook."""
-    links, sections = [], []
     try:
         run = answers.load(folder)
-    except ValueError:
+        first = _first_screen(folder, run)
+    except ValueError as error:
         run = None
+        first = f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
+    links, sections = [], []
     for stem in state.steps:
         outcome = state.done.get(stem, "not run")
         note = "" if outcome == "ok" else f' <span class="failed">{html.escape(outcome)}</span>'
@@ -52,7 +54,7 @@ def write(folder: Path, state) -> Path:
     asked = f"Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}."
     page = (
         f"{HEAD}<h1>What decides how fast a language model answers on this machine</h1>"
-        f"{_first_screen(folder)}<p>{asked}</p><nav><ol start='0'>{''.join(links)}</ol></nav>"
+        f"{first}<p>{asked}</p><nav><ol start='0'>{''.join(links)}</ol></nav>"
         f"{''.join(sections)}</main></body></html>"
     )
     target = folder / "report.html"
@@ -60,13 +62,10 @@ def write(folder: Path, state) -> Path:
     return target
 
 
-def _first_screen(folder: Path) -> str:
+def _first_screen(folder: Path, run: findings.Run) -> str:
     """The card, one figure, and the findings."""
-    try:
-        found = answers.of_run(folder)
-    except ValueError as error:
-        return f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
-    run, (card, _) = found.run, answers.write_card(folder, found)
+    found = answers.of_run(run)
+    card, _ = answers.write_card(folder, found)
     notes = "".join(f'<p class="failed">Note: {html.escape(text)}</p>' for text in run.notes)
     figure, drawn = show.strategies_figure(run.records), io.BytesIO()
     if figure is not None:

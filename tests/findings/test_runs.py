@@ -144,7 +144,7 @@ def test_a_change_of_one_machine_is_found_though_nothing_recorded_differs(tmp_pa
 def test_launches_that_differ_as_usual_cannot_be_told_apart(tmp_path):
     found = findings.compare_runs(twins(tmp_path, 1.04))
     assert found.pairs[0].verdict.startswith("cannot tell") and "assumed" in found.pairs[0].basis
-    assert found.pairs[0].typical == pytest.approx(1.03, abs=0.03)
+    assert found.pairs[0].rows.ratio.median() == pytest.approx(1.03, abs=0.03)
 
 
 @pytest.mark.parametrize("again", [{"experiment": "04-again"}, {"kind": "twin"}])
@@ -179,7 +179,7 @@ def test_a_pair_on_one_card_gets_ratios_after_what_differs(tmp_path):
     assert pair.verdict == "faster in 3 of 3 conditions" and pair.differs == ["os"]
     assert all(r.low < r.ratio < r.high for r in pair.rows.itertuples())
     text = str(found)
-    assert text.index("What differs\n") < text.index("ratio") and "faster" in text
+    assert text.index("What differs") < text.index("ratio") and "faster" in text
     slower = findings.compare_runs(windows_and_wsl2(tmp_path / "d"), "duration_s").pairs[0]
     assert slower.verdict.startswith("faster") and slower.rows.ratio[0] < 1
     same = findings.compare_runs(windows_and_wsl2(tmp_path / "s", 1.01)).pairs[0]
@@ -190,7 +190,7 @@ def test_what_may_not_be_compared(tmp_path):
     other = windows_and_wsl2(tmp_path, condition={"model": "yi-6b-chat"})
     found = findings.compare_runs(other)
     assert "no condition is the same" in found.pairs[0].verdict
-    assert list(found.differs.loc["model"]) == ["gpt2", "yi-6b-chat"]
+    assert list(found.differs.index) == ["os"] and len(found.table.columns) == 2
     card = findings.load_runs(
         [write(tmp_path / "x", env=ENV | {"gpus": [CARD | {"name": "RTX 3060"}]})]
     )
@@ -203,7 +203,7 @@ def test_fewer_tokens_are_not_a_speed(tmp_path):
     a, b = windows_and_wsl2(tmp_path)
     cut = [dataclasses.replace(r, metrics=r.metrics | {"output_tokens": 1}) for r in b.records]
     found = findings.compare_runs([a, dataclasses.replace(b, records=tuple(cut))])
-    assert found.pairs[0].rows.ratio.isna().all() and found.pairs[0].typical is None
+    assert found.pairs[0].rows.ratio.isna().all()
     assert "output_tokens" in found.pairs[0].rows.note[0]
 
 

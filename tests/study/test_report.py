@@ -60,7 +60,7 @@ def outputs(*bundles):
 
 
 def test_the_answer_has_every_number_from_records(folder):
-    ceilings, one, best, run, score = answer.of_run(folder).lines
+    ceilings, one, best, run, score = answer.of_run(answer.load(folder)).lines
     assert ceilings == "This machine reads 29 GB/s and computes 0.33 TFLOP/s in fp32."
     assert one.startswith("One request gets 10 tokens/s (gpt2 in fp32, cached) of at most 50;")
     assert "its limit is bandwidth" in one
@@ -69,7 +69,7 @@ def test_the_answer_has_every_number_from_records(folder):
 
 
 def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
-    found = answer.of_run(folder)
+    found = answer.of_run(answer.load(folder))
     png, page = answer.write_card(folder, found)
     assert struct.unpack(">II", png.read_bytes()[16:24]) == (1200, 630)
     text = page.read_text(encoding="utf-8")
