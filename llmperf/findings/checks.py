@@ -128,9 +128,8 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
             # Ten requests through two workers say nothing of ten workers, unless they arrive.
             and (r.get("arrivals") or r.get("option_workers", level) == level)
         ]
-        scale = (n if "times" in s else 1) / (n if "per" in s else 1)
-        name = s.get("metric", metric)
-        values = [r[name] * scale for r in _nearest(found, s.get("options", {})) if name in r]
+        scale = n if "times" in s else 1
+        values = [r[metric] * scale for r in _nearest(found, s.get("options", {})) if metric in r]
         if values:
             return values
     return []

@@ -111,18 +111,9 @@ def published_verdicts() -> list[Verdict]:
 def scorecard(records: Iterable[Record]) -> pd.DataFrame:
     """The claims as a table: claim, where it stands, verdict, figures, what this machine shows, and
     what the published rows say. Index is the claim's id; there is no empty cell."""
-    rows = [
-        {
-            "claim": v.claim,
-            "at": v.at,
-            "verdict": v.verdict,
-            "figures": v.figures,
-            "here": v.here,
-            "published rows": p.word,
-        }
-        for v, p in zip(judge_all(records), published_verdicts(), strict=True)
-    ]
-    return pd.DataFrame(rows, index=[c.id for c in claims()]).rename_axis("finding")
+    card = pd.DataFrame(map(vars, judge_all(records))).set_index("id").rename_axis("finding")
+    card = card[["claim", "at", "verdict", "figures", "here"]]
+    return card.assign(**{"published rows": [v.word for v in published_verdicts()]})
 
 
 def _judge(claim: Claim, rows: Sequence[Row]) -> Verdict:
@@ -170,14 +161,10 @@ def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
     elif strict:
         levels &= {claim.level}
     for n in sorted(levels, reverse=True):
-        found = [(c, SHAPES[c["check"]](rows, c, n, strict)) for c in claim.checks]
-        if all(x or c.get("optional") for c, x in found):
-            known = [x for _, x in found if x]
-            verdict, points_to = _joined(known)
-            if verdict == HOLDS and len(known) < len(found):
-                verdict = CANNOT_TELL
-            text = "; ".join(x.text for x in known)
-            return Part(verdict, points_to, text, f"{rows[0]['setting']}, level {n}", n)
+        found = [SHAPES[check["check"]](rows, check, n, strict) for check in claim.checks]
+        if all(found):
+            text = "; ".join(x.text for x in found)
+            return Part(*_joined(found), text, f"{rows[0]['setting']}, level {n}", n)
     return None
 
 
