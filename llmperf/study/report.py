@@ -9,6 +9,7 @@ import html
 import io
 import re
 from pathlib import Path
+from string import Template
 
 import bleach
 import nbformat
@@ -18,14 +19,7 @@ from nbconvert import HTMLExporter
 from llmperf import findings, show
 from llmperf.study import answer as answers
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = (Path(show.__file__).parent / "web" / "report.css").read_text(encoding="utf-8")
-HEAD = (
-    "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    f"<title>llmperf</title><style>{STYLE}</style></head><body><main>"
-)
+PAGE = Template((Path(show.__file__).parent / "web" / "report.html").read_text(encoding="utf-8"))
 SHOWN = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg"}
 TAGS = (
     "a b blockquote br code dd del details div dl dt em h1 h2 h3 h4 hr i img li ol p pre s span"
@@ -51,11 +45,12 @@ def write(folder: Path, state) -> Path:
         links.append(f'<li><a href="#{stem}">{stem}</a>{note}</li>')
         said = html.escape(answers.of_notebook(run, stem)) if run else ""
         sections.append(_section(folder, stem, note, said))
-    asked = f"Profile <b>{html.escape(state.profile)}</b>, started {html.escape(state.started)}."
-    page = (
-        f"{HEAD}<h1>What decides how fast a language model answers on this machine</h1>"
-        f"{first}<p>{asked}</p><nav><ol start='0'>{''.join(links)}</ol></nav>"
-        f"{''.join(sections)}</main></body></html>"
+    page = PAGE.substitute(
+        first_screen=first,
+        profile=html.escape(state.profile),
+        started=html.escape(state.started),
+        contents="".join(links),
+        sections="".join(sections),
     )
     target = folder / "report.html"
     target.write_text(page, encoding="utf-8")
