@@ -117,8 +117,7 @@ def _values(run: Run, quantity: str) -> pd.DataFrame:
 
 def _side_by_side(values: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     table = pd.concat([rows.assign(run=name) for name, rows in values.items() if len(rows)])
-    table = table[table.kind == "measure"]
-    table["run"] = table.run + "\n" + table.work
+    table = table[table.kind == "measure"].assign(run=lambda t: t.run + "\n" + t.work)
     wide = table.pivot_table("value", ["variant", "level"], "run", "median")
     return wide[table.run.unique()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -34,9 +35,8 @@ MODEL = ["model", "dtype", "quantization", "weights", "loop", "hardware", "os"]
 
 def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
     """A light figure with `columns` axes side by side."""
-    fig, axes = plt.subplots(
-        1, columns, figsize=(SIZE[0] * (1 if columns == 1 else 1.45), height), layout="constrained"
-    )
+    width = SIZE[0] * (1 if columns == 1 else 1.45)
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
     for ax in [axes] if columns == 1 else axes:
         ax.grid(True, color="#e6e8eb", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -135,18 +135,10 @@ def curve(
 def published_groups(ax: Axes, strategy: str, y: str, **wanted) -> None:
     """The published rows of a strategy over concurrency, in grey, one line style a machine."""
     dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
-    rows = published.groups(strategy, **wanted)
-    rows = rows.sort_values("concurrency")
+    rows = published.groups(strategy, **wanted).sort_values("concurrency")
     for i, (label, group) in enumerate(rows.groupby("label")):
-        ax.plot(
-            group.concurrency,
-            group[y],
-            linestyle=dashes[i % len(dashes)],
-            marker=MARKERS[3 + i % 4],
-            markersize=4,
-            color=GREY,
-            label=f"published: {label}",
-        )
+        look = {"linestyle": dashes[i % len(dashes)], "marker": MARKERS[3 + i % 4], "markersize": 4}
+        ax.plot(group.concurrency, group[y], color=GREY, label=f"published: {label}", **look)
 
 
 def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
@@ -154,17 +146,15 @@ def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:
 
     `named` draws the legend; of several axes side by side, let the last one have it.
     """
-    for row, request in enumerate(trace.requests):
-        if request.started_s is None or not request.token_s:
-            continue
-        wait = request.started_s - request.submitted_s
-        first, last = request.token_s[0], request.token_s[-1]
-        ax.barh(row, wait, left=request.submitted_s, color="#e6e8eb", height=0.7)
-        ax.barh(row, first - request.started_s, left=request.started_s, color=COLORS[5], height=0.7)
-        ax.barh(row, last - first, left=first, color=COLORS[0], height=0.7)
+    looks = (("waiting", "#e6e8eb"), ("prefill", COLORS[5]), ("decoding", COLORS[0]))
+    for row, r in enumerate(trace.requests):
+        if r.started_s is not None and r.token_s:
+            times = (r.submitted_s, r.started_s, r.token_s[0], r.token_s[-1])
+            for (_, color), (begin, end) in zip(looks, pairwise(times), strict=True):
+                ax.barh(row, end - begin, left=begin, color=color, height=0.7)
     ax.set(xlabel="time since the start (s)", ylabel="request", yticks=range(len(trace.requests)))
     ax.invert_yaxis()
-    for name, color in (("waiting", "#e6e8eb"), ("prefill", COLORS[5]), ("decoding", COLORS[0])):
+    for name, color in looks:
         ax.barh(0, 0, color=color, label=name)
     if named:
         legend(ax)

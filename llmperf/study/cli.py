@@ -88,8 +88,9 @@ def _run(arguments) -> int:
     if arguments.resume:
         given = [f"--{n}" for n in ("only", "values", "out") if getattr(arguments, n)]
         if given:
+            left_out = " ".join(given)
             raise ValueError(
-                f"--resume takes everything from the run's folder: leave out {' '.join(given)}"
+                f"--resume takes everything from the run's folder: leave out {left_out}"
             )
         folder = Path(arguments.resume).resolve()
         study.load_state(folder)

@@ -86,10 +86,8 @@ def check_data(value: object, what: str) -> None:
     except (TypeError, ValueError, RecursionError):
         plain = False
     if not plain or _depth(value) > MOST_DEPTH:
-        raise ValueError(
-            f"{what} is {value!r:.60}: use text, finite numbers, true, false, null, lists, and"
-            f" mappings with text keys, {MOST_DEPTH} levels deep at most"
-        )
+        kinds = "text, finite numbers, true, false, null, lists, and mappings with text keys"
+        raise ValueError(f"{what} is {value!r:.60}: use {kinds}, {MOST_DEPTH} levels deep at most")
 
 
 def _depth(value: object) -> int:
@@ -108,9 +106,8 @@ def load_profile(name: str | Path) -> Profile:
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(
-            f"unknown profile {str(name)!r}: choose {', '.join(profiles())}, or a file"
-        )
+        known = ", ".join(profiles())
+        raise ValueError(f"unknown profile {str(name)!r}: choose {known}, or a file")
     what = f"profile {path.name}"
     data = read_yaml_file(path, what) or {}
     named = {"name": path.stem} | data if isinstance(data, dict) else data
@@ -182,10 +179,8 @@ def _check_type(what: str, value: object, default: object) -> None:
     wanted = (int, float) if kind is float else kind
     if default is None or isinstance(value, wanted) and (type(value) is bool) == (kind is bool):
         return
-    raise ValueError(
-        f"{what} is {value!r:.60}, a {type(value).__name__}: it must be a {kind.__name__}, for"
-        f" instance {default!r}"
-    )
+    wrong = f"{value!r:.60}, a {type(value).__name__}"
+    raise ValueError(f"{what} is {wrong}: it must be a {kind.__name__}, for instance {default!r}")
 
 
 def _check_known(name: str, known, where: str) -> None:

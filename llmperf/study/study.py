@@ -56,10 +56,8 @@ def start(profile: Profile, only=(), overrides=None, out: Path | str | None = No
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
         state.save(folder)
     except OSError as error:
-        raise ValueError(
-            f"cannot write to the output folder {folder} ({error.strerror}): choose one that you"
-            " may write to with --out"
-        ) from None
+        why = f"cannot write to the output folder {folder} ({error.strerror})"
+        raise ValueError(f"{why}: choose one that you may write to with --out") from None
     return folder.resolve()
 
 
@@ -125,16 +123,11 @@ def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
         if use_notebooks:
             import papermill
 
-            papermill.execute_notebook(
-                source,
-                folder / "notebooks" / source.name,
-                parameters=parameters,
-                cwd=source.parent,
-                kernel_name="python3",
-                execution_timeout=state.timeout_s,
-                progress_bar=False,
-                extra_arguments=["--log-level=CRITICAL"],  # no "TCP without encryption"
-            )
+            target = folder / "notebooks" / source.name
+            how = {"cwd": source.parent, "kernel_name": "python3", "progress_bar": False}
+            how["execution_timeout"] = state.timeout_s
+            how["extra_arguments"] = ["--log-level=CRITICAL"]  # no "TCP without encryption"
+            papermill.execute_notebook(source, target, parameters, **how)
         else:
             _execute_without_jupyter(source, parameters)
     except Exception as error:  # papermill's own, a time-out, a dead kernel: the study goes on
