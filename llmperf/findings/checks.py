@@ -66,22 +66,6 @@ def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
     return Checked(verdict, points_to, text)
 
 
-def each(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
-    """A share of the model's size at every level, each within the limits."""
-    size = next((r[check["over"]] for r in rows if r.get(check["over"])), None)
-    levels = sorted({r["level"] for r in rows if r["strategy"] == check["of"]["strategy"]})
-    found = {k: samples(rows, {**check["of"], "level": k}, n, check["metric"]) for k in levels}
-    shares = {k: max(values) / size - 1 for k, values in found.items() if values and size}
-    if not shares:
-        return None
-    inside = [x for x in shares.values() if check["least"] <= x <= check["most"]]
-    verdict = HOLDS if len(inside) == len(shares) else FAILS
-    ends = ", ".join(f"batch {k}: {shares[k]:.0%}" for k in sorted({min(shares), max(shares)}))
-    claimed = f"{check['least']:.0%} to {check['most']:.0%}"
-    text = f"{check['says']} {ends}; {len(inside)} of {len(shares)} within {claimed}"
-    return Checked(verdict, verdict, text)
-
-
 def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
     """The largest batch that ran against the predicted one; `rows` hold runs out of memory too."""
     ours = [r for r in rows if r["strategy"] == check["of"]["strategy"]]
@@ -111,7 +95,7 @@ def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
     return Checked(verdict, verdict, text)
 
 
-SHAPES = {"ratio": ratio, "steps": steps, "each": each, "fits": fits}
+SHAPES = {"ratio": ratio, "steps": steps, "fits": fits}
 
 
 def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) -> list[float]:
@@ -128,8 +112,8 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
             # Ten requests through two workers say nothing of ten workers, unless they arrive.
             and (r.get("arrivals") or r.get("option_workers", level) == level)
         ]
-        scale = n if "times" in s else 1
-        values = [r[metric] * scale for r in _nearest(found, s.get("options", {})) if metric in r]
+        scale, name = n if "times" in s else 1, s.get("metric", metric)
+        values = [r[name] * scale for r in _nearest(found, s.get("options", {})) if name in r]
         if values:
             return values
     return []
