@@ -41,13 +41,6 @@ class Claim:
         size = [f"{self.level} at once" * bool(self.level), f"{self.tokens} tokens"]
         return ", ".join(x for x in (*where, *(size if self.tokens else size[:1])) if x)
 
-    @property
-    def varied(self) -> set[str]:
-        """Columns in which the two sides of a check differ."""
-        sides = (c.get(k, {}) for c in self.checks for k in ("of", "to"))
-        flat = (s for side in sides for s in ([side] if isinstance(side, Mapping) else side))
-        return {name for s in flat for name in ("os", "loop") if name in s}
-
 
 @dataclass(frozen=True)
 class Part(Checked):
@@ -143,7 +136,8 @@ def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
         and (not strict or not claim.platforms or r["os"] in claim.platforms)
         and (not strict or claim.tokens in (None, r.get("new_tokens")))
     ]
-    columns = [name for name in (*WORK, *PLACE) if name not in claim.varied]
+    across = len(claim.platforms) > 1  # a claim that compares platforms
+    columns = [name for name in (*WORK, *PLACE) if name != "os" or not across]
     for by in (["experiment", *columns], columns):
         groups: dict[tuple, list[Row]] = {}
         for r in rows:
