@@ -48,13 +48,12 @@ def load_runs(paths: Iterable[Path | str | Run]) -> list[Run]:
     found: list[Run] = []
     for source in paths:
         found += [source] if isinstance(source, Run) else map(_load, _files(Path(source)))
-    seen: Counter = Counter()
-    runs = []
-    for run in found:
-        seen[run.name] += 1
-        number = f"#{seen[run.name]}" if seen[run.name] > 1 else ""
-        runs.append(replace(run, name=run.name + number))
-    return runs
+    names = [run.name for run in found]
+    numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [
+        replace(run, name=f"{run.name}#{n}" if n > 1 else run.name)
+        for run, n in zip(found, numbers, strict=True)
+    ]
 
 
 def shipped_runs() -> list[Path]:

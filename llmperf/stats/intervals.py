@@ -12,6 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
+CONFIDENCE = 0.95
+LEAST = 5  # samples
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -37,24 +40,16 @@ def checked(samples: Sequence[float]) -> np.ndarray:
     return x
 
 
-def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The median and its interval; below 5 samples there is no interval at 95 %.
-
-    Raises ValueError for samples that are not finite.
-    """
+def median_interval(samples: Sequence[float]) -> Interval:
+    """The median and its 95 % interval, which needs 5 samples; ValueError for one not finite."""
     x = np.sort(checked(samples))
-    reason = _too_few(len(x), confidence)
     if not len(x):
         return Interval(None, None, None, 0, "no samples")
-    if reason:
-        return Interval(_middle(x), None, None, len(x), reason)
-    return Interval(_middle(x), *_bounds(x, confidence), len(x))
+    return Interval(_middle(x), *_bounds(x), len(x), _too_few(len(x)))
 
 
-def ratio_interval(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, paired: bool = False
-) -> Interval:
-    """median(a) / median(b) and its interval; `n` is the smaller sample's size.
+def ratio_interval(a: Sequence[float], b: Sequence[float], paired: bool = False) -> Interval:
+    """median(a) / median(b) and its 95 % interval; `n` is the smaller sample's size.
 
     `paired=True` is for pairs of one round (a[i] and b[i]): it gives the median of a[i] / b[i], and
     what slowed both cancels. Raises ValueError for samples that are not above 0.
@@ -65,31 +60,28 @@ def ratio_interval(
     if paired and len(x) != len(y):
         raise ValueError(f"pairs need as many samples on both sides, not {len(x)} and {len(y)}")
     n = min(len(x), len(y))
-    reason = _too_few(n, confidence)
     if not n:
         return Interval(None, None, None, 0, "no samples on one side")
     x, y = np.log(x), np.log(y)
     x, y = (np.sort(x - y), np.zeros(1)) if paired else (np.sort(x), np.sort(y))
     value = _middle(x) - _middle(y)
-    if reason:
+    if reason := _too_few(n):
         return Interval(math.exp(value), None, None, n, reason)
-    x_low, x_high = _bounds(x, confidence)
-    y_low, y_high = (0.0, 0.0) if paired else _bounds(y, confidence)
+    x_low, x_high = _bounds(x)
+    y_low, y_high = (0.0, 0.0) if paired else _bounds(y)
     low = value - math.hypot(_middle(x) - x_low, y_high - _middle(y))
     high = value + math.hypot(x_high - _middle(x), _middle(y) - y_low)
     return Interval(math.exp(value), math.exp(low), math.exp(high), n)
 
 
-def narrow_enough(
-    samples: Sequence[float], relative_width: float, confidence: float = 0.95, least: int = 8
-) -> bool:
+def narrow_enough(samples: Sequence[float], relative_width: float, least: int = 8) -> bool:
     """Whether to stop: the interval is at most `relative_width` of the median wide.
 
     Never before `least` samples, since a narrow start by chance would bias a sequential stop.
     """
     if not relative_width > 0:
         raise ValueError(f"relative_width is {relative_width}; it must be above 0, such as 0.05")
-    found = median_interval(samples, confidence)
+    found = median_interval(samples)
     if found.n < least or found.low is None:
         return False
     return found.high - found.low <= relative_width * abs(found.value)
@@ -100,11 +92,13 @@ def _middle(x: np.ndarray) -> float:
     return float(x[(len(x) - 1) // 2] + x[len(x) // 2]) / 2
 
 
-def _bounds(x: np.ndarray, confidence: float) -> tuple[float, float]:
+def _bounds(x: np.ndarray) -> tuple[float | None, float | None]:
     """Interpolated between the k-th and the next order statistic from either end. x: sorted."""
     n = len(x)
-    k, weight = _order_rank(n, confidence)
-    if not k:  # the whole range falls short of `confidence` by little: see `_too_few`
+    if n < LEAST:
+        return None, None
+    k, weight = _order_rank(n)
+    if not k:  # the whole range of 5 samples covers the median with 93.75 %
         return float(x[0]), float(x[-1])
     low = (1 - weight) * x[k - 1] + weight * x[k]
     high = (1 - weight) * x[n - k] + weight * x[n - k - 1]
@@ -112,25 +106,21 @@ def _bounds(x: np.ndarray, confidence: float) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=4096)
-def _order_rank(n: int, confidence: float) -> tuple[int, float]:
-    """The largest k whose order statistics still cover `confidence`, and the weight of the next."""
+def _order_rank(n: int) -> tuple[int, float]:
+    """The largest k whose order statistics still cover 95 %, and the weight of the next."""
     from scipy.stats import binom
 
     def coverage(k: int) -> float:
         return 1 - 2 * float(binom.cdf(k - 1, n, 0.5))
 
-    k = int(binom.ppf((1 - confidence) / 2, n, 0.5)) + 1
-    while k and coverage(k) < confidence:
+    k = int(binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)) + 1
+    while k and coverage(k) < CONFIDENCE:
         k -= 1
     if not k or 2 * (k + 1) > n + 1:
         return k, 0.0
-    share = (coverage(k) - confidence) / (coverage(k) - coverage(k + 1))
+    share = (coverage(k) - CONFIDENCE) / (coverage(k) - coverage(k + 1))
     return k, (n - k) * share / (k + (n - 2 * k) * share)
 
 
-def _too_few(n: int, confidence: float) -> str | None:
-    """The whole range of n samples covers the median with 1 - 2^(1 - n): it may lack 2 points."""
-    if not 0.5 <= confidence <= 0.999:
-        raise ValueError(f"confidence is {confidence}; it must lie between 0.5 and 0.999")
-    least = math.ceil(1 - math.log2(1 - confidence + 0.02))
-    return f"{n} sample(s); an interval at {confidence:.0%} needs {least}" if n < least else None
+def _too_few(n: int) -> str | None:
+    return f"{n} sample(s); an interval at {CONFIDENCE:.0%} needs {LEAST}" if n < LEAST else None

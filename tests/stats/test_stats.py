@@ -96,7 +96,6 @@ def test_what_is_not_a_number_is_refused(call, bad):
 def test_bad_options_are_refused():
     x = [1.0] * 6
     for wrong in (
-        lambda: stats.median_interval(x, confidence=95),
         lambda: stats.ratio_interval(x, [0.0] * 6),
         lambda: stats.ratio_interval(x, x[:5], paired=True),
         lambda: stats.narrow_enough(x, 0),
