@@ -9,7 +9,7 @@ import pandas as pd
 
 from llmperf import machine, stats
 from llmperf.findings.runs import Run
-from llmperf.measure import frame
+from llmperf.measure.frames import described
 
 RUN_TO_RUN = 0.10  # without A/A data: two launches of one machine may differ by as much
 LEAST_MARGIN = 0.05
@@ -109,10 +109,15 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
 
 
 def _values(run: Run, quantity: str) -> pd.DataFrame:
-    """The frame of the runs and twins that have the quantity, with the columns value and record."""
+    """The runs and twins that have the quantity, one a row."""
     ok = (r for r in run.records if r.status == "ok" and r.possible)
     records = [r for r in ok if r.kind in ("measure", "twin") and r.metric(quantity)]
-    return frame(records).assign(value=[r.metric(quantity) for r in records], record=records)
+    conditions = {id(r.condition): r.condition for r in records}
+    known = {key: described(condition, {}) for key, condition in conditions.items()}
+    names = ["condition", "variant", "level", "work"]
+    rows = [[*map(known[id(r.condition)].get, names), r.experiment, r.kind] for r in records]
+    table = pd.DataFrame(rows, columns=[*names, "experiment", "kind"])
+    return table.assign(value=[r.metric(quantity) for r in records], record=records)
 
 
 def _side_by_side(values: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -78,8 +78,9 @@ def _check_comparable(a: Sequence, b: Sequence) -> None:
     if not a or not b:
         return
     differs = []
+    conditions = {id(r.condition): r.condition for r in (*a, *b)}.values()  # records share them
     for key in COMPARED:
-        values = {json.dumps(r.condition.get(key), sort_keys=True, default=str) for r in (*a, *b)}
+        values = {json.dumps(c.get(key), sort_keys=True, default=str) for c in conditions}
         if len(values) > 1:
             differs.append(f"{key} ({', '.join(sorted(values))})")
     tokens = [

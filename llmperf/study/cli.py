@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -160,6 +161,7 @@ def _models(arguments) -> None:
 
 
 def _compare(arguments) -> None:
+    gc.disable()  # it would rescan records that all stay alive
     found = findings.load_runs(arguments.runs)
     found += findings.published_runs() if arguments.published else []
     _say(str(findings.compare_runs(found, arguments.quantity)))
