@@ -110,14 +110,17 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
 
 def _values(run: Run, quantity: str) -> pd.DataFrame:
     """The runs and twins that have the quantity, one a row."""
-    ok = (r for r in run.records if r.status == "ok" and r.possible)
-    records = [r for r in ok if r.kind in ("measure", "twin") and r.metric(quantity)]
-    conditions = {id(r.condition): r.condition for r in records}
+    kinds = ("measure", "twin")
+    ok = (r for r in run.records if r.kind in kinds and r.status == "ok" and r.possible)
+    found = [(r, value) for r in ok if (value := r.metric(quantity))]
+    conditions = {id(r.condition): r.condition for r, _ in found}
     known = {key: described(condition, {}) for key, condition in conditions.items()}
     names = ["condition", "variant", "level", "work"]
-    rows = [[*map(known[id(r.condition)].get, names), r.experiment, r.kind] for r in records]
-    table = pd.DataFrame(rows, columns=[*names, "experiment", "kind"])
-    return table.assign(value=[r.metric(quantity) for r in records], record=records)
+    rows = [
+        [*map(known[id(r.condition)].get, names), r.experiment, r.kind, value, r]
+        for r, value in found
+    ]
+    return pd.DataFrame(rows, columns=[*names, "experiment", "kind", "value", "record"])
 
 
 def _side_by_side(values: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

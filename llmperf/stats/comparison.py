@@ -50,13 +50,13 @@ def compare_speeds(
     sides = [[r for r in records if r.counts] for records in (a_records, b_records)]
     _check_comparable(*sides)
     higher_is_better = _higher_is_better(quantity)
-    known = [[r for r in side if r.metric(quantity) is not None] for side in sides]
+    known = [[(r, v) for r in side if (v := r.metric(quantity)) is not None] for side in sides]
     if any(sides) and not any(known):
         raise ValueError(f"no record has the number {quantity}: try {quantity}.median")
-    x, y = ({(r.run_id, r.repeat): r.metric(quantity) for r in side} for side in known)
+    x, y = ({(r.run_id, r.repeat): v for r, v in side} for side in known)
     once = (len(x), len(y)) == tuple(map(len, sides))
     paired = paired and once and x.keys() == y.keys() and all(run for run, _ in x)
-    a, b = ([r.metric(quantity) for r in side] for side in known)
+    a, b = ([v for _, v in side] for side in known)
     if paired:
         a, b = list(x.values()), [y[round] for round in x]
     found = ratio_interval(a, b, paired=paired)
