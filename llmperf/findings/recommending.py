@@ -113,6 +113,7 @@ def recommend(
     if not len(found):
         raise ValueError("no record has a speed: measure something first")
     tokens = new_tokens or int(found.answer_tokens.fillna(1).max())
+    found = _nearest(found, tokens)
 
     def rank(o, each_per_s: float) -> tuple:
         share, answer_ms = simulated(o, each_per_s, slo, tokens)
@@ -141,6 +142,14 @@ def recommend(
     rests += f" Not quiet: {best.warning}." if best.warning else ""
     extrapolated = (f"Extrapolated: {text}" for text in _extrapolated(best, tokens))
     return Recommendation(name, share, machines, (what, rests, *extrapolated))
+
+
+def _nearest(found: pd.DataFrame, tokens: int) -> pd.DataFrame:
+    """Of equal options the one measured under arrivals, else with answers of nearest length."""
+    names = [name_of(o) for o in found.itertuples()]
+    order = found.assign(name=names, off=(found.answer_tokens - tokens).abs())
+    order = order.sort_values(["arriving", "off"], ascending=[False, True], kind="stable")
+    return order.drop_duplicates("name")
 
 
 def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tuple[float, float]:

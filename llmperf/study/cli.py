@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a legacy code page
         stream.reconfigure(encoding="utf-8", errors="replace")
     arguments = _parser().parse_args(argv)
+    for name in STOPS:  # as Ctrl-C: children end, and what was measured stays
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         status = arguments.call(arguments) or 0
         sys.stdout.flush()
@@ -99,8 +101,6 @@ def _run(arguments) -> int:
         profile = study.load_profile(arguments.profile)
         folder = study.start(profile, arguments.only, _values(arguments.values), arguments.out)
     _say(f"Run folder: {folder}")
-    for name in STOPS:  # as Ctrl-C: children end, and what was measured stays
-        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         state = study.run(folder, use_notebooks=not arguments.no_notebooks, say=_say)
         return _ending(folder, state, arguments.no_notebooks)

@@ -84,6 +84,12 @@ def test_the_chosen_option_is_as_good_as_brute_force_finds(seed):
         assert shares[id(best)] >= 0.88
 
 
+def test_of_an_option_measured_twice_the_answers_of_nearest_length_count():
+    short, long = rec("batch", 4, 20, 5.0, tokens=4), rec("batch", 4, 40, 50.0, tokens=64)
+    assert "Extrapolated: the length" not in str(recommend([short, long], 1, SLO, 64))
+    assert "from answers of 4 to 5 tokens" in str(recommend([short, long], 1, SLO, 5))
+
+
 def test_a_rare_load_does_not_get_large_batches():
     found = recommend(RARE, 0.1, SLO)
     assert found.name == name(RARE[0]) and found.machines == 1 and found.share == 1
