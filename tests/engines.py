@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from llmperf import models
-from llmperf.strategies.grouped import Grouped
+from llmperf.strategies.inference import Grouped
 
 # The byte tokenizer gives "!" the id 0, so these ids spell a text.
 TEXT = [ord(c) - ord("!") for c in "all-cats-are-grey-in-the-dark."]
@@ -33,8 +33,6 @@ class Joining:
         return self._rows - len(self._groups)
 
     def admit(self, key, request, sampling, stop):
-        if len(request.prompt_ids) > 300:
-            raise ValueError("the prompt never fits")
         self._groups[key] = Grouped(self._decode, 1)
         self._groups[key].admit(key, request, sampling, stop)
 

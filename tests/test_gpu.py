@@ -125,7 +125,7 @@ def test_out_of_memory_is_a_record_and_the_next_condition_runs(gpt2, tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
     by_level = results.frame.groupby("level").status.agg(list).to_dict()
     assert by_level[1] == ["ok", "ok"]
-    assert by_level[256][0] in ("oom", "skipped") and by_level[256][1] == "skipped"
+    assert by_level[256] in (["oom"], ["skipped"])
 
 
 def test_the_mps_daemon_is_noticed_or_ruled_out():

@@ -7,7 +7,6 @@ __getattr__, __all__ = lazy_face(
     {
         "condition": "Condition",
         "frames": "frame",
-        "load": "Arriving",
         "prediction": "predict_run spec_of",
         "records": "Record Store open_store",
         "results": "Results paired",

@@ -1,7 +1,6 @@
-"""How many cards a load needs: a queueing simulation from the measured times of batches (`Curve`).
+"""How many cards a load needs: a queueing simulation from the measured times of batches.
 
-Arrivals, grouping into batches and the choice of card are those of the server. The result is a
-Trace, so that a simulated run is scored like a measured one, and checked against it.
+Arrivals, grouping and the choice of card are those of the server.
 """
 
 from __future__ import annotations
@@ -25,12 +24,6 @@ class Curve:
     first_s: tuple[float, ...]
     step_s: tuple[float, ...]
 
-    def __post_init__(self):
-        if not self.rows or len({len(self.rows), len(self.first_s), len(self.step_s)}) > 1:
-            raise ValueError("a curve needs one first_s and one step_s for each of its rows")
-        if list(self.rows) != sorted(set(self.rows)) or min(self.rows) < 1:
-            raise ValueError(f"the rows {self.rows} must rise from 1 or more")
-
     @classmethod
     def of(cls, traces: Sequence[Trace]) -> Curve:
         """From runs of the `batch` strategy, one batch each; medians where a size ran often."""
@@ -38,25 +31,20 @@ class Curve:
         for trace in traces:
             longest = max(trace.requests, key=lambda r: len(r.token_s))
             first = longest.token_s[0] - longest.started_s
-            seen.setdefault(len(trace.requests), []).append(
-                (first, float(np.median(np.diff(longest.token_s))))
-            )
-        rows = tuple(sorted(seen))
-        medians = [np.median(seen[n], axis=0) for n in rows]
-        return cls(rows, *(tuple(float(m[i]) for m in medians) for i in (0, 1)))
+            times = first, float(np.median(np.diff(longest.token_s)))
+            seen.setdefault(len(trace.requests), []).append(times)
+        medians = {n: np.median(seen[n], axis=0).tolist() for n in sorted(seen)}
+        return cls(tuple(medians), *map(tuple, zip(*medians.values(), strict=True)))
 
     def batch_s(self, rows: int) -> tuple[float, float]:
-        """(time to the first token, time of each further one) of `rows` requests, interpolated.
-
-        Beyond the largest measured size, the last slope is drawn on.
-        """
-        return _line(rows, self.rows, self.first_s), _line(rows, self.rows, self.step_s)
+        """(time to the first token, time of each further one) of `rows` requests, interpolated;
+        beyond the largest measured size the last slope is drawn on."""
+        return tuple(_line(rows, self.rows, ys) for ys in (self.first_s, self.step_s))
 
 
 def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     if x > xs[-1] and len(xs) > 1:
-        slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
-        return ys[-1] + slope * (x - xs[-1])
+        return ys[-1] + (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) * (x - xs[-1])
     return float(np.interp(x, xs, ys))
 
 
@@ -100,18 +88,14 @@ def simulate(
 ) -> Trace:
     """Run the requests through `cards` simulated cards at their arrival times.
 
-    A request goes to the card with the fewest unanswered ones, as in `serving.Server`. An idle card
-    waits `window_s` for a full batch; a batch ends with its longest request, and rows that are done
-    before that get their last token when it comes. Tokens are made up (0).
+    A request goes to the card with the fewest unanswered ones, as in `Server`. An idle card waits
+    `window_s` for a full batch; a batch ends with its longest request. Tokens are made up (0).
     """
-    if cards < 1 or max_batch < 1:
-        raise ValueError(f"{cards} cards with batches of {max_batch}: use at least 1 of each")
     found = [_Card(curve, max_batch, window_s) for _ in range(cards)]
     for request in sorted(work.requests, key=lambda r: r.arrival_s):
-        now = request.arrival_s
         for card in found:
-            card.advance(now)
-        min(found, key=lambda card: card.unanswered(now)).waiting.append(request)
+            card.advance(request.arrival_s)
+        min(found, key=lambda c: c.unanswered(request.arrival_s)).waiting.append(request)
     for card in found:
         card.advance(math.inf)
     done = sorted((r for card in found for r in card.done), key=lambda r: r.id)

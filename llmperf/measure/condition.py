@@ -11,7 +11,7 @@ from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Stop, Workload
 from llmperf.decoding.sampling import PUBLISHED, Sampling
 from llmperf.decoding.trace import Trace
-from llmperf.measure import metrics, records
+from llmperf.measure import load, metrics, records
 from llmperf.models import Model
 
 
@@ -29,6 +29,8 @@ class Condition:
     stop: Stop = field(default_factory=Stop)
     options: Mapping = field(default_factory=dict)  # the strategy's options
     seed: int = 0
+    arrivals: Mapping | None = None  # as `load.arrival_times` takes them; None: all at once
+    slo: Mapping | None = None  # upper limits in ms, see `metrics.summarize`
 
     def __post_init__(self):
         strategies.check(self.strategy, self.model, self.level, self.options)
@@ -38,7 +40,7 @@ class Condition:
     @cached_property
     def workload(self) -> Workload:
         """The requests: the same for every strategy of equal level, lengths and seed."""
-        return workload.build(
+        work = workload.build(
             self.model.tokenizer,
             self.level,
             self.prompt_tokens,
@@ -47,11 +49,13 @@ class Condition:
             sampling=self.sampling,
             stop=self.stop,
         )
+        return load.arriving(work, **self.arrivals) if self.arrivals else work
 
     def describe(self) -> dict:
         """As JSON-ready values: what a record keeps, and what makes two records comparable."""
-        m = self.model
-        return {
+        m, limits = self.model, dict(self.slo or {})
+        loaded = {"arrivals": dict(self.arrivals), "slo": limits} if self.arrivals else {}
+        return loaded | {
             "strategy": self.strategy,
             "level": self.level,
             "loop": self.loop,
@@ -74,31 +78,39 @@ class Condition:
         return records.key("", "", self.describe(), 0)
 
     @property
+    def runner(self) -> strategies.Strategy:
+        """The strategy itself."""
+        return strategies.STRATEGIES[self.strategy]
+
+    @property
     def rows_per_step(self) -> int:
         """Requests that share one pass over the weights, at the most."""
-        return strategies.STRATEGIES[self.strategy].rows_per_step(self.level, self.options)
+        return self.runner.rows_per_step(self.level, self.options)
 
     def ready(self) -> list[int]:
         """Start the processes that a run needs; the ids of other processes, idle in this run."""
-        return strategies.ready(self.strategy, self.model, self.level, self.options)
+        return self.runner.ready(self.model, self.level, self.options)
 
     def run(self, work: Workload | None = None, on_step=None) -> Trace:
         """Run once, all device work finished before the clock is read."""
         options = {**self.options, "loop": self.loop, "on_step": on_step}
-        return strategies.STRATEGIES[self.strategy](self.model, work or self.workload, options)
+        return self.runner(self.model, work or self.workload, options)
 
     def reference(self, level: int) -> Condition:
         """`level` such requests one after another, whose tokens are compared with this run's."""
-        return replace(self, strategy="sequential", options={}, level=level)
+        plain = {"strategy": "sequential", "options": {}, "arrivals": None, "slo": None}
+        return replace(self, level=level, **plain)
 
     def summarize(self, trace: Trace) -> dict:
-        """The metrics of a run of it."""
-        return metrics.summarize(trace)
+        """The metrics of a run of it; under arriving load from the scheduled times."""
+        return metrics.summarize(trace, self.slo, "scheduled" if self.arrivals else "submitted")
 
     def shortened(self, new_tokens: int) -> Workload:
-        """The same requests with at most `new_tokens` each, for a warm-up."""
+        """The same requests with at most `new_tokens` each, for a warm-up; of arriving ones a few,
+        all at once."""
+        few = max(2, self.options.get("workers", 0)) if self.arrivals else self.level
         short = [
-            replace(r, max_new_tokens=min(r.max_new_tokens, new_tokens))
-            for r in self.workload.requests
+            replace(r, max_new_tokens=min(r.max_new_tokens, new_tokens), arrival_s=0.0)
+            for r in self.workload.requests[:few]
         ]
         return replace(self.workload, requests=tuple(short))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
+import pandas as pd
+
 from llmperf import machine
 from llmperf.measure.records import PLACE, WORK, Record, as_number, key
+from llmperf.strategies import STRATEGIES
 
 
-def frame(records: Iterable[Record]):
+def frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row a record as a pandas DataFrame. What is not known is missing, never 0.
 
     `setting`: what runs share that may be compared (model, lengths, loop, machine), in words;
@@ -18,16 +21,11 @@ def frame(records: Iterable[Record]):
     (`option_intra_op`). Distributions give their median (`ttft_ms`), memory channels their max,
     mean and first value (`max_rss_bytes`), notes of the strategy numbers (`note_gil_contention`).
     """
-    import pandas as pd
-
-    from llmperf.strategies import STRATEGIES
-
-    known: dict[tuple, dict] = {}
+    known: dict[str, dict] = {}  # condition and machine → their columns
     settings: dict[str, str] = {}
     rows = []
-    records = list(records)  # their blocks must stay alive while `known` holds their ids
     for r in records:
-        same = (id(r.condition), id(r.environment))
+        same = key("", r.environment, r.condition, 0)
         if same not in known:
             row = known[same] = described(r.condition, r.environment)
             place = {k: row.get(k) for k in (*WORK, *PLACE)}

@@ -1,7 +1,4 @@
-"""The prediction of a run, made before it: bound, expected step, memory, and whether it fits.
-
-This file alone calls `predict` for a condition.
-"""
+"""The prediction of a run, made before it: bound, expected step, memory, and whether it fits."""
 
 from __future__ import annotations
 
@@ -11,14 +8,20 @@ from dataclasses import replace
 
 import psutil
 
-from llmperf import decoding, machine, predict, strategies
+from llmperf import decoding, machine, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
 from llmperf.measure import step_time
 from llmperf.measure.condition import Condition
 from llmperf.models import Model
+from llmperf.strategies import served
+from llmperf.strategies.strategy import weights
 
 SPILLS = ("windows", "wsl2")  # a full card takes system memory there instead of failing
+
+
+class DoesNotFit(ValueError):
+    """The run surely does not fit; the message has the arithmetic."""
 
 
 def predict_run(condition: Condition, expect: bool = False, limits: Mapping | None = None) -> dict:
@@ -42,14 +45,11 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
         "bound_s": whole.seconds,
         "limit": whole.limit,
         "bound_tpot_ms": step.seconds * 1e3,
-        "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
-        "kv_bytes": predict.kv_bytes(
-            m.shape, condition.level, spec.prompt_tokens + spec.new_tokens, m.dtype
-        ),
     }
-    if (book := ledger(condition)) is not None:
+    known = condition.runner
+    if not known.served and known.processes(condition.level, condition.options):
         level = "process" if m.device == "cpu" else "reserved"
-        low, high = book.at(level)
+        low, high = predict.memory(_longest(condition), idle_bytes=0).at(level)
         found |= {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
     if expect:
         found |= step_time.expected(condition, spec, step.seconds, limits)
@@ -67,62 +67,51 @@ def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     bandwidth, flops = prediction["read_bytes_per_s"], prediction["flops_per_s"]
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
-    gaps = [
-        (r.token_s[-1] - r.token_s[0]) / (len(r.token_s) - 1)
-        for r in trace.requests
-        if len(r.token_s) > 1
-    ]
-    if gaps and prediction.get("expected_tpot_ms"):
-        found["explained"] = prediction["expected_tpot_ms"] / 1e3 / statistics.median(gaps)
     return {**prediction, **found, "why": verdict.sentence}
 
 
 def prepared(condition: Condition) -> decoding.Prepared:
     """The loop that will run (made ready now, once a model), with why and what that took."""
-    if strategies.STRATEGIES[condition.strategy].foreign or condition.model.module is None:
+    if condition.runner.foreign or condition.model.module is None:
         return decoding.Prepared(condition.loop)
     return decoding.prepare(condition.model, condition.loop)
 
 
-def refusal(condition: Condition) -> str | None:
-    """One sentence with the arithmetic when the run surely does not fit, else None.
+def check_fits(condition: Condition) -> None:
+    """Raise DoesNotFit, with the arithmetic, when the run surely does not fit.
 
-    Only the ledger's low bound counts: what might fit is tried. Raises ValueError when no memory is
-    free at all.
+    Only the ledger's low bound counts: what might fit is tried.
     """
-    book = ledger(condition)
-    if book is None:
-        return None
-    free, held = memory(condition.model)
-    fit = predict.judge(book, free + held)
-    if fit.verdict != "does not fit":
-        return None
-    return f"refused beforehand: {fit.sentence} ({held / predict.GIB:.2f} GiB of it held already)"
+    known, m = condition.runner, condition.model
+    if not known.processes(condition.level, condition.options):
+        return  # another machine
+    spec = _longest(condition)
+    free, held = memory(m)
+    if known.served:  # their memory comes on top of this process's; what kept ones hold is theirs
+        spec = replace(spec, processes=1) if weights(condition.options) == "shared" else spec
+        single = predict.memory(replace(spec, processes=1), idle_bytes=0).low
+        held = single * len(served.ready(m, 0))
+    fit = predict.judge(predict.memory(spec, idle_bytes=0), free + held)
+    if fit.verdict == "does not fit":
+        raise DoesNotFit(f"{fit.sentence} ({held / predict.GIB:.2f} GiB of it held already)")
 
 
-def ledger(condition: Condition) -> predict.Ledger | None:
-    """The predicted ledger of a run, nothing else on the device.
-
-    None where another program holds the memory, or the strategy itself checks that it fits.
-    """
-    known, how = strategies.STRATEGIES[condition.strategy], (condition.level, condition.options)
-    if known.checks_memory or not known.processes(*how):
-        return None
+def _longest(condition: Condition) -> predict.RunSpec:
     longest = {n: max(_lengths(getattr(condition, n))) for n in ("prompt_tokens", "new_tokens")}
-    return predict.memory(replace(spec_of(condition, condition.loop), **longest), idle_bytes=0)
+    return replace(spec_of(condition, condition.loop), **longest)
 
 
 def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
     """The run as numbers, of the mean lengths, in the loop that runs."""
-    m, how = condition.model, (condition.level, condition.options)
-    known = strategies.STRATEGIES[condition.strategy]
-    threads, lengths = known.threads(*how), (condition.prompt_tokens, condition.new_tokens)
+    m, known, how = condition.model, condition.runner, (condition.level, condition.options)
+    threads = known.threads(*how)
     return predict.RunSpec(
         m.shape,
         m.dtype,
         m.quantization,
         condition.rows_per_step,
-        *(round(statistics.mean(_lengths(length))) for length in lengths),
+        round(statistics.mean(_lengths(condition.prompt_tokens))),
+        round(statistics.mean(_lengths(condition.new_tokens))),
         loop,
         processes=max(1, known.processes(*how)),
         threads=threads if threads > 1 else 0,
@@ -131,10 +120,7 @@ def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
 
 
 def cap_allocator(model: Model) -> float | None:
-    """Where a full card spills, let torch's allocator fail before that; the share of the card set.
-
-    Only this process's allocator is told; the card is left as it is. None where nothing is capped.
-    """
+    """Where a full card spills, let this process's allocator fail before that; the share set."""
     device = model.device
     if device == "cpu" or machine.platform_word(device) not in SPILLS:
         return None

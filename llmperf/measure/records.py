@@ -1,4 +1,4 @@
-"""The store of records (one JSON line a run), its one reader, and the one data frame of records."""
+"""The store of records, one JSON line a run, and its one reader."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import BinaryIO, get_type_hints
 
 import orjson
 from filelock import FileLock, Timeout
@@ -101,12 +101,11 @@ class Store:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         name = self.path.name
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{name} is no file: name a file for the records")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not self.path.is_file():
-                raise ValueError(f"{name} is no file: name a file for the records")
-            # The operating system drops this lock when the process dies. Several stores of one
-            # process share it.
+            # The system drops this lock when the process dies; stores of one process share it.
             self._lock = FileLock(f"{self.path}.lock", is_singleton=True, thread_local=False)
             self._lock.acquire(timeout=0)
             with self.path.open("ab"):
@@ -147,7 +146,6 @@ class Store:
         self.keys.add(record.key)
 
     def read(self) -> list[Record]:
-        """Every record in the file, in the order of writing."""
         return read(self.path)
 
     def _repair_last_line(self) -> None:
@@ -167,10 +165,7 @@ class Store:
 
 
 def open_store(path: str, experiment: str) -> Store:
-    """The store a notebook writes to: `path`, or, when that is empty, a new file.
-
-    A study gives all its notebooks one path; stepping through by hand measures anew each time.
-    """
+    """The store a notebook writes to: `path`, or a new file when that is empty."""
     if not path:
         now = datetime.datetime.now()
         path = RUNS / "interactive" / f"{experiment}-{now:%Y%m%d-%H%M%S}.jsonl"
@@ -197,20 +192,13 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
         raise ValueError(f"{path.name} is no file of records")
     found: dict[str, Record] = {}
     notes: dict[str, list[int]] = {}  # what is to be said → the lines that it is said of
-    equal: dict[bytes, dict] = {}
     number = bad = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            while bad <= MOST_DAMAGED and (line := file.readline(MOST_LINE_BYTES)):
-                number += 1
-                piece = line
-                while (
-                    len(piece) == MOST_LINE_BYTES and piece[-1:] != b"\n"
-                ):  # skip what is too long
-                    piece = file.readline(MOST_LINE_BYTES)
+            for number, line in enumerate(_lines(file), 1):
                 why = ""
                 try:
-                    record = _parse(line, equal, traces)
+                    record = _parse(line, traces)
                     if record.schema > SCHEMA:
                         why = f"schema {record.schema} is newer: known fields were read"
                     if found.setdefault(record.key, record) is not record:
@@ -219,8 +207,8 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
                     bad, why = bad + 1, str(error) if line.strip() else ""
                 if why:
                     notes.setdefault(why, []).append(number)
-        if bad > MOST_DAMAGED:
-            raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
+                if bad > MOST_DAMAGED:
+                    raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
     except (EOFError, zlib.error, OSError) as error:
         notes[f"the file was read up to there ({error})"] = [number]
     return list(found.values()), [
@@ -229,8 +217,16 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
     ]
 
 
-def _parse(line: bytes, equal: dict | None = None, traces: bool = True) -> Record:
-    """One line as a Record; ValueError in a few words. `equal`: blocks kept once for all lines."""
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long only its start."""
+    while line := file.readline(MOST_LINE_BYTES):
+        yield line
+        while len(line) == MOST_LINE_BYTES and line[-1:] != b"\n":
+            line = file.readline(MOST_LINE_BYTES)
+
+
+def _parse(line: bytes, traces: bool = True) -> Record:
+    """One line as a Record; ValueError in a few words."""
     try:
         data = orjson.loads(line)
     except ValueError:
@@ -240,26 +236,19 @@ def _parse(line: bytes, equal: dict | None = None, traces: bool = True) -> Recor
     known = {k: v for k, v in data.items() if k in TYPES and v is not None}
     wrong = [k for k, v in known.items() if not isinstance(v, TYPES[k])]
     wrong += [k for k in ("experiment", "condition", "repeat") if k not in known]
-    if not wrong and not _usable(known):
-        wrong = ["condition, memory or environment"]
-    if wrong:
+    if wrong or not _usable(known):
+        wrong = wrong or ["condition, memory or environment"]
         raise ValueError(f"{', '.join(wrong)}: missing or of another type")
-    if equal is not None:
-        for name in known.keys() & {"condition", "environment"}:
-            known[name] = equal.setdefault(orjson.dumps(known[name]), known[name])
     if not traces and "trace" in known:
         known["trace"]["requests"] = []
     return Record(**known)
 
 
 def _usable(blocks: Mapping) -> bool:
-    """Whether the parts of a record that are read without a further look have their types."""
+    """Whether what is read of the blocks without a further look has its type."""
     c, cards = blocks["condition"], blocks.get("environment", {}).get("gpus") or []
-    return (
-        isinstance(c.get("strategy"), str)
-        and isinstance(c.get("level"), int)
-        and c["level"] > 0
-        and isinstance(c.get("options") or {}, dict)
-        and isinstance(cards, list)
-        and all(isinstance(x, dict) for x in (*cards, *blocks.get("memory", {}).values()))
-    )
+    level, options = c.get("level"), c.get("options") or {}
+    named = isinstance(c.get("strategy"), str) and isinstance(level, int) and level > 0
+    if not named or not isinstance(options, dict) or not isinstance(cards, list):
+        return False
+    return all(isinstance(x, dict) for x in (*cards, *blocks.get("memory", {}).values()))

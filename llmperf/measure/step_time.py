@@ -6,9 +6,8 @@ eager loops on a GPU         max(bound, operations x time of a launch) + draw
 compiled on a processor      max(bound, the step itself on weights that a cache holds) + draw
 compiled on a GPU            bound + draw (one graph: no launches)
 
-An eager operation is counted in a real step of the model, so every decoder of transformers has a
-number. What is left out: elementwise work on long inputs, and on a GPU whatever keeps kernels from
-the memory's bandwidth. `RANGE` says how far off a step on an idle machine may be.
+Left out: elementwise work on long inputs, and on a GPU whatever keeps kernels from the memory's
+bandwidth. `RANGE` says how far off a step on an idle machine may be.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from llmperf import decoding, predict, strategies
+from llmperf import decoding, predict
 from llmperf.decoding.sampling import Sampling, next_tokens
 from llmperf.machine import DTYPE_BYTES, DTYPES, rates
 from llmperf.models import CHECKPOINT, Model, quantize
@@ -32,12 +31,10 @@ TINY = 16  # width of the tensors on which the overhead of an operation is measu
 
 
 def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits: Mapping) -> dict:
-    """`expected_tpot_ms`, its range, and `limit`: Python or launches where operations take longest.
-
-    None with a reason for engines and weights whose step is not this sum.
-    """
+    """`expected_tpot_ms`, its range, and `limit`: Python or launches where operations take longest;
+    None with a reason for engines and weights whose step is not this sum."""
     m, rows = condition.model, condition.rows_per_step
-    if strategies.STRATEGIES[condition.strategy].foreign:
+    if condition.runner.foreign:
         return {"expected_tpot_ms": None, "expected_reason": "the engine has its own step"}
     if m.shape.quantization or m.quantization in CHECKPOINT:
         return {"expected_tpot_ms": None, "expected_reason": "its kernels are not ours to time"}
@@ -48,7 +45,7 @@ def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits
     elif on_cpu:
         seen = min(predict.WINDOW, spec.prompt_tokens + spec.new_tokens // 2 + 1)
         new = 1 if spec.loop == "cached" else seen
-        step_s = max(bound_s, products_s(m, rows * new))
+        step_s = max(bound_s, products_s(m.shape, m.dtype, m.quantization, rows * new))
         operations_s = operations(m) * operation_s()
     else:
         operations_s = operations(m) * launch_s
@@ -78,13 +75,9 @@ def arithmetic_s(model: Model, rows: int, position: int) -> float:
     return known[rows]
 
 
-def products_s(model: Model, rows: int) -> float:
-    """Seconds of all matrix products of a step as torch runs them, weights read from memory."""
-    return _products_s(model.shape, model.dtype, model.quantization, rows)
-
-
 @cache
-def _products_s(shape, dtype: str, quantization: str | None, rows: int) -> float:
+def products_s(shape, dtype: str, quantization: str | None, rows: int) -> float:
+    """Seconds of all matrix products of a step as torch runs them, weights read from memory."""
     counts = predict.matmul_shapes(shape)
     packed = {"product": lambda w: quantize.layer(w, quantization)} if quantization else {}
     seconds = rates.matmul_seconds(list(counts), dtype, rows, **packed)

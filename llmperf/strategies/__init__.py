@@ -6,9 +6,9 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "strategy": "Strategy",
-        "table": "STRATEGIES get check session ready",
+        "table": "STRATEGIES check",
+        "served": "session",
         "server": "Server ServerFailed",
-        "answers": "RequestFailed Stream Token",
         "threads": "gil_watch",
     },
 )

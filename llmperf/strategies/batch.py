@@ -7,7 +7,7 @@ from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.strategy import Strategy, at_most, count, in_words
+from llmperf.strategies.strategy import COUNT, Strategy, at_most, in_words
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -31,6 +31,6 @@ STRATEGY = Strategy(
     run,
     in_words("batches of {level}", "batch_size"),
     style=0,
-    options={"batch_size": count},
+    options={"batch_size": COUNT},
     rows_per_step=at_most("batch_size"),
 )

@@ -5,20 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from statistics import median
+from collections.abc import Mapping
 
 from llmperf import decoding
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.strategy import Strategy, choice, in_words, workers
+from llmperf.strategies.strategy import COUNT, Strategy, choice, in_words
 
 IN_THE_LOOP = ("blocking", "yielding")
-IN_THREADS = ("to_thread", "executor")
 BEAT_S = 0.01  # the heartbeat task asks for its turn this often
 
 
@@ -27,35 +23,13 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `workers` (default: a task for each request), `loop`, `on_step`, and `variant`:
     `blocking` calls the decoding loop inside the task, as published; `yielding` gives the event
-    loop a turn after each token; `to_thread` hands each request to a thread of asyncio's own pool,
-    `executor` to a pool of `workers` threads.
+    loop a turn after each token; `to_thread` hands each request to a thread.
 
     The event loop runs in the caller's thread, as `sequential` does. In a second one the same work
     took 6 % longer on two cores: OpenMP counts the threads of both callers, finds more than cores,
     and puts its workers to sleep between operators (6,800 sleeps in 64 tokens instead of 67).
     """
-    with _no_event_loop_here(), asyncio.Runner() as runner:
-        # not `runner.run`: it would hold Ctrl-C back until the next await, so for a whole answer
-        return runner.get_loop().run_until_complete(_run(model, workload, options))
-
-
-@contextmanager
-def _no_event_loop_here() -> Iterator[None]:
-    """In a notebook's thread a loop is at work; it waits for the cell, so here another may run.
-
-    asyncio keeps the running loop and its task a thread; both are put aside and back.
-    """
-    outer = asyncio._get_running_loop()
-    task = asyncio.current_task(outer) if outer else None
-    if task:
-        asyncio.tasks._leave_task(outer, task)
-    asyncio._set_running_loop(None)
-    try:
-        yield
-    finally:
-        asyncio._set_running_loop(outer)
-        if task:
-            asyncio.tasks._enter_task(outer, task)
+    return run_control.run_async(_run(model, workload, options))
 
 
 async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -78,8 +52,7 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
                 step()
                 await asyncio.sleep(0)
         else:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(pool, block, request, worker)
+            await asyncio.to_thread(block, request, worker)
 
     async def task(worker: str) -> None:
         try:
@@ -94,21 +67,15 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
             raise
 
     late: list[float] = []
-    pool = ThreadPoolExecutor(tasks) if variant == "executor" else None  # None: asyncio's own
-    try:
-        heart = asyncio.create_task(_beat(late))
-        await asyncio.sleep(0)  # the heartbeat is running before the first task
-        recorder = Recorder(workload.requests)
-        await asyncio.gather(*(task(str(i)) for i in range(tasks)))
-        trace = recorder.trace()
-    finally:
-        heart.cancel()
-        if pool:
-            pool.shutdown()
+    heart = asyncio.create_task(_beat(late))
+    await asyncio.sleep(0)  # the heartbeat is running before the first task
+    recorder = Recorder(workload.requests)
+    await asyncio.gather(*(task(str(i)) for i in range(tasks)))
+    trace = recorder.trace()
+    heart.cancel()
     await asyncio.gather(heart, return_exceptions=True)
-    lag = {"longest_block_s": max(late), "median_lag_s": median(late)}
     trace.notes.update(
-        variant=variant, tasks=tasks, event_loop={"beat_s": BEAT_S, "beats": len(late), **lag}
+        variant=variant, event_loop={"beats": len(late), "longest_block_s": max(late)}
     )
     return trace
 
@@ -135,6 +102,6 @@ STRATEGY = Strategy(
     run,
     in_words("{level} coroutines", "variant", "workers", single="1 coroutine"),
     style=4,
-    options={"variant": choice(*IN_THE_LOOP, *IN_THREADS), "workers": workers},
+    options={"variant": choice(*IN_THE_LOOP, "to_thread"), "workers": COUNT},
     threads=_threads,
 )

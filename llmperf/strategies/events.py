@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 LONGEST_EVENT = 1 << 20  # bytes: no honest event is longer
-DRAIN_S = 0.5  # for what may follow the answer's end
 CHARACTERS_PER_TOKEN = 64  # of the longest plausible answer, so that memory stays bounded
 MOST_TOKENS = 10**9  # that a server may say it has counted
 
@@ -29,42 +26,26 @@ class Chunk:
 
 
 async def read_chunks(stream: AsyncIterator[bytes], max_new_tokens: int) -> AsyncIterator[Chunk]:
-    """The pieces of one answer, up to its end.
-
-    Raises BrokenStream for an event that is not what the interface says, the server's own error
-    event, an event that never ends, far more text than was asked for, and a stream that stops
-    before its end.
-    """
-    ended, characters = False, 0
-    events = _events(stream)
-    async for data, at in events:
-        if data == "[DONE]":
-            with contextlib.suppress(TimeoutError):  # only a body read to its end frees the line
-                async with asyncio.timeout(DRAIN_S):
-                    async for _ in events:
-                        pass
-            return
-        chunk, last = _parse(data, at)
-        ended = ended or last
-        characters += len(chunk.text)
-        if characters > CHARACTERS_PER_TOKEN * (max_new_tokens + 16):
-            raise BrokenStream(f"the server sent far more than {max_new_tokens} tokens")
-        yield chunk
-    if not ended:
-        raise BrokenStream("the server closed the stream before the answer's end")
-
-
-async def _events(stream: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, float]]:
-    """Each line of data and when it came; comments and field names are left out."""
-    unfinished = b""
-    async for received in stream:
+    """The pieces of one answer, up to its end. Raises BrokenStream."""
+    ended, done, characters, unfinished = False, False, 0, b""
+    async for received in stream:  # to its end, which frees the connection
         at = time.perf_counter()
         *lines, unfinished = (unfinished + received).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip().decode(errors="replace"), at
         if len(unfinished) > LONGEST_EVENT:
             raise BrokenStream(f"the server sent an event of more than {LONGEST_EVENT} bytes")
+        for line in lines:
+            data = line[5:].strip().decode(errors="replace")
+            done = done or data == "[DONE]"
+            if done or not line.startswith(b"data:"):
+                continue  # comments and field names
+            chunk, last = _parse(data, at)
+            ended = ended or last
+            characters += len(chunk.text)
+            if characters > CHARACTERS_PER_TOKEN * (max_new_tokens + 16):
+                raise BrokenStream(f"the server sent far more than {max_new_tokens} tokens")
+            yield chunk
+    if not (ended or done):
+        raise BrokenStream("the server closed the stream before the answer's end")
 
 
 def _parse(data: str, at: float) -> tuple[Chunk, bool]:
@@ -73,13 +54,10 @@ def _parse(data: str, at: float) -> tuple[Chunk, bool]:
         event = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise BrokenStream(f"the server sent an event that is not JSON: {data!r}") from None
-    if not isinstance(event, dict):
-        raise BrokenStream(f"the server sent an event that is no object: {data!r}")
-    if event.get("error"):
-        error = event["error"]
-        said = error.get("message", error) if isinstance(error, dict) else error
-        raise BrokenStream(f"the server reported an error: {said}")
     try:
+        if error := event.get("error"):
+            said = error.get("message", error) if isinstance(error, dict) else error
+            raise BrokenStream(f"the server reported an error: {said}")
         choice = (event.get("choices") or [{}])[0]
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         text.encode()  # a lone surrogate is no text

@@ -1,150 +1,151 @@
-"""An inference process: it owns a model and a device, and streams tokens to the server.
-
-`Server` starts it as `python -m llmperf.strategies.inference`. `time.perf_counter` is one clock for
-all processes of a machine, so the times in its messages need no translation.
-"""
+"""An inference process: it owns a model and a device, and streams tokens to the server."""
 
 from __future__ import annotations
 
 import importlib
 import shutil
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import islice
+from queue import Empty, SimpleQueue
 
 import psutil
 
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
-from llmperf.machine.child import Parent
-from llmperf.strategies import messages
-
-BEAT_S = 0.5  # a sign of life this often, whatever the device is doing
+from llmperf.machine import Parent
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request as it crossed the pipe; `key` is the server's number for it."""
+class Grouped:
+    """A group of up to `rows` requests is one batch of `decode`; the next one waits for its end.
 
-    key: int
-    request: Request
-    sampling: Sampling
-    stop: Stop
-    came_s: float
+    It has the methods of `decoding.Slots`. `decode(requests, sampling, stop)` gives one list of
+    tokens a step, None for rows that ended. A group is sampled and stopped like its first request.
+    """
 
+    def __init__(self, decode: Callable, rows: int, loop: str = "", reason: str | None = None):
+        self.loop, self.reason = loop, reason
+        self._decode, self._rows = decode, rows
+        self._group: dict = {}  # key → (request, sampling, stop), all of the batch
+        self._left: set = set()  # keys that still want tokens
+        self._steps, self._count = None, 0
 
-class Inbox:
-    """What waits. The reading thread fills it, the device's thread takes from it."""
+    @property
+    def free(self) -> int:
+        return 0 if self._steps else self._rows - len(self._group)
 
-    def __init__(self):
-        self._jobs: dict[int, Job] = {}  # in order of arrival
-        self._dropped: set[int] = set()
-        self._controls: deque[dict] = deque()
-        self._changed = threading.Condition()
+    def admit(self, key, request: Request, sampling: Sampling, stop: Stop) -> None:
+        """Add a request to the group that starts with the next step."""
+        self._group[key] = request, sampling, stop
+        self._left.add(key)
 
-    def put(self, message: dict) -> None:
-        """Take in a message of the server."""
-        with self._changed:
-            if message["do"] == "run":
-                job = Job(message["key"], *messages.load(message), time.perf_counter())
-                self._jobs[job.key] = job
-            elif message["do"] != "drop":
-                self._controls.append(message)
-            elif self._jobs.pop(message["key"], None) is None:
-                self._dropped.add(message["key"])
-            self._changed.notify()
+    def drop(self, key) -> None:
+        """The request is no longer wanted; the group ends when none is."""
+        self._left.discard(key)
+        if not self._left:
+            if self._steps:
+                self._steps.close()
+            self._group, self._steps, self._count = {}, None, 0
 
-    def take(self, free: int, idle: bool, window_s: float = 0.0) -> tuple[list, list, set]:
-        """(control messages, jobs for `free` slots, keys that are no longer wanted).
-
-        An idle process waits for something to do, and for a group that is not full until its oldest
-        job has waited `window_s`. Jobs that are taken together are sampled and stopped alike.
-        """
-        with self._changed:
-            while True:
-                jobs = self._group(free)
-                left = jobs[0].came_s + window_s - time.perf_counter() if jobs else None
-                if self._controls or not idle or (jobs and (len(jobs) >= free or left <= 0)):
-                    break
-                self._changed.wait(left)
-            controls = list(self._controls)
-            self._controls.clear()
-            jobs = [] if controls else jobs
-            for job in jobs:
-                del self._jobs[job.key]
-            dropped, self._dropped = self._dropped, set()
-            return controls, jobs, dropped
-
-    def _group(self, free: int) -> list[Job]:
-        first = next(iter(self._jobs.values()), None)
-        alike = (
-            j for j in self._jobs.values() if (j.sampling, j.stop) == (first.sampling, first.stop)
-        )
-        return [job for job, _ in zip(alike, range(free), strict=False)]
+    def step(self) -> list[tuple]:
+        """(key, token, whether it is the last) of each request that is still wanted."""
+        if self._steps is None:
+            requests = [request for request, _, _ in self._group.values()]
+            self._steps = self._decode(requests, *next(iter(self._group.values()))[1:])
+        row, found = next(self._steps), []
+        self._count += 1
+        for (key, (request, _, stop)), token in zip(self._group.items(), row, strict=True):
+            if token is not None and key in self._left:
+                ends = stop.ends(token, self._count, request.prompt_ids)
+                found.append((key, token, ends or self._count >= request.max_new_tokens))
+        for key, _, last in found:
+            if last:
+                self.drop(key)
+        return found
 
 
 class Work:
     """Everything after loading: prepare for a run, step, answer, report."""
 
-    def __init__(self, parent: Parent, inbox: Inbox, make_slots: Callable):
+    def __init__(self, parent: Parent, inbox: SimpleQueue, make_slots: Callable):
         self._parent, self._inbox, self._make_slots = parent, inbox, make_slots
-        self._slots, self._shape, self._window_s = None, None, 0.0
-        self._running: dict[int, Job] = {}
-        self._cpu_s = 0.0
-        self.stepped_s = time.perf_counter()
-
-    @property
-    def stalled_s(self) -> float:
-        """Seconds since the last step, when there is something to step."""
-        return time.perf_counter() - self.stepped_s if self._running else 0.0
+        self._slots, self._shape, self._window_s, self._cpu_s = None, None, 0.0, 0.0
+        self._sampling, self._stop = Sampling(), Stop()
+        self._waiting: dict[int, tuple[Request, float]] = {}  # with the time at which it came
+        self._running: set[int] = set()
 
     def forever(self) -> None:
         """Follow the inbox until the parent ends this process."""
         while True:
-            idle = not self._running
-            free = self._slots.free if self._slots else 0
-            controls, jobs, dropped = self._inbox.take(free, idle, self._window_s)
-            for message in controls:
-                self._control(message)
-            for key in dropped & self._running.keys():
-                self._slots.drop(key)
-                del self._running[key]
-            self._admit(jobs)
+            self._read()
+            self._admit()
             if self._running:
                 self._step()
 
-    def _control(self, message: dict) -> None:
-        try:
-            answer = {"prepare": self._prepare, "report": self._report}[message.pop("do")](
-                **message
-            )
-        except Exception as error:  # the server raises it for the run
-            answer = {"error": _sentence(error)}
-        self._parent.send(event="reply", **answer)
+    def _read(self) -> None:
+        """Take in what has come. An idle process waits for it, and for a group to fill."""
+        while True:
+            wait = 0.0 if self._running else None
+            if self._waiting and not self._running and len(self._waiting) < self._slots.free:
+                oldest = next(iter(self._waiting.values()))[1]
+                wait = max(0.0, oldest + self._window_s - time.perf_counter())
+            elif self._waiting:
+                wait = 0.0
+            try:
+                self._take(self._inbox.get(timeout=wait))
+            except Empty:
+                return
 
-    def _prepare(self, window_s: float, prompt: int, new: int, **how) -> dict:
+    def _take(self, message: dict) -> None:
+        match message.pop("do"):
+            case "run":
+                key, prompt = message["key"], tuple(message["prompt"])
+                request = Request(key, prompt, message["new"], message["seed"])
+                self._waiting[key] = request, time.perf_counter()
+            case "drop":
+                if self._waiting.pop(message["key"], None) is None:
+                    self._running.discard(message["key"])
+                    self._slots.drop(message["key"])
+            case what:
+                try:
+                    answer = self._prepare(**message) if what == "prepare" else self._report()
+                except Exception as error:  # the server raises it for the run
+                    answer = {"error": _sentence(error)}
+                self._parent.send(event="reply", **answer)
+
+    def _prepare(self, how, prompt_tokens, new_tokens, window_s, sampling, stop) -> dict:
         """Make slots for `rows` requests of these lengths, and run two tokens of such a batch."""
-        shape = (prompt, new, *how.items())
-        if shape != self._shape:
+        for key in self._running:  # of a run that was interrupted
+            self._slots.drop(key)
+        self._waiting, self._running = {}, set()
+        if (prompt_tokens, new_tokens, how) != self._shape:
             self._slots, self._shape = None, None  # its memory is free before new is taken
-            self._slots = self._make_slots(max_length=prompt + new, **how)
+            self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)
             for rows in {1, how["rows"]}:
-                keys = range(-rows, 0)
-                for key in keys:
-                    self._slots.admit(key, Request(0, (0,) * prompt, new), Sampling(), Stop())
-                tokens = 0
-                while tokens < rows * min(2, new):
-                    tokens += len(self._slots.step())
-                for key in keys:
-                    self._slots.drop(key)
-            self._shape = shape
+                self._warm_up(rows, prompt_tokens, new_tokens)
+            self._shape = prompt_tokens, new_tokens, how
+        self._sampling = Sampling(**{**sampling, "suppress": tuple(sampling["suppress"])})
+        self._stop = Stop(
+            frozenset(stop["end_ids"]),
+            frozenset(stop["sentence_ids"]),
+            stop["min_tokens"],
+            stop["pair"] and tuple(stop["pair"]),
+        )
         self._window_s, self._cpu_s = window_s, time.process_time()
         torch = sys.modules.get("torch")
         threads = torch.get_num_threads() if torch else None
         return {"loop": self._slots.loop, "reason": self._slots.reason, "threads": threads}
+
+    def _warm_up(self, rows: int, prompt_tokens: int, new_tokens: int) -> None:
+        keys, tokens = range(-rows, 0), 0
+        for key in keys:
+            request = Request(0, (0,) * prompt_tokens, new_tokens)
+            self._slots.admit(key, request, Sampling(), Stop())
+        while tokens < rows * min(2, new_tokens):
+            tokens += len(self._slots.step())
+        for key in keys:
+            self._slots.drop(key)
 
     def _report(self) -> dict:
         """What this process holds, and the processor time since it was prepared."""
@@ -161,16 +162,14 @@ class Work:
             found["reserved_bytes"] = torch.cuda.max_memory_reserved()
         return found
 
-    def _admit(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            try:
-                self._slots.admit(job.key, job.request, job.sampling, job.stop)
-                self._running[job.key] = job
-            except ValueError as error:  # it can never fit
-                self._parent.send(event="failed", keys=[job.key], reason=_sentence(error))
-        if started := [job.key for job in jobs if job.key in self._running]:
-            self.stepped_s = time.perf_counter()
-            self._parent.send(event="started", keys=started, at=self.stepped_s)
+    def _admit(self) -> None:
+        started = list(islice(self._waiting, self._slots.free)) if self._waiting else []
+        for key in started:
+            request, _ = self._waiting.pop(key)
+            self._slots.admit(key, request, self._sampling, self._stop)
+        if started:
+            self._running.update(started)
+            self._parent.send(event="started", keys=started)
 
     def _step(self) -> None:
         """Whatever goes wrong, every request is answered."""
@@ -185,12 +184,9 @@ class Work:
             if torch and torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
             return
-        self.stepped_s = time.perf_counter()
         if tokens:
             self._parent.send(event="tokens", tokens=tokens)
-        for key, _, last in tokens:
-            if last:
-                del self._running[key]
+        self._running -= {key for key, _, last in tokens if last}
 
 
 def _sentence(error: Exception) -> str:
@@ -199,29 +195,19 @@ def _sentence(error: Exception) -> str:
 
 def main() -> None:
     """Load, say ready, then work until the server ends this process."""
-    parent, inbox = Parent(), Inbox()
-    config = next(parent.messages())
+    parent, inbox = Parent(), SimpleQueue()
+    config, start = next(parent.messages()), time.perf_counter()
     folder = config["folder"]
-    work: list[Work] = []
-
-    def beat() -> None:
-        while True:
-            time.sleep(BEAT_S)
-            parent.send(event="beat", stalled_s=work[0].stalled_s if work else 0.0)
-
-    threading.Thread(target=beat, daemon=True).start()
-    start = time.perf_counter()
     try:
         module, name = config["engine"].split(":")
-        engine = getattr(importlib.import_module(module), name)
-        # The weights' file goes with the last process when nobody else is left to remove it.
-        parent.listen(inbox.put, lambda: folder and shutil.rmtree(folder, ignore_errors=True))
-        work.append(Work(parent, inbox, engine(config)))
+        make_slots = getattr(importlib.import_module(module), name)(config)
     except Exception as error:
         parent.send(event="reply", error=_sentence(error))
         return
+    # The weights' file goes with the last process when nobody else is left to remove it.
+    parent.listen(inbox.put, lambda: folder and shutil.rmtree(folder, ignore_errors=True))
     parent.send(event="reply", load_s=time.perf_counter() - start)
-    work[0].forever()
+    Work(parent, inbox, make_slots).forever()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model in an inference process. Imported there before its reading thread starts."""
+"""The model in an inference process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers  # noqa: F401 - its imports too must be over before a thread reads
 
 from llmperf import decoding, models
 from llmperf.models import mapped
-from llmperf.strategies.grouped import Grouped
+from llmperf.strategies.inference import Grouped
 
 
 def load(config: dict) -> Callable:

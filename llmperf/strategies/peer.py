@@ -2,7 +2,7 @@
 
 `generate` and `generate-static` are transformers' own generation, as one batch;
 `transformers-continuous` is its continuous batching; `llamacpp` is llama.cpp, one request after
-another in another process. When sampling, each has its own random numbers, and the notes say so.
+another. When sampling, each has its own random numbers, and the notes say so.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What every run in this process needs: the queue, arrivals, an end from outside."""
+"""What every run in this process needs: the queue, arrivals, an end from outside, an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder
@@ -37,10 +38,9 @@ def wait_for_arrival(
     request: Request, recorder: Recorder, cancel: threading.Event | None = None
 ) -> None:
     """Sleep until the request has arrived. Raises Cancelled when the run ends before."""
-    cancel = cancel or threading.Event()
     while (left := request.arrival_s - recorder.now()) > 0:
         time.sleep(min(left, SLEEP_S))
-        if cancel.is_set():
+        if cancel and cancel.is_set():
             raise Cancelled
 
 
@@ -54,3 +54,23 @@ def stepper(cancel: threading.Event, on_step: Callable | None) -> Callable[[], N
             on_step()
 
     return step
+
+
+def run_async(work: Coroutine):
+    """Run `work` in an event loop of its own in this thread, also inside a notebook's event loop.
+
+    The notebook's loop and its task, which wait for the cell, are put aside and back. Not
+    `Runner.run`: it would hold Ctrl-C back until the next await.
+    """
+    outer = asyncio._get_running_loop()
+    task = asyncio.current_task(outer) if outer else None
+    if task:
+        asyncio.tasks._leave_task(outer, task)
+    asyncio._set_running_loop(None)
+    try:
+        with asyncio.Runner() as runner:
+            return runner.get_loop().run_until_complete(work)
+    finally:
+        asyncio._set_running_loop(outer)
+        if task:
+            asyncio.tasks._enter_task(outer, task)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -15,8 +16,8 @@ from llmperf import decoding
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
-from llmperf.strategies import run_control, strategy
-from llmperf.strategies.strategy import Strategy, at_most, choice, count, in_words
+from llmperf.strategies import run_control
+from llmperf.strategies.strategy import COUNT, Strategy, at_most, choice, in_words
 
 try:
     import gilknocker
@@ -50,18 +51,16 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
         torch.set_num_threads(intra_op)  # OpenMP keeps this number per thread
         with _on_stream(model, i, stream):
             start.wait()
-            wall, cpu, done = time.perf_counter(), time.thread_time(), 0
+            cpu = time.thread_time()
             for request in queue:
                 run_control.wait_for_arrival(request, recorder, cancel)
                 decoding.run(model, [request], recorder, worker=str(i), **how)
-                done += 1
-        wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
-        seen[i] = {"worker": str(i), "requests": done, "wall_s": wall, "cpu_s": cpu}
+        seen[i] = {"worker": str(i), "cpu_s": time.thread_time() - cpu}
 
     before = torch.get_num_threads()
     try:
         with gil_watch() as gil:
-            _run_all([lambda i=i: work(i) for i in range(workers)], cancel, start)
+            _run_all(work, workers, cancel, start)
             if model.device != "cpu":
                 torch.cuda.synchronize(model.torch_device)
             trace = recorder.trace()
@@ -75,54 +74,28 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
         interpreter={
             "python": sys.version.split()[0],
             "gil_enabled": getattr(sys, "_is_gil_enabled", lambda: True)(),  # from 3.13 on
-            "switch_interval_s": sys.getswitchinterval(),
         },
     )
     return trace
 
 
-def _run_all(
-    works: Sequence[Callable[[], None]], cancel: threading.Event, start: threading.Barrier
-) -> None:
-    """Run each in its own thread and wait for all.
-
-    The first error, or Ctrl-C here, cancels the others; it is raised when every thread has ended.
-    """
-    errors: list[BaseException] = []
-    ended = threading.Semaphore(0)
-
-    def stop() -> None:
-        cancel.set()
-        start.abort()
-
-    def guarded(work: Callable[[], None]) -> None:
+def _run_all(work: Callable, n: int, cancel: threading.Event, start: threading.Barrier) -> None:
+    """Run `work(i)` in `n` threads. The first error, or Ctrl-C here, cancels the others; it is
+    raised when every thread has ended."""
+    with ThreadPoolExecutor(n) as pool:
+        futures = [pool.submit(work, i) for i in range(n)]
         try:
-            work()
-        except (run_control.Cancelled, threading.BrokenBarrierError):
-            pass
-        except BaseException as error:  # carried over to the caller's thread
-            errors.append(error)
-            stop()
+            while wait(futures, 0.2, FIRST_EXCEPTION).not_done:  # Windows: no wait without a limit
+                if any(f.done() and f.exception() for f in futures):
+                    break
         finally:
-            ended.release()
-
-    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
-    started: list[threading.Thread] = []
-    try:
-        for thread in threads:
-            thread.start()
-            started.append(thread)
-        for _ in threads:
-            while not ended.acquire(timeout=0.2):  # Windows cannot interrupt a wait without limit
-                pass
-    except BaseException:
-        stop()
-        raise
-    finally:  # not before: where Ctrl-C ends a join, Python 3.11 takes the thread for ended
-        for thread in started:
-            thread.join()
+            if not all(f.done() and not f.exception() for f in futures):
+                cancel.set()
+                start.abort()
+    errors = [error for f in futures if (error := f.exception())]
+    ended = (run_control.Cancelled, threading.BrokenBarrierError)
     if errors:
-        raise errors[0]
+        raise next((e for e in errors if not isinstance(e, ended)), errors[0])
 
 
 @contextmanager
@@ -179,8 +152,8 @@ STRATEGY = Strategy(
     in_words("{level} threads", "workers", "intra_op", "stream", single="1 thread"),
     style=1,
     options={
-        "workers": strategy.workers,
-        "intra_op": count,
+        "workers": COUNT,
+        "intra_op": COUNT,
         "stream": choice("default", "own"),
     },
     refuse=_refuse,

@@ -4,10 +4,9 @@ python tests/benchmarks/bench_serving.py front      # overhead with a model that
 python tests/benchmarks/bench_serving.py saturated  # tokens/s, interleaved, bf16
 python tests/benchmarks/bench_serving.py joins      # ITL while a long prompt joins
 python tests/benchmarks/bench_serving.py idle       # TTFT at low load against sequential
-python tests/benchmarks/bench_serving.py soak       # 10,000 requests, cancels, malformed ones
+python tests/benchmarks/bench_serving.py soak       # 10,000 requests with a deadline
 """
 
-import asyncio
 import os
 import random
 import sys
@@ -27,33 +26,25 @@ import engines  # noqa: E402
 from llmperf import models, stats, strategies  # noqa: E402
 from llmperf.decoding import Slots  # noqa: E402
 from llmperf.decoding import requests as workload  # noqa: E402
-from llmperf.decoding.requests import Request, Stop  # noqa: E402
+from llmperf.decoding.requests import Request, Stop, Workload  # noqa: E402
 from llmperf.decoding.sampling import GREEDY  # noqa: E402
 from llmperf.measure import load, metrics, paired  # noqa: E402
-from llmperf.strategies import RequestFailed, Server  # noqa: E402
+from llmperf.strategies import Server  # noqa: E402
 
 
 def front(n: int = 2_000, rate: float = 500.0) -> None:
     """Time from sending to the one token that costs nothing, and the front's own CPU time."""
-
-    async def go():
-        times = load.arrival_times("even", n, rate)
-        async with Server(engines.front(), engine="engines:null", window_s=0) as server:
-            origin, cpu = time.perf_counter() + 0.1, time.process_time()
-
-            async def one(at):
-                await asyncio.sleep(origin + at - time.perf_counter())
-                sent = time.perf_counter()
-                token = await anext(server.generate(Request(0, (1, 2, 3), 1)))
-                return token.at_s - sent
-
-            took = np.array(await asyncio.gather(*map(one, times))) * 1e3
-            cpu = (time.process_time() - cpu) / n * 1e3
-        p50, p99 = np.quantile(took, (0.5, 0.99))
-        print(f"{n} requests at {rate:g}/s: median {p50:.2f} ms, p99 {p99:.2f} ms", end="; ")
-        print(f"front CPU {cpu:.2f} ms a request")
-
-    asyncio.run(go())
+    times = load.arrival_times("even", n, rate)
+    requests = (Request(i, (1, 2, 3), 1, arrival_s=float(at)) for i, at in enumerate(times))
+    with Server(engines.front(), engine="engines:null") as server:
+        server.run(Workload((Request(0, (1, 2, 3), 1),)))  # warm
+        cpu = time.process_time()
+        trace = server.run(Workload(tuple(requests)), window_s=0)
+        cpu = (time.process_time() - cpu) / n * 1e3
+    took = [(r.token_s[0] - r.submitted_s) * 1e3 for r in trace.requests]
+    p50, p99 = np.quantile(took, (0.5, 0.99))
+    print(f"{n} requests at {rate:g}/s: median {p50:.2f} ms, p99 {p99:.2f} ms", end="; ")
+    print(f"front CPU {cpu:.2f} ms a request")
 
 
 def saturated(n: int = 32, rounds: int = 7) -> None:
@@ -123,45 +114,24 @@ def idle(n: int = 20, rate: float = 0.5) -> None:
 
 
 def soak(n: int = 10_000, rate: float = 400.0) -> None:
-    """Random cancels, deadlines and 5 % malformed: one answer each, and memory that stays put."""
-    dice = random.Random(0)
-    seen: Counter[str] = Counter()
-
-    async def one(server, at, origin):
-        await asyncio.sleep(origin + at - time.perf_counter())
-        bad = dice.random() < 0.05
-        deadline = 0.05 if dice.random() < 0.05 else None
-        try:
-            request = Request(0, (10**6,) if bad else (1, 2, 3), dice.randint(1, 20))
-            stream = server.generate(request, deadline_s=deadline)
-        except ValueError:
-            seen["refused"] += 1
-            return
-        if dice.random() < 0.2:
-            asyncio.get_running_loop().call_later(dice.random() * 0.02, stream.cancel)
-        try:
-            async for _ in stream:
-                pass
-            seen["ok"] += 1
-        except RequestFailed as failed:
-            seen[failed.status] += 1
-
-    async def go():
-        times = load.arrival_times("poisson", n, rate, seed=0)
-        async with Server(engines.front(), engine="engines:null", rows=16) as server:
-            watched = [psutil.Process(), *map(psutil.Process, server.pids())]
-            sizes = []
-            for part in np.array_split(times, 10):
-                origin = time.perf_counter() + 0.05 - part[0]
-                await asyncio.gather(*(one(server, at, origin) for at in part))
-                sizes.append([p.memory_info().rss for p in watched])
-        front_growth, worker_growth = (np.array(sizes[-1]) / np.array(sizes[1]) - 1) * 100
-        print(f"{sum(seen.values())} answers to {n} requests: {dict(seen)}")
-        print(f"RSS after the second tenth: front {front_growth:+.1f} %, ", end="")
-        print(f"inference process {worker_growth:+.1f} %")
-        assert sum(seen.values()) == n and front_growth < 5 and worker_growth < 5
-
-    asyncio.run(go())
+    """Random lengths and a deadline: one answer each, and memory that stays put."""
+    dice, seen, sizes = random.Random(0), Counter(), []
+    with Server(engines.front(), engine="engines:null") as server:
+        watched = [psutil.Process(), *map(psutil.Process, server.pids())]
+        for _ in range(10):
+            times = load.arrival_times("poisson", n // 10, rate, seed=dice.randrange(1000))
+            requests = (
+                Request(i, (1, 2, 3), dice.randint(1, 20), arrival_s=float(at))
+                for i, at in enumerate(times)
+            )
+            trace = server.run(Workload(tuple(requests)), rows=16, deadline_s=0.05)
+            seen.update(r.status for r in trace.requests)
+            sizes.append([p.memory_info().rss for p in watched])
+    front_growth, worker_growth = (np.array(sizes[-1]) / np.array(sizes[1]) - 1) * 100
+    print(f"{sum(seen.values())} answers to {n} requests: {dict(seen)}")
+    print(f"RSS after the second tenth: front {front_growth:+.1f} %, ", end="")
+    print(f"inference process {worker_growth:+.1f} %")
+    assert sum(seen.values()) == n and front_growth < 5 and worker_growth < 5
 
 
 if __name__ == "__main__":

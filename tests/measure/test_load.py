@@ -10,7 +10,7 @@ from llmperf.decoding import requests as workload
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.sampling import GREEDY
 from llmperf.decoding.trace import RequestTrace, Trace
-from llmperf.measure import capacity, load, measure, metrics, records
+from llmperf.measure import Condition, capacity, load, measure, metrics, records
 
 
 def requests(n, new=1):
@@ -20,11 +20,9 @@ def requests(n, new=1):
 # Arrivals.
 
 
-@pytest.mark.parametrize(
-    ("kind", "burstiness", "cv"), [("poisson", 1, 1), ("gamma", 0.25, 2), ("even", 1, 0)]
-)
-def test_arrivals_have_their_rate_and_variation(kind, burstiness, cv):
-    times = load.arrival_times(kind, 40_000, 5.0, burstiness=burstiness, seed=3)
+@pytest.mark.parametrize(("kind", "cv"), [("poisson", 1), ("even", 0)])
+def test_arrivals_have_their_rate_and_variation(kind, cv):
+    times = load.arrival_times(kind, 40_000, 5.0, seed=3)
     gaps = np.diff(times)
     assert times[0] == 0 and (gaps >= 0).all()
     assert np.mean(gaps) == pytest.approx(0.2, rel=0.03)
@@ -36,7 +34,6 @@ def test_arrivals_repeat_with_their_seed_and_stretch_with_the_rate():
     assert (slow == load.arrival_times("poisson", 50, 1.0, seed=1)).all()
     assert not np.allclose(slow, load.arrival_times("poisson", 50, 1.0, seed=2))
     assert load.arrival_times("poisson", 50, 4.0, seed=1) == pytest.approx(slow / 4)
-    assert not load.arrival_times("closed", 5).any()
 
 
 @pytest.mark.parametrize(
@@ -45,7 +42,6 @@ def test_arrivals_repeat_with_their_seed_and_stretch_with_the_rate():
         ({"kind": "often"}, "choose poisson"),
         ({"kind": "poisson", "rate_per_s": 0}, "rate_per_s"),
         ({"kind": "poisson", "rate_per_s": math.nan}, "rate_per_s"),
-        ({"kind": "gamma", "burstiness": -1}, "burstiness"),
     ],
 )
 def test_arrivals_that_cannot_be_are_refused(options, says):
@@ -74,7 +70,7 @@ def test_a_measured_load_is_scored_from_its_schedule_and_compared_with_sequentia
     slo = {"ttft_ms": 60_000}
     arrivals = {"kind": "poisson", "rate_per_s": 50, "seed": 1}
     conditions = [
-        load.Arriving(tiny, name, 5, prompt_tokens=8, new_tokens=5, arrivals=arrivals, slo=slo)
+        Condition(tiny, name, 5, prompt_tokens=8, new_tokens=5, arrivals=arrivals, slo=slo)
         for name in ("sequential", "threads")
     ]
     store = records.Store(tmp_path / "records.jsonl")
@@ -106,9 +102,8 @@ def test_bisection_finds_the_rate_at_which_a_queue_misses_its_limit():
     slo = {"ttft_ms": 500}
     found = load.highest_rate(queue_long, slo, 1.0, 20.0, steps=7)
     exact = [r for r in np.arange(5, 10, 0.05) if attained(r, 0.5) >= 0.9][-1]
-    assert found.low <= exact <= found.high
-    assert found.rate_per_s == pytest.approx(exact, rel=0.06)
-    assert found.high / found.low < 1.3
+    assert found.holds_per_s == pytest.approx(exact, rel=0.1)
+    assert 1 < found.misses_per_s / found.holds_per_s < 1.03
     assert len(found.probes) == 9
 
 
@@ -126,13 +121,11 @@ def attained(rate, limit_s, service_s=0.1, n=50_000):
 
 def test_a_limit_that_never_or_always_holds_says_so():
     never = load.highest_rate(queue, {"ttft_ms": 50}, 1.0, 5.0)
-    assert never.rate_per_s is None and "lowest rate tried" in never.reason
+    assert (never.holds_per_s, never.misses_per_s) == (None, 1.0)
     always = load.highest_rate(queue, {"ttft_ms": 60_000}, 1.0, 5.0)
-    assert always.rate_per_s == 5.0 and "still hold" in always.reason
+    assert (always.holds_per_s, always.misses_per_s) == (5.0, None)
     with pytest.raises(ValueError, match="lower first"):
         load.highest_rate(queue, {"ttft_ms": 50}, 5.0, 1.0)
-    with pytest.raises(ValueError, match="share"):
-        load.highest_rate(queue, {"ttft_ms": 50}, 1.0, 5.0, share=1.0)
 
 
 def test_a_request_without_an_answer_misses_its_limit():
@@ -140,7 +133,7 @@ def test_a_request_without_an_answer_misses_its_limit():
         RequestTrace(0, 1, 0.0, 0.0, 0.0, (0.1,), (1,)),
         RequestTrace(1, 1, 0.0, 0.0, status="rejected"),
     )
-    assert load.probe(1.0, [Trace(rows, 1.0)], {"ttft_ms": 500}).attained == 0.5
+    assert load.probe(1.0, Trace(rows, 1.0), {"ttft_ms": 500}).attained == 0.5
 
 
 # Capacity.
@@ -177,7 +170,7 @@ def test_more_cards_carry_more_and_the_fewest_that_hold_are_found():
 
     def share(cards):
         trace = capacity.simulate(work, FLAT, cards=cards, max_batch=1)
-        return load.probe(30.0, [trace], slo).attained
+        return load.probe(30.0, trace, slo).attained
 
     assert share(needed - 1) < 0.9 <= share(needed)
     assert capacity.cards_needed(work, FLAT, {"ttft_ms": 1}, most=3) is None
@@ -192,5 +185,3 @@ def test_a_curve_comes_from_batches_and_is_drawn_on_beyond_them():
     assert curve.rows == (1, 3)
     assert curve.batch_s(2) == pytest.approx((0.2, 0.04))
     assert curve.batch_s(6) == pytest.approx((0.6, 0.12))
-    with pytest.raises(ValueError, match="rise"):
-        capacity.Curve((2, 1), (1, 1), (1, 1))

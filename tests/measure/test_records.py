@@ -291,8 +291,8 @@ def test_a_frame_is_flat_and_unknown_is_missing():
     assert row.strategy == "batch" and row.level == 4 and row.prompt_tokens == "[8, 16]"
     assert row.option_batch_size == 2 and row.variant == "batch batch_size=2"
     assert row.duration_s == 1.5 and row.ttft_ms == 12.0 and row.max_rss_bytes == 300
-    assert row.mbu == 0.5 and (row.agree, row.compared) == (3, 4)
     assert row.note_gil_contention == 0.25 and row.counts and not failed.counts
+    assert row.mbu == 0.5 and (row.agree, row.compared) == (3, 4)
     assert row.warnings == "unstable: a; unstable: b"
     assert pd.isna(row.max_power_watts) and pd.isna(failed.duration_s) and pd.isna(failed.mbu)
     assert failed.status == "oom" and "reasons" not in table and "detail" not in table

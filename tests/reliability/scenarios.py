@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmperf import findings, models, strategies
-from llmperf.decoding.requests import Request, build
+from llmperf.decoding.requests import Request, Workload, build
 from llmperf.measure import records
-from llmperf.strategies import RequestFailed, Server, ServerFailed
+from llmperf.strategies import Server, ServerFailed
 from llmperf.strategies.events import read_chunks
 from llmperf.study import profile
 
@@ -130,47 +130,36 @@ def full_disks(count: int, seed: int, folder: Path) -> str:
 
 
 def random_requests(count: int, seed: int, folder: Path) -> str:
-    """Random submits, cancels, deadlines and deaths of the process: one outcome a request."""
+    """Random arrivals, deadlines and deaths of the process: one outcome a request."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(engines.__file__).parent), os.environ.get("PYTHONPATH", "")]
     )
-    return asyncio.run(_random_requests(count, random.Random(seed)))
+    dice, found, deaths = random.Random(seed), Counter(), 0
 
+    def kill(id: int, token: int) -> None:
+        nonlocal deaths
+        if dice.random() < 2 / count:
+            psutil.Process(server.pids()[0]).kill()
+            deaths += 1
 
-async def _random_requests(count: int, dice: random.Random) -> str:
-    found, deaths, readers = Counter(), 0, []
-    server = Server(engines.front(200_000), engine="engines:null", rows=4, batching="slots")
-
-    async def read(stream, tokens):
-        try:
-            got = [token.id async for token in stream]
-            assert len(got) == tokens
-        except RequestFailed as error:
-            assert error.status == stream.status
-        found[stream.status] += 1
-
-    async with server:
-        for i in range(count):
-            request = Request(i, (1,) * dice.randrange(1, 40), dice.randrange(1, 30))
-            deadline = dice.choice((None, None, None, 0.002, 5.0))
-            stream = server.generate(request, deadline_s=deadline)
-            readers.append(asyncio.create_task(read(stream, request.max_new_tokens)))
-            if dice.random() < 0.1:
-                stream.cancel()
-            if dice.random() < 0.3:
-                await asyncio.sleep(dice.random() * 0.004)
-            if dice.random() < 20 / count:
-                psutil.Process(dice.choice(server.pids())).kill()
-                deaths += 1
-                await asyncio.gather(*readers)
-                try:
-                    await server.start(1)
-                    await server.prepare(1, rows=4, batching="slots")
-                except ServerFailed:  # the death is noticed only now
-                    await server.start(1)
-                    await server.prepare(1, rows=4, batching="slots")
-        await asyncio.gather(*readers)
-    assert found.total() == count and server.counts.total() == count
+    with Server(engines.front(200_000), engine="engines:null") as server:
+        while found.total() < count:
+            requests = tuple(
+                Request(
+                    i, (1,) * dice.randrange(1, 40), dice.randrange(1, 30), arrival_s=dice.random()
+                )
+                for i in range(min(100, count - found.total()))
+            )
+            limits = {"deadline_s": dice.choice((None, 0.002, 5.0)), "max_queue": 50}
+            how = {"rows": 4, "batching": dice.choice(("groups", "slots")), "on_token": kill}
+            try:
+                trace = server.run(Workload(requests), **how, **limits)
+            except ServerFailed:  # it died between two runs, or the kill came late
+                server.close()
+                continue
+            for asked, row in zip(requests, trace.requests, strict=True):
+                assert row.status != "ok" or len(row.tokens) == asked.max_new_tokens
+                found[row.status] += 1
     words = ", ".join(f"{number} {status}" for status, number in sorted(found.items()))
     return f"one outcome each ({words}), {deaths} deaths of the process"
 

@@ -82,7 +82,6 @@ def test_recompute_is_refused_by_the_process_in_its_words(tiny):
     [
         ({"max_batch": 0}, "max_batch"),
         ({"window_s": 0.1}, "no option 'window_s'"),
-        ({"processes": 100_000}, "100000 processes need at least"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tiny, options, says):

