@@ -7,7 +7,7 @@ __getattr__, __all__ = lazy_face(
     {
         "condition": "Condition",
         "frames": "frame",
-        "prediction": "predict_run spec_of",
+        "prediction": "check_fits predict_run spec_of",
         "records": "Record Store open_store",
         "results": "Results paired",
         "session": "environment measure",
