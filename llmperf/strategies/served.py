@@ -5,6 +5,7 @@ Starting it is never part of a run's time.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -64,3 +65,6 @@ def close() -> None:
     """End the kept processes."""
     if _kept:
         _kept.pop().close()
+
+
+atexit.register(close)  # of a session that nobody leaves

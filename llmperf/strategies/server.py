@@ -13,7 +13,6 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -85,9 +84,8 @@ class Server:
         """End the processes. May be called twice."""
         processes, self.processes = self.processes, []
         self._events = SimpleQueue()
-        if processes:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda p: p.child.end(), processes))
+        for process in processes:
+            process.child.end()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
