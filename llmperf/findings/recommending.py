@@ -71,6 +71,7 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     found["servers"] = [
         s.threads(*h) * max(1, s.processes(*h)) for s, h in zip(known, how, strict=True)
     ]
+    found["joins"] = [s.joins for s in known]
     found["arriving"] = [bool(r.condition.get("arrivals")) for r in found.record]
     found["first_ms"] = (found.ttft_ms - found.queue_delay_ms.fillna(0)).clip(lower=0)
     return found.drop(columns="record")
@@ -161,11 +162,13 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
     step_ms = o.tpot_ms if tokens > 1 else 0.0
     if o.first_ms != o.first_ms or step_ms != step_ms:
         return 0.0, inf
-    # Two tokens stand for the answer: its first, and all further ones in one step.
-    curve = capacity.Curve((o.rows,), (o.first_ms / 1e3,), (step_ms * (tokens - 1) / 1e3,))
+    # Two tokens stand for the answer where nobody joins: its first, and all further ones at once.
+    steps = tokens - 1 if not o.joins else 1
+    curve = capacity.Curve((o.rows,), (o.first_ms / 1e3,), (step_ms * steps / 1e3,))
     window_s = GROUP_WINDOW_S if o.arriving or o.rows == 1 else FOREVER_S
-    requests = _arrivals(load_per_s, o.rows)
-    trace = capacity.simulate(requests, curve, cards=o.servers, max_batch=o.rows, window_s=window_s)
+    requests = _arrivals(load_per_s, o.rows, tokens if o.joins else 2)
+    how = {"cards": o.servers, "max_batch": o.rows, "window_s": window_s, "joins": o.joins}
+    trace = capacity.simulate(requests, curve, **how)
     ttft = [(r.token_s[0] - r.scheduled_s) * 1e3 for r in trace.requests]
     answer = [(r.token_s[-1] - r.scheduled_s) * 1e3 for r in trace.requests]
     within = step_ms <= slo.get("tpot_ms", inf)
@@ -177,11 +180,12 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
 
 
 @cache
-def _arrivals(load_per_s: float, rows: int) -> Workload:
+def _arrivals(load_per_s: float, rows: int, tokens: int) -> Workload:
     """Poisson arrivals; as many as fill whole batches, so that no last one waits for ever."""
     n = ceil(ARRIVALS / rows) * rows
     times = load.arrival_times("poisson", n, rate_per_s=load_per_s)
-    return Workload(tuple(Request(i, (0,), 2, arrival_s=float(t)) for i, t in enumerate(times)))
+    each = (Request(i, (0,), tokens, arrival_s=float(t)) for i, t in enumerate(times))
+    return Workload(tuple(each))
 
 
 def _extrapolated(o, tokens: int) -> Iterator[str]:

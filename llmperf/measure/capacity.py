@@ -49,49 +49,67 @@ def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 class _Card:
-    """A queue of requests and the batches that a card makes of it."""
+    """A queue of requests, and the steps in which a card answers up to `max_batch` at once."""
 
-    def __init__(self, curve: Curve, max_batch: int, window_s: float):
-        self.curve, self.max_batch, self.window_s = curve, max_batch, window_s
+    def __init__(self, curve: Curve, max_batch: int, window_s: float, joins: bool):
+        self.curve, self.max_batch, self.window_s, self.joins = curve, max_batch, window_s, joins
         self.waiting: list[Request] = []
+        self.running: list[tuple[Request, float, list[float]]] = []  # with start, token times
         self.done: list[RequestTrace] = []
-        self.busy_until = 0.0
+        self.free_s = 0.0  # when the last step has ended
 
     def advance(self, now: float) -> None:
-        """Start every batch that is due before `now`: when full, or when its first one waited."""
-        while self.waiting:
-            due = self.waiting[0].arrival_s + self.window_s
-            if len(self.waiting) >= self.max_batch:
-                due = min(due, self.waiting[self.max_batch - 1].arrival_s)
-            start = max(self.busy_until, due)
-            if start >= now:
-                return
-            batch = [r for r in self.waiting[: self.max_batch] if r.arrival_s <= start]
-            del self.waiting[: len(batch)]
-            first, step = self.curve.batch_s(len(batch))
-            self.busy_until = start + first + step * (max(r.max_new_tokens for r in batch) - 1)
-            self.done += [_answered(r, start, first, step) for r in batch]
+        """Make every step that begins before `now`."""
+        while (self.running or self.waiting) and (start := self._next_start()) < now:
+            room = self.max_batch - len(self.running) if self.joins or not self.running else 0
+            joined = [r for r in self.waiting[:room] if r.arrival_s <= start]
+            del self.waiting[: len(joined)]
+            further = self.curve.batch_s(len(self.running))[1] if self.running else 0.0
+            first = self.curve.batch_s(len(joined))[0] if joined else 0.0
+            self.free_s = start + first + further
+            self.running += [(r, start, []) for r in joined]
+            for r, began, times in self.running:
+                times.append(self.free_s)
+                if len(times) == r.max_new_tokens:
+                    self.done.append(_answered(r, began, times))
+            self.running = [x for x in self.running if len(x[2]) < x[0].max_new_tokens]
+
+    def _next_start(self) -> float:
+        """An idle card starts when a batch is full, or when its first request has waited."""
+        if self.running:
+            return self.free_s
+        due = self.waiting[0].arrival_s + (0.0 if self.joins else self.window_s)
+        if len(self.waiting) >= self.max_batch:
+            due = min(due, self.waiting[self.max_batch - 1].arrival_s)
+        return max(self.free_s, due)
 
     def unanswered(self, now: float) -> int:
-        recent = self.done[-self.max_batch :]  # older batches have ended
-        return len(self.waiting) + sum(r.token_s[-1] >= now for r in recent)
+        recent = self.done[-self.max_batch :]  # the last step of older ones has ended
+        ending = sum(r.token_s[-1] >= now for r in recent)
+        return len(self.waiting) + len(self.running) + ending
 
 
-def _answered(r: Request, start: float, first: float, step: float) -> RequestTrace:
-    times = tuple(start + first + step * k for k in range(r.max_new_tokens))
-    tokens = (0,) * len(times)
-    return RequestTrace(r.id, len(r.prompt_ids), r.arrival_s, r.arrival_s, start, times, tokens)
+def _answered(r: Request, start: float, times: list[float]) -> RequestTrace:
+    length, tokens = len(r.prompt_ids), (0,) * len(times)
+    return RequestTrace(r.id, length, r.arrival_s, r.arrival_s, start, tuple(times), tokens)
 
 
 def simulate(
-    work: Workload, curve: Curve, *, cards: int = 1, max_batch: int = 8, window_s: float = 0.002
+    work: Workload,
+    curve: Curve,
+    *,
+    cards: int = 1,
+    max_batch: int = 8,
+    window_s: float = 0.002,
+    joins: bool = False,
 ) -> Trace:
     """Run the requests through `cards` simulated cards at their arrival times.
 
     A request goes to the card with the fewest unanswered ones, as in `Server`. An idle card waits
-    `window_s` for a full batch; a batch ends with its longest request. Tokens are made up (0).
+    `window_s` for a full batch; with `joins` (continuous batching) a request enters at the next
+    step, which its prompt lengthens. Tokens are made up (0).
     """
-    found = [_Card(curve, max_batch, window_s) for _ in range(cards)]
+    found = [_Card(curve, max_batch, window_s, joins) for _ in range(cards)]
     for request in sorted(work.requests, key=lambda r: r.arrival_s):
         for card in found:
             card.advance(request.arrival_s)

@@ -10,7 +10,7 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "comparison": "SpeedComparison compare_speeds",
-        "intervals": "Interval checked median_interval narrow_enough ratio_interval",
+        "intervals": "Interval checked median_interval ratio_interval",
         "samples": "PERCENTILES describe drift mad",
     },
 )

@@ -74,19 +74,6 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], paired: bool = False)
     return Interval(math.exp(value), math.exp(low), math.exp(high), n)
 
 
-def narrow_enough(samples: Sequence[float], relative_width: float, least: int = 8) -> bool:
-    """Whether to stop: the interval is at most `relative_width` of the median wide.
-
-    Never before `least` samples, since a narrow start by chance would bias a sequential stop.
-    """
-    if not relative_width > 0:
-        raise ValueError(f"relative_width is {relative_width}; it must be above 0, such as 0.05")
-    found = median_interval(samples)
-    if found.n < least or found.low is None:
-        return False
-    return found.high - found.low <= relative_width * abs(found.value)
-
-
 def _middle(x: np.ndarray) -> float:
     """The median of the sorted x."""
     return float(x[(len(x) - 1) // 2] + x[len(x) // 2]) / 2

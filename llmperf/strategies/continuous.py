@@ -26,4 +26,5 @@ STRATEGY = replace(
     words=in_words("continuous batching", *dynamic.OPTIONS),
     style=5,
     options=dynamic.OPTIONS,
+    joins=True,
 )

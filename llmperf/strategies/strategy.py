@@ -33,6 +33,7 @@ class Strategy:
     processes: Count = lambda level, options: 1  # that hold the model here; 0: another machine
     threads: Count = lambda level, options: 1  # that decode at the same time in one process
     foreign: bool = False  # another engine: its decoding loop and random numbers are its own
+    joins: bool = False  # a request enters the running batch at its next step
     served: bool = False  # inference runs in the kept server's processes
 
     def check(self, model: Model, level: int, options: Mapping) -> None:

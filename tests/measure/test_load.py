@@ -162,6 +162,17 @@ def test_batches_fill_to_their_limit_and_the_longest_row_holds_the_card():
     metrics.summarize(trace)  # a Trace as any other
 
 
+def test_with_continuous_batching_a_request_joins_at_the_next_step():
+    work = Workload((Request(0, (1,), 4), Request(1, (1,), 2, arrival_s=0.12)))
+    trace = capacity.simulate(work, FLAT, max_batch=4, joins=True)
+    first, second = trace.requests
+    assert first.token_s == pytest.approx((0.1, 0.15, 0.3, 0.35))  # a step of 0.05 + 0.1 of prompt
+    assert second.started_s == pytest.approx(0.15)
+    assert second.token_s == pytest.approx((0.3, 0.35))
+    full = capacity.simulate(work, FLAT, max_batch=1, joins=True)
+    assert full.requests[1].started_s == pytest.approx(0.25)
+
+
 def test_more_cards_carry_more_and_the_fewest_that_hold_are_found():
     work = load.arriving(requests(1_000), "poisson", rate_per_s=30.0, seed=2)
     slo = {"ttft_ms": 400}

@@ -98,7 +98,6 @@ def test_bad_options_are_refused():
     for wrong in (
         lambda: stats.ratio_interval(x, [0.0] * 6),
         lambda: stats.ratio_interval(x, x[:5], paired=True),
-        lambda: stats.narrow_enough(x, 0),
         lambda: stats.drift([[1.0, -1.0, 2.0]]),
     ):
         with pytest.raises(ValueError):
@@ -135,26 +134,6 @@ def test_a_drift_is_said_in_percent_and_a_trifle_is_not():
     assert stats.drift([x * np.linspace(1, 1.005, 2000)]) is None  # certain, and no matter
     assert stats.drift([x * np.geomspace(1, 1.1, 2000)]).startswith("drift: +10.0% from the first")
     assert stats.drift([[1.0, 2.0]] * 9) is None and stats.drift([]) is None
-
-
-@pytest.mark.parametrize(("sigma", "width"), [(0.05, 0.05), (0.1, 0.1), (0.3, 0.2)])
-def test_sequential_stop_does_not_bias_the_median(sigma, width):
-    rng = np.random.default_rng(3)
-    medians, stopped = [], 0
-    for _ in range(1000):
-        x = np.exp(sigma * rng.normal(size=50))
-        n = next((n for n in range(5, 50) if stats.narrow_enough(x[:n], width)), 50)
-        stopped += n < 50
-        medians.append(np.median(x[:n]))
-    assert stopped > 500
-    assert abs(np.mean(medians) - 1) < 0.01 and abs(np.median(medians) - 1) < 0.01
-
-
-def test_narrow_enough_waits_for_a_few():
-    assert not stats.narrow_enough([1.0] * 7, 0.05)
-    assert stats.narrow_enough([1.0] * 8, 0.05)
-    assert not stats.narrow_enough([], 0.05)
-    assert not stats.narrow_enough([1.0, 2.0] * 4, 0.05)
 
 
 @pytest.mark.parametrize("seed", range(5))
