@@ -145,6 +145,7 @@ INLINE void int4_block(const Matrix *w, Input in, Output out, int n, int row, in
     UNROLL for (int i = 0; i < 4 * r; i++) part[i] = (i16){0};
     for (int k = 0; k < BLOCK; k += 2) {
       const u16 four = interleave(weights + (at + k) * 32);
+      __builtin_prefetch(weights + (at + k) * 32 + 4096, 0, 2);
       const u16 weight[] = {four, four >> 8, four >> 4, four >> 12};
       UNROLL for (int j = 0; j < r; j++) {
         int32_t pair;
