@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable
 
 from llmperf.machine import description, rates
 from llmperf.machine.probes import PROBES, ask
@@ -38,7 +39,8 @@ def measure(device: str = "cpu") -> dict:
 def _key(device: str) -> dict:
     key = {name: ask(PROBES[name])[0] for name in KEY_PROBES}
     key |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-    key |= {"schema": SCHEMA, "device": device, "torch": importlib.metadata.version("torch")}
+    key |= {"schema": SCHEMA, "device": device}
+    key |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     if device.startswith("cuda"):
         cards, _ = ask(PROBES["gpus"])
         names = ("name", "driver", "power_limit_w", "memory_total_bytes")
@@ -51,13 +53,18 @@ def cached(device: str = "cpu") -> dict:
 
     What was measured on a busy machine is measured again when it is idle.
     """
+    return kept("ceilings", device, measure)
+
+
+def kept(kind: str, device: str, measured: Callable[[str], dict]) -> dict:
+    """`measured(device)` from the user's cache, where it is of this machine and these versions."""
     digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
-    file = description.cache_dir() / "ceilings" / f"{device.replace(':', '-')}-{digest}.json"
+    file = description.cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
     with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if not kept["warning"] or description.busy():
-            return kept
-    result = measure(device)
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not found.get("warning") or description.busy():
+            return found
+    result = measured(device)
     with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
         description.save_whole(file, json.dumps(result))
     return result

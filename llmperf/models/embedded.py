@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmperf.machine import cache_dir
@@ -70,11 +72,28 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     print("Converting it once to safetensors ...", flush=True)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    dequantised = AutoModelForCausalLM.from_pretrained(**source)
+    with _parsed_once():
+        dequantised = AutoModelForCausalLM.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     config = dequantised.config
     del config.quantization_config  # the weights are plain now, and saving would refuse them
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(dequantised.state_dict(), assign=True)
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once():
+    """transformers parses a GGUF file three times and maps its names anew for each module."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in kept.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
