@@ -8,7 +8,7 @@ import sys
 
 import psutil
 
-from llmperf.machine import ceilings, gpu
+from llmperf.machine import gpu
 from llmperf.machine.child import Child, ChildDied, Parent
 from llmperf.machine.units import Unknown
 
@@ -18,6 +18,8 @@ STAGE_S = 120.0  # a cold disk takes this long to read torch's libraries, not lo
 
 def cached(device: str = "cpu") -> dict:
     """`overhead(device)`, kept in the user's cache; an attempt that failed is made again."""
+    from llmperf.machine import ceilings  # it imports torch, which the fresh process must not
+
     found = ceilings.kept("overhead", device, overhead)
     return found if found["first"] else overhead(device)
 
