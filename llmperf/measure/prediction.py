@@ -42,6 +42,7 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     found = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops,
+        "most_read_bytes_per_s": max(limits["read_bytes_per_s"].get("samples", [bandwidth])),
         "bound_s": whole.seconds,
         "limit": whole.limit,
         "bound_tpot_ms": step.seconds * 1e3,
@@ -59,12 +60,13 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
 def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     """The prediction with what the run adds: MBU, MFU, `plausible`, and `why` with the arithmetic.
 
-    A rate above a ceiling makes the record implausible. The cost is that of the loop that ran.
+    More than the highest bandwidth sample, or the FLOP/s, makes the record implausible. The cost is
+    that of the loop that ran.
     """
     ran = trace.notes.get("loop")  # several where threads differ: then the one asked for
     spec = spec_of(condition, ran if ran in decoding.LOOPS else condition.loop)
     cost = _cost(condition, spec)
-    bandwidth, flops = prediction["read_bytes_per_s"], prediction["flops_per_s"]
+    bandwidth, flops = prediction["most_read_bytes_per_s"], prediction["flops_per_s"]
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
     return {**prediction, **found, "why": verdict.sentence}

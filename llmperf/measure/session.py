@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from llmperf import machine, strategies
 from llmperf.decoding.trace import Trace, agreement
+from llmperf.machine import ceilings
 from llmperf.measure import prediction, records, results
 from llmperf.measure.condition import Condition
 from llmperf.measure.prediction import DoesNotFit, predict_run
@@ -54,6 +55,7 @@ def measure(
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
     if not conditions:
         raise ValueError(f"{experiment}: there is no condition to measure")
+    limits = limits or ceilings.now(conditions[0].model.device)
     session = _Session(experiment, conditions, store, lambda c: predict_run(c, expect, limits))
     slots = [(i, "measure") for i in range(len(conditions))] + [(0, "twin")] * twin
     order, device = random.Random(seed), conditions[0].model.device
