@@ -3,11 +3,13 @@
     python -m llmperf run --out RUN && python tests/commit_run.py RUN
 
 Notebooks and records then come from one run: each notebook holds the run's start and the hash of
-the records that are shipped with it. Only a study with the notebooks' own parameters is taken.
+the records that are shipped with it. Run it with the default profile, which leaves the notebooks'
+parameters as they are. Notebook 10 compares shipped runs: run it again by itself afterwards.
 """
 
 import argparse
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def commit(run: Path, name: str | None = None) -> None:
     findings.share(run, target)
     if name:  # a second run of a machine comes without notebooks
         return
+    shutil.copy(run / "card.png", folder)
     mark = stamp(target, state.started)
     for path, notebook in zip(paths, executed, strict=True):
         current = nbformat.read(path, as_version=4)

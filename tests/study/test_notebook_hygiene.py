@@ -9,6 +9,7 @@ import notebook_rules as rules
 import pytest
 from nbformat import v4
 
+from llmperf.findings.runs import shipped_runs
 from llmperf.study import profile
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
@@ -32,6 +33,13 @@ def test_names_are_numbered_words_without_doubles():
 def test_every_notebook_is_clean():
     dirty = [path.name for path in NOTEBOOKS if not clean_notebooks.clean(path, check=True)]
     assert dirty == [], "run: python tests/clean_notebooks.py FILES"
+
+
+def test_notebooks_and_shipped_records_come_from_one_run():
+    marks = [dict(read(path).metadata.get("llmperf", {})) for path in NOTEBOOKS]
+    assert all(mark == marks[0] for mark in marks), "run: python tests/commit_run.py RUN"
+    shipped = [p / "records.jsonl.gz" for p in shipped_runs()]
+    assert marks[0] in [commit_run.stamp(p, marks[0].get("run")) for p in shipped]
 
 
 def test_the_quick_profile_is_what_the_notebooks_do_by_themselves():
