@@ -95,7 +95,8 @@ def check_fits(condition: Condition) -> None:
         held = single * len(served.ready(m, 0))
     fit = predict.judge(predict.memory(spec, idle_bytes=0), free + held)
     if fit.verdict == "does not fit":
-        raise DoesNotFit(f"{fit.sentence} ({held / predict.GIB:.2f} GiB of it held already)")
+        already = f" ({held / predict.GIB:.2f} GiB of it held already)" if held else ""
+        raise DoesNotFit(fit.sentence + already)
 
 
 def _longest(condition: Condition) -> predict.RunSpec:
