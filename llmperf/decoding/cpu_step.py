@@ -20,7 +20,6 @@ from llmperf.decoding.sampling import Sampling, next_tokens
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in model.h
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 MOST_ROWS = 256  # tokens in one call; more are split
-MOST_CANDIDATES = 1024  # as in sample.h; a larger top-k is drawn by torch
 _pool = threading.Lock()  # one caller at a time works with several threads
 
 
@@ -70,13 +69,13 @@ class CpuStep:
         return self._run(self.description, ids, slots, positions, wanted, cache, scratch)
 
     def next_tokens(self, logits, sampling: Sampling, uniform) -> torch.Tensor:
-        """As `sampling.next_tokens`, without torch's threads.
+        """As `sampling.next_tokens`, without torch's threads; a very large top-k is torch's.
 
         OpenMP's workers spin for some milliseconds after an operator, on cores that the next step
         needs: it then took twice as long.
         """
         top_k = 1 if sampling.greedy else sampling.top_k
-        if top_k is None or top_k > MOST_CANDIDATES:
+        if top_k is None or top_k > self.library.MOST_CANDIDATES:
             return next_tokens(logits, sampling, uniform)
         suppressed = ffi.new("int32_t[]", sampling.suppress)
         how = {"suppressed": suppressed, "suppressed_count": len(sampling.suppress)}

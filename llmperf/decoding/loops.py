@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from llmperf.decoding import cpu_step, graph_step
+from llmperf.decoding import cpu_step, graph_step, sampling
 from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS
 
 CHECK_TOKENS = 48  # at least; a model with windows is checked past its window
@@ -32,6 +33,11 @@ class Prepared:
     reason: str | None = None
     seconds: float = 0.0
     step: cpu_step.CpuStep | graph_step.GraphStep | None = None
+
+    @property
+    def next_tokens(self) -> Callable:
+        """What draws the tokens: the step itself on a CPU, else `sampling.next_tokens`."""
+        return getattr(self.step, "next_tokens", sampling.next_tokens)
 
 
 def check_loop(loop: str) -> None:

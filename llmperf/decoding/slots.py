@@ -16,7 +16,7 @@ from llmperf.decoding import cpu_step, graph_step
 from llmperf.decoding.batch import last_column, with_cache
 from llmperf.decoding.loops import prepare
 from llmperf.decoding.requests import Request, Stop
-from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
+from llmperf.decoding.sampling import Sampling, uniforms
 
 PREFILL_TOKENS = 64  # of prompts in one step while other requests decode
 
@@ -67,7 +67,7 @@ class Slots:
             if isinstance(chosen.step, graph_step.GraphStep)
             else _CpuRows(chosen.step, rows, max_length)
         )
-        self._next_tokens = getattr(chosen.step, "next_tokens", next_tokens)
+        self._next_tokens = chosen.next_tokens
         self._rows: list[_Row | None] = [None] * rows
 
     @property

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-OK, ERROR, REJECTED, CANCELLED, EXPIRED = "ok", "error", "rejected", "cancelled", "expired"
+OK, ERROR, REJECTED, EXPIRED = "ok", "error", "rejected", "expired"
 
 
 @dataclass(frozen=True)

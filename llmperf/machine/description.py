@@ -1,8 +1,13 @@
 """Which machine is this: its description, a short name for it, and whether it is busy."""
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +17,10 @@ from llmperf.machine.probes import PROBES, ask
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0
+SCHEMA = 2  # of kept measurements; 2: read from huge pages, as the weights are
+KEY_PROBES = (
+    "os", "cpu_model", "cores_logical", "cores_allowed", "cores_quota", "power_plan", "on_battery",
+)  # fmt: skip
 CPU_FAMILY = (
     r"epyc|xeon|ryzen(?: \w+ \d\w+)?|core ultra \w+|i[3579]-\w+|apple m\d+(?: pro| max| ultra)?"
 )
@@ -36,6 +45,37 @@ def save_whole(file: Path, text: str) -> None:
     part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def kept(kind: str, device: str, measured: Callable[[str], dict]) -> dict:
+    """`measured(device)`, kept in the user's cache for this machine, driver and these versions.
+
+    A result with a `warning` is measured again when the machine is idle; one with a `reason`, why
+    it could not be measured, is not kept.
+    """
+    digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
+    file = cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not found.get("warning") or busy():
+            return found
+    result = measured(device)
+    if not result.get("reason"):
+        with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
+            save_whole(file, json.dumps(result))
+    return result
+
+
+def _key(device: str) -> dict:
+    key = {name: ask(PROBES[name])[0] for name in KEY_PROBES}
+    key |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    key |= {"schema": SCHEMA, "device": device}
+    key |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    if device.startswith("cuda"):
+        cards, _ = ask(PROBES["gpus"])
+        names = ("name", "driver", "power_limit_w", "memory_total_bytes")
+        key["cards"] = [[card[name] for name in names] for card in cards or []]
+    return key
 
 
 def platform_word(device: str, system: str | None = None) -> str:

@@ -8,7 +8,7 @@ import sys
 
 import psutil
 
-from llmperf.machine import gpu
+from llmperf.machine import description, gpu
 from llmperf.machine.child import Child, ChildDied, Parent
 from llmperf.machine.units import Unknown
 
@@ -17,11 +17,8 @@ STAGE_S = 120.0  # a cold disk takes this long to read torch's libraries, not lo
 
 
 def cached(device: str = "cpu") -> dict:
-    """`overhead(device)`, kept in the user's cache; an attempt that failed is made again."""
-    from llmperf.machine import ceilings  # it imports torch, which the fresh process must not
-
-    found = ceilings.kept("overhead", device, overhead)
-    return found if found["first"] else overhead(device)
+    """`overhead(device)`, kept in the user's cache."""
+    return description.kept("overhead", device, overhead)
 
 
 def overhead(device: str = "cpu") -> dict:

@@ -50,7 +50,10 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     known = condition.runner
     if not known.served and known.processes(condition.level, condition.options):
         level = "process" if m.device == "cpu" else "reserved"
-        low, high = predict.memory(_longest(condition), idle_bytes=0).at(level)
+        copies = getattr(prepared(condition).step, "extra_bytes", 0)  # see `CpuStep`
+        low, high = (
+            copies + x for x in predict.memory(_longest(condition), idle_bytes=0).at(level)
+        )
         found |= {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
     if expect:
         found |= step_time.expected(condition, spec, step.seconds, limits)

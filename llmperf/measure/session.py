@@ -55,10 +55,10 @@ def measure(
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
     if not conditions:
         raise ValueError(f"{experiment}: there is no condition to measure")
-    limits = limits or ceilings.now(conditions[0].model.device)
+    order, device = random.Random(seed), conditions[0].model.device
+    limits = limits or ceilings.now(device)
     session = _Session(experiment, conditions, store, lambda c: predict_run(c, expect, limits))
     slots = [(i, "measure") for i in range(len(conditions))] + [(0, "twin")] * twin
-    order, device = random.Random(seed), conditions[0].model.device
     prediction.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
     bar = tqdm(total=len(slots) * repeats, desc=experiment, leave=False, disable=not wanted)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from llmperf import decoding, predict
-from llmperf.decoding.sampling import Sampling, next_tokens
+from llmperf.decoding.sampling import Sampling
 from llmperf.machine import DTYPE_BYTES, DTYPES, rates
 from llmperf.models import CHECKPOINT, Model, quantize
 
@@ -50,7 +50,7 @@ def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits
     else:
         operations_s = operations(m) * launch_s
         step_s = max(0.0, bound_s - operations_s)  # kernels run while the next are launched
-    draw_s = sampling_s(m.shape.vocab, m.dtype, m.device, rows, condition.sampling)
+    draw_s = sampling_s(m, spec.loop, rows, condition.sampling)
     whole = (step_s + operations_s + draw_s) * 1e3
     found = {"expected_low_ms": RANGE[0] * whole, "expected_high_ms": RANGE[1] * whole}
     if operations_s > max(step_s, bound_s):
@@ -124,12 +124,14 @@ def operation_s() -> float:
         return median(rates.seconds_of(run, lambda: None, 9)) / 300  # linear, SiLU and the sum
 
 
-@cache
-def sampling_s(vocabulary: int, dtype: str, device: str, rows: int, sampling: Sampling) -> float:
+def sampling_s(model: Model, loop: str, rows: int, sampling: Sampling) -> float:
     """Median seconds from logits (rows, vocabulary) to tokens that the processor can read."""
     import torch
 
-    logits = torch.randn(rows, vocabulary, device=device).to(getattr(torch, DTYPES[dtype]))
+    draw, device = decoding.prepare(model, loop).next_tokens, model.torch_device
+    plain = loop == "compiled" and model.device == "cpu"  # its logits are fp32
+    dtype = torch.float32 if plain else getattr(torch, DTYPES[model.dtype])
+    logits = torch.randn(rows, model.shape.vocab, device=device).to(dtype)
     uniform = torch.rand(rows, dtype=torch.float64, device=device)
-    draw = lambda: next_tokens(logits, sampling, uniform)  # noqa: E731
-    return median(rates.seconds_of(draw, rates.waiter(device), 9))
+    run = lambda: draw(logits, sampling, uniform)  # noqa: E731
+    return median(rates.seconds_of(run, rates.waiter(model.device), 9))

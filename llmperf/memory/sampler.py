@@ -62,6 +62,7 @@ class Sampler:
             self._child = self._start()
         give_back()
         if torch := _torch_on_gpu():
+            torch.cuda.empty_cache()  # else a small run shows what a large one before it reserved
             torch.cuda.reset_peak_memory_stats(self._device)
         self._windows += 1
         died = self._answer(do="start", without=list(without))[1]

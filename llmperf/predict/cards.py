@@ -12,12 +12,11 @@ NOISE = re.compile(r"\b(nvidia|geforce|tesla|gpu|\d+\s*gb)\b")
 
 @dataclass(frozen=True)
 class Card:
-    """A card's data sheet (FLOP/s: dense); None where not given."""
+    """A card's data sheet; None where not given."""
 
     name: str
     memory_gib: float
     bandwidth_bytes_s: float | None = None
-    fp16_flops_s: float | None = None
 
 
 def _rows() -> list[dict]:
@@ -41,9 +40,8 @@ def card(name: str, memory_gib: float | None = None) -> Card:
     """
     for row in _rows():
         if _words(row["gpu"]) == _words(name):
-            bandwidth, flops = float(row["bandwidth_gb_s"]), float(row["fp16_dense_tflops"])
             size = memory_gib or float(row["memory_gb"])
-            return Card(row["gpu"], size, bandwidth * 1e9, flops * 1e12)
+            return Card(row["gpu"], size, float(row["bandwidth_gb_s"]) * 1e9)
     if memory_gib:
         return Card(name, memory_gib)
     raise ValueError(

@@ -50,9 +50,13 @@ def legend(ax: Axes) -> None:
 
 
 def levels(ax: Axes, values: Iterable[int]) -> None:
-    """A logarithmic x axis whose ticks are the levels that were measured."""
+    """A logarithmic x axis whose ticks are the levels that were measured; every tick has room."""
     ax.set_xscale("log", base=2)
-    ax.set_xticks(list(values), [str(v) for v in values])
+    shown: list[int] = []
+    for value in sorted(values, reverse=True):
+        if not shown or shown[-1] >= 1.2 * value:
+            shown.append(value)
+    ax.set_xticks(shown, [str(v) for v in shown])
     ax.minorticks_off()
 
 

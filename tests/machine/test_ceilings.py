@@ -130,7 +130,7 @@ def test_cached_measures_once(counted):
 
 def test_cached_belongs_to_a_torch_version(counted, monkeypatch):
     ceilings.cached("cpu")
-    monkeypatch.setattr(ceilings.importlib.metadata, "version", lambda name: "99.0")
+    monkeypatch.setattr(description.importlib.metadata, "version", lambda name: "99.0")
     assert ceilings.cached("cpu")["n"] == 2
 
 
@@ -150,6 +150,24 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_when_idle(counted
     warnings[0] = None
     monkeypatch.setattr(description, "busy", lambda: None)
     assert ceilings.cached("cpu")["n"] == 2
+
+
+def test_now_takes_the_higher_bandwidth_of_a_processor_and_measures_none_of_a_card(monkeypatch):
+    def rate(value):
+        return {"read_bytes_per_s": {"median": value}, "flops_per_s": {}}
+
+    fresh = iter((3.0, 1.0))
+    monkeypatch.setattr(ceilings, "cached", lambda device: rate(2.0))
+    read = lambda device, repeats: {"median": next(fresh)}  # noqa: E731
+    monkeypatch.setattr(ceilings.rates, "read_bandwidth", read)
+    assert [ceilings.now("cpu")["read_bytes_per_s"]["median"] for _ in range(2)] == [3.0, 2.0]
+    assert ceilings.now("cuda:0") == rate(2.0)  # the buffer would stay in torch's allocator
+
+
+def test_what_could_not_be_measured_is_not_kept(counted, monkeypatch):
+    found = iter(({"first": None, "reason": "no"}, {"first": 1, "reason": None}))
+    monkeypatch.setattr(overhead, "overhead", lambda device: next(found))
+    assert [overhead.cached("cpu")["first"] for _ in range(3)] == [None, 1, 1]
 
 
 def test_cached_without_a_place_to_write(counted, monkeypatch):

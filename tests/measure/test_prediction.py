@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmperf import machine, predict
+from llmperf.decoding import PUBLISHED
 from llmperf.decoding.trace import RequestTrace, Trace
 from llmperf.measure import Condition, predict_run, prediction, step_time
 
@@ -66,6 +67,26 @@ def test_a_compiled_step_is_its_bound_or_its_arithmetic(tiny, asked, monkeypatch
     longer_ms = max(found["bound_tpot_ms"], arithmetic_s * 1e3)
     assert found["expected_tpot_ms"] == pytest.approx(longer_ms + 0.1)
     assert not asked, "none of torch's products is timed"
+
+
+def test_what_a_compiled_step_copies_is_in_the_predicted_memory(tiny, monkeypatch):
+    condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
+    before = predict_run(condition, limits=LIMITS)
+    step = prediction.prepared(condition).step
+    monkeypatch.setattr(step, "extra_bytes", step.extra_bytes + 1000)
+    after = predict_run(condition, limits=LIMITS)
+    for bound in ("memory_low_bytes", "memory_high_bytes"):
+        assert after[bound] == before[bound] + 1000
+
+
+def test_the_draw_is_timed_as_the_loop_draws(tiny, monkeypatch):
+    drawn = []
+    step = prediction.prepared(Condition(tiny, loop="compiled")).step
+    right = step.next_tokens
+    monkeypatch.setattr(step, "next_tokens", lambda *a: drawn.append(a) or right(*a))
+    assert step_time.sampling_s(tiny, "compiled", 2, PUBLISHED) > 0 and drawn
+    drawn.clear()
+    assert step_time.sampling_s(tiny, "cached", 2, PUBLISHED) > 0 and not drawn
 
 
 def test_the_arithmetic_of_a_compiled_step_is_timed_once_a_number_of_rows(tiny):

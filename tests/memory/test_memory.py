@@ -247,8 +247,10 @@ def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampl
     names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
     names += ("reserved_bytes.all.current", "reserved_bytes.all.peak")
     stats = iter([(1, 9, 2, 20), (5, 8, 6, 30)])
+    calls = []
     cuda = SimpleNamespace(
-        reset_peak_memory_stats=lambda device: None,
+        empty_cache=lambda: calls.append("emptied"),
+        reset_peak_memory_stats=lambda device: calls.append("reset"),
         memory_stats=lambda device: dict(zip(names, next(stats), strict=True)),
     )
     monkeypatch.setattr(sampler_file, "_torch_on_gpu", lambda: SimpleNamespace(cuda=cuda))
@@ -256,6 +258,7 @@ def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampl
         pass
     seen = {n: [window[n][k] for k in ("first", "max", "last")] for n in ("allocated", "reserved")}
     assert seen == {"allocated": [1, 8, 5], "reserved": [2, 30, 6]}
+    assert calls == ["emptied", "reset"]  # before the window: not what an earlier run reserved
 
 
 @pytest.mark.parametrize("interval_s", [0, -1.0, math.nan, math.inf])

@@ -54,6 +54,12 @@ def test_one_kind_of_band_a_curve_when_a_level_has_fewer_runs():
     assert "band: lowest to highest of 3" in text and band == (10, 15)
 
 
+def test_ticks_are_levels_and_have_room():
+    _, ax = plots.figure()
+    plots.levels(ax, [1, 2, 3, 7, 8, 9, 10, 16])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["16", "10", "8", "3", "2", "1"]
+
+
 def test_one_run_has_no_band():
     text, band = drawn(frame(1))
     assert "band" not in text and band is None

@@ -34,6 +34,7 @@ typedef struct {
   int32_t rows, wanted_count, slot_count, length, threads;
 } Step;
 
+#define MOST_CANDIDATES 1024  // the largest top_k that is drawn here
 typedef struct {
   const int32_t *suppressed;  // never drawn
   int32_t suppressed_count, top_k;

@@ -1,6 +1,5 @@
 // The next token of each row, as llmperf/decoding/sampling.py draws it: of the `top_k` likeliest
 // those that `top_p` keeps, and of them the one at a uniform number. The greedy choice is top_k 1.
-#define MOST_CANDIDATES 1024
 typedef struct { float logit; int32_t id; } Candidate;
 
 // The `top_k` largest of `count` logits, falling; returns how many there are.

@@ -36,7 +36,7 @@ INLINE v16 choose(i16 mask, v16 yes, v16 no) {
   return (v16)((mask & (i16)yes) | (~mask & (i16)no));
 }
 INLINE v16 load_f32(const float *p) { v16 v; memcpy(&v, p, 64); return v; }
-#ifdef __AVX512F__  // GCC 12 converts in halves, and bytes one by one
+#ifdef __AVX512BW__  // GCC 12 converts in halves, and bytes one by one
 INLINE v16 load_bf16(const uint16_t *p) {
   return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
 }
