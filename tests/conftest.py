@@ -30,26 +30,9 @@ def embedded():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder with a random two-layer Llama and a byte tokenizer, as a user's own model."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import tiny_models
 
-    from llmperf.models import byte_tokenizer
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.5,  # far from uniform, so that a wrong input shows in the tokens
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_models.save_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

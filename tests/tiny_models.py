@@ -128,3 +128,19 @@ def build(case: str):
     ids = dict(bos_token_id=1, eos_token_id=2)  # the defaults lie outside so small a vocabulary
     config = AutoConfig.for_model(family, **fields, **ids)
     return AutoModelForCausalLM.from_config(config).eval(), config
+
+
+def save_llama(folder):
+    """A random two-layer Llama with a byte tokenizer in `folder`, as a user's own model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmperf.models import byte_tokenizer
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    # far from uniform, so that a wrong input shows in the tokens
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

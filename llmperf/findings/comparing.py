@@ -16,9 +16,8 @@ LEAST_MARGIN = 0.05
 PACKAGES = ("torch", "transformers", "triton", "numpy", "torchao", "gptqmodel", "bitsandbytes")
 CARD = ("name", "driver", "driver_model", "memory_total_bytes", "power_limit_w", "pcie_gen_max",
         "pcie_width_max", "compute_capability")  # fmt: skip
-SYSTEM = ("os", "os_version", "kernel", "cpu_model", "ram_total_bytes", "container",
-          "virtual_machine", "power_plan", "on_battery", "hags", "mps_daemon", "python",
-          "gil_enabled", "switch_interval_s")  # fmt: skip
+SYSTEM = ("os", "os_version", "cpu_model", "ram_total_bytes", "power_plan", "on_battery", "hags",
+          "mps_daemon", "python", "gil_enabled")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "child": "Child ChildDied Parent",
+        "child": "SLICE_S Child ChildDied Parent",
         "description": "busy busy_warning cache_dir caption cores describe platform_word slug"
         " usable_cores",
         "probes": "PROBES ask",

@@ -78,6 +78,11 @@ def _os() -> str:
     return {"win32": "Windows", "darwin": "macOS"}.get(sys.platform, platform.system())
 
 
+def _only_windows() -> None:
+    if _os() not in ("Windows", "WSL2"):
+        raise Unknown(f"{_os()} has none: it belongs to Windows")
+
+
 def _os_version() -> str:
     if sys.platform.startswith("linux"):
         return platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -130,6 +135,7 @@ def _power_plan() -> str:
         files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
         plans = sorted({file.read_text().strip() for file in files})
         return _known(", ".join(plans), "no frequency governor, as is usual in a virtual machine")
+    _only_windows()
     found = re.search(r"\((.+)\)", run_tool("powercfg.exe", "/getactivescheme"))
     return _known(found, "the system names none")[1]
 
@@ -148,6 +154,7 @@ def _mps() -> bool:
 
 def _hags() -> bool:
     """Hardware-accelerated GPU scheduling of Windows; asked of the host under WSL2."""
+    _only_windows()
     key = r"HKLM\SYSTEM\CurrentControlSet\Control\GraphicsDrivers"
     text = run_tool("reg.exe", "query", key, "/v", "HwSchMode")
     found = re.search(r"REG_DWORD\s+0x([12])", text)

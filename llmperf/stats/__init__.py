@@ -1,4 +1,4 @@
-"""Statistics of repeated measurements: median,, interval, ratio, comparison, drift.
+"""Statistics of repeated measurements: median, interval, ratio, comparison, drift.
 
 Conventions: percentiles are numpy's linear ones (Hyndman and Fan, type 7); standard deviations
 divide by n - 1; MAD is the median absolute deviation without a scale factor.

@@ -69,9 +69,9 @@ def compare_speeds(
 
 def _higher_is_better(quantity: str) -> bool:
     name = quantity.split(".")[0]
-    if not name.endswith(("_per_s", "_per_user", "_ms", "_s")):
+    if not name.endswith(("_per_s", "_ms", "_s")):
         raise ValueError(f"{quantity!r} is no rate and no time: compare e.g. output_tokens_per_s")
-    return name.endswith(("_per_s", "_per_user"))
+    return name.endswith("_per_s")
 
 
 def _check_comparable(a: Sequence, b: Sequence) -> None:

@@ -67,10 +67,14 @@ def run_async(work: Coroutine):
     if task:
         asyncio.tasks._leave_task(outer, task)
     asyncio._set_running_loop(None)
+    main = None
     try:
         with asyncio.Runner() as runner:
-            return runner.get_loop().run_until_complete(work)
+            main = runner.get_loop().create_task(work)
+            return runner.get_loop().run_until_complete(main)
     finally:
+        if main and main.done() and not main.cancelled():
+            main.exception()  # read, else asyncio reports a Ctrl-C a second time
         asyncio._set_running_loop(outer)
         if task:
             asyncio.tasks._enter_task(outer, task)

@@ -20,13 +20,12 @@ from queue import Empty, SimpleQueue
 from llmperf import decoding, machine
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import ERROR, EXPIRED, OK, REJECTED, Recorder, Trace
-from llmperf.machine import Child
+from llmperf.machine import SLICE_S, Child
 from llmperf.models import Model, mapped
 
 ENGINE = "llmperf.strategies.model_engine:load"
 START_S = 300.0  # loading a large model may take minutes
 STALL_S = 300.0  # a process that has requests and says nothing for so long is ended
-SLICE_S = 0.2  # Windows cannot interrupt a wait without a limit, so waiting is done in slices
 
 
 class ServerFailed(RuntimeError):

@@ -15,6 +15,7 @@ import torch
 from llmperf import decoding
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
+from llmperf.machine import SLICE_S
 from llmperf.models import Model
 from llmperf.strategies import run_control
 from llmperf.strategies.strategy import COUNT, Strategy, at_most, choice, in_words
@@ -85,7 +86,7 @@ def _run_all(work: Callable, n: int, cancel: threading.Event, start: threading.B
     with ThreadPoolExecutor(n) as pool:
         futures = [pool.submit(work, i) for i in range(n)]
         try:
-            while wait(futures, 0.2, FIRST_EXCEPTION).not_done:  # Windows: no wait without a limit
+            while wait(futures, SLICE_S, FIRST_EXCEPTION).not_done:
                 if any(f.done() and f.exception() for f in futures):
                     break
         finally:

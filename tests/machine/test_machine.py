@@ -39,9 +39,16 @@ def test_power_plan_in_any_language(monkeypatch):
 
 
 def test_scheduling_by_the_card_as_the_registry_says(monkeypatch):
+    monkeypatch.setattr(probes, "_os", lambda: "Windows")
     for text, hags in (("  HwSchMode  REG_DWORD  0x2\n", True), ("  REG_DWORD  0x1", False)):
         monkeypatch.setattr(probes, "run_tool", lambda *command, text=text: text)
         assert probes.ask(probes.PROBES["hags"])[0] is hags
+
+
+@pytest.mark.parametrize(("name", "system"), [("hags", "Linux"), ("power_plan", "macOS")])
+def test_what_belongs_to_windows_is_not_asked_elsewhere(monkeypatch, name, system):
+    monkeypatch.setattr(probes, "_os", lambda: system)
+    assert probes.ask(probes.PROBES[name]) == (None, f"{system} has none: it belongs to Windows")
 
 
 def test_names_and_quotas():

@@ -22,6 +22,7 @@ import psutil
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import save_llama
 
 from llmperf import findings, models, strategies
 from llmperf.decoding.requests import Request, Workload, build
@@ -30,26 +31,13 @@ from llmperf.strategies import Server, ServerFailed
 from llmperf.strategies.events import read_chunks
 from llmperf.study import profile
 
-HERE = Path(__file__).parent
-
-
-def tiny_model(folder: Path) -> Path:
-    """A random two-layer Llama with a byte tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = dict(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=512)
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    models.byte_tokenizer().save_pretrained(folder / "tiny")
-    return folder / "tiny"
-
 
 class Study:
     """A study of notebook 03 on a tiny model, without Jupyter."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        parameters = {"model": str(tiny_model(folder)), "dtype": "fp32", "device": "cpu"}
+        parameters = {"model": str(save_llama(folder / "tiny")), "dtype": "fp32", "device": "cpu"}
         batch = {"batch_sizes": [1, 2, 3], "prompt_tokens": 8, "new_tokens": 64, "repeats": 3}
         text = yaml.safe_dump({"parameters": parameters, "notebooks": {"03-batch": batch}})
         (folder / "study.yaml").write_text(text, encoding="utf-8")
@@ -253,7 +241,7 @@ def long_run(minutes: float, seed: int, folder: Path) -> str:
     The last tenth is compared with the first one after a tenth of warming up.
     """
     dice, me = random.Random(seed), psutil.Process()
-    model = models.load(str(tiny_model(folder)), dtype="fp32", device="cpu")
+    model = models.load(str(save_llama(folder / "tiny")), dtype="fp32", device="cpu")
     names = ("sequential", "batch", "coroutine", "threads", "dynamic", "continuous", "processes")
     end, rounds = time.monotonic() + minutes * 60, []
     with strategies.session():  # processes stay between runs

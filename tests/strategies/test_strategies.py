@@ -2,6 +2,7 @@
 
 import _thread
 import asyncio
+import gc
 import itertools
 import signal
 import threading
@@ -177,7 +178,7 @@ def test_an_error_in_one_worker_is_raised_and_ends_the_others(tiny, name, option
     [c for c in IN_ORDER if c[0] in ("coroutine", "threads")],
     ids=names([c for c in IN_ORDER if c[0] in ("coroutine", "threads")]),
 )
-def test_ctrl_c_ends_every_worker(tiny, name, options):
+def test_ctrl_c_ends_every_worker(tiny, name, options, caplog):
     """It comes while the answers, 8 s of them, are being written: as from a terminal."""
     before, start = threading.active_count(), time.perf_counter()
     # a shell has what it starts in the background ignore Ctrl-C
@@ -192,6 +193,8 @@ def test_ctrl_c_ends_every_worker(tiny, name, options):
         signal.signal(signal.SIGINT, found)
     assert time.perf_counter() - start < 5
     assert threading.active_count() == before
+    gc.collect()
+    assert "never retrieved" not in caplog.text  # one Ctrl-C is reported once
 
 
 def test_a_notebooks_event_loop_goes_on_after_a_coroutine_run(tiny):
