@@ -93,7 +93,9 @@ def hub_answers() -> bool:
 
 
 def _read(file: Path) -> dict:
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"{file.name} holds no configuration: it must be a JSON object")
     return found
@@ -141,7 +143,7 @@ def as_object(config: Mapping):
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers knows no model of type {kind!r}: update it, or use another; Python code"
             " that a model brings along is never run here"

@@ -12,11 +12,12 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from llmperf.machine import DTYPES, cache_dir
+from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir
 from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.models import configs, embedded, quantize
 from llmperf.models import quantization as words
@@ -85,6 +86,8 @@ def load(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
     words.check(quantization, spec.dtype, spec.device)
+    shape = configs.shape_of(spec.name, name=name)  # raises for what is no decoder of a real size
+    _check_memory(spec, shape)
     try:
         module, word = _trained(folder, spec) if folder else _random(spec, seed)
     except ImportError as error:
@@ -98,7 +101,21 @@ def load(
     else:  # loading warms the allocator up with the model's size: give that back
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return _model(module, folder, replace(spec, quantization=word), time.perf_counter() - start)
+    spec, load_s = replace(spec, quantization=word), time.perf_counter() - start
+    return _model(module, folder, shape, spec, load_s)
+
+
+def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
+    """Refuse what cannot be held, before the system ends this process for it."""
+    how = words.scheme(shape, spec.quantization)
+    bits = how.bits if how else 8 * DTYPE_BYTES[spec.dtype]
+    least, cpu = shape.parameters() * bits // 8, spec.device == "cpu"
+    free = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(spec.device)[0]
+    if least > free:
+        raise ValueError(
+            f"{spec.name} takes at least {least / GIB:.1f} GiB with {bits} bits a weight, and"
+            f" {free / GIB:.1f} GiB are free: choose a smaller model or fewer bits"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -114,14 +131,22 @@ def front(source: LoadSpec | str) -> Model:
     if isinstance(source, str):
         source = LoadSpec(source, "auto", "auto", "auto")
     spec, folder = _found(source)
-    return _model(None, folder, spec, 0.0)
+    return _model(None, folder, configs.shape_of(spec.name, name=spec.name), spec, 0.0)
 
 
-def _model(module, folder: str | None, spec: LoadSpec, load_s: float) -> Model:
-    tokenizer = AutoTokenizer.from_pretrained(folder) if folder else byte_tokenizer()
-    shape = configs.shape_of(spec.name, name=spec.name)
+def _model(module, folder: str | None, shape: ModelShape, spec: LoadSpec, load_s: float) -> Model:
     how = (spec.dtype, spec.device, spec.weights, spec.quantization, load_s, spec)
-    return Model(spec.name, module, tokenizer, shape, *how)
+    return Model(spec.name, module, _tokenizer(folder), shape, *how)
+
+
+def _tokenizer(folder: str | None):
+    if not folder:
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # unasked, it asks
+    except Exception as error:  # what a damaged file raises is of any kind
+        name, why = Path(folder).name, _first_line(error)
+        raise ValueError(f"the tokenizer of {name} cannot be loaded: {why}") from error
 
 
 def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
@@ -207,7 +232,9 @@ def _trained(folder: str, spec: LoadSpec):
             output_loading_info=True,
             **how,  # a quantization_config of None would wipe what the checkpoint declares
         )
-    except (OSError, RuntimeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # what damaged files raise is of any kind
         raise ValueError(f"{Path(folder).name} cannot be loaded: {_first_line(error)}") from error
     _check_tensors(Path(folder).name, info)
     return quantize.quantize(module, word, spec.device) if ours else module, word
@@ -231,7 +258,6 @@ def _random(spec: LoadSpec, seed: int):
     """True shapes, seeded weights; of a quantised checkpoint in 4 bit as well."""
     plain, word = dict(configs.config_of(spec.name)), spec.quantization
     declared = plain.pop("quantization_config", None)
-    configs.shape_of(spec.name)  # raises for what is no decoder
     if word in CHECKPOINT:
         raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
     word = None if word == "none" else word or (declared and "bnb-4")

@@ -41,14 +41,18 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder: use a decoder-only model")
     try:
-        module = _module_of(config)
-        cache, (kv_heads, head_dim), flops = _passes(module, config)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError) as error:
+        return _read(config, name, quantization, unquantized)
+    except Exception as error:  # what a strange configuration raises is of any kind
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise ValueError(
             f"transformers cannot build and run a decoder of type {config.model_type!r} ({first}):"
             " use a decoder-only model with a complete configuration"
         ) from error
+
+
+def _read(config, name, quantization, unquantized) -> ModelShape:
+    module = _module_of(config)
+    cache, (kv_heads, head_dim), flops = _passes(module, config)
     text, output = config.get_text_config(decoder=True), module.get_output_embeddings()
     tensors = tuple(_tensors(module, text.hidden_size))
     head = 2 * output.weight.numel()

@@ -84,7 +84,7 @@ def _check_comparable(a: Sequence, b: Sequence) -> None:
         if len(values) > 1:
             differs.append(f"{key} ({', '.join(sorted(values))})")
     tokens = [
-        np.median([r.metric("output_tokens") / (r.metric("requests_ok") or 1) for r in side])
+        np.median([(r.metric("output_tokens") or 0) / (r.metric("requests_ok") or 1) for r in side])
         for side in (a, b)
     ]
     if max(tokens) - min(tokens) > TOKEN_TOLERANCE * max(tokens):

@@ -154,6 +154,41 @@ def test_an_index_names_safetensors_files_inside_its_folder_only(tiny_folder, tm
         models.load(str(folder), device="cpu")
 
 
+@pytest.mark.parametrize(
+    "file, text, said",
+    [
+        ("config.json", "[" * 50_000, "holds no configuration"),
+        ("config.json", '{"model_type": ["llama"]}', "knows no model of type"),
+        ("tokenizer.json", "{", "tokenizer of damaged cannot be loaded"),
+        ("model.safetensors", "no header", "damaged cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_a_sentence(tiny_folder, tmp_path, file, text, said):
+    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    (folder / file).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        models.load(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("size", [{"num_hidden_layers": 10**30}, {"hidden_size": 0}])
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(tiny_folder, tmp_path, size):
+    folder = shutil.copytree(tiny_folder, tmp_path / "sizes")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | size
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="at most|cannot build"):
+        models.load(str(folder), device="cpu")
+
+
+def test_code_of_a_tokenizer_is_not_asked_for(tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "code")
+    own = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own), encoding="utf-8")
+    (folder / "evil.py").write_text("raise SystemExit", encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked the user"))
+    with pytest.raises(ValueError, match="tokenizer of code cannot be loaded"):
+        models.load(str(folder), device="cpu")
+
+
 def test_a_folder_with_an_adapter_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "adapter")
     (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
@@ -167,6 +202,11 @@ def test_auto_on_a_folder_with_only_a_configuration_takes_random_weights(tiny_fo
     assert models.front(str(tmp_path)).weights == "random"
     with pytest.raises(ModelUnavailable, match="are neither here nor"):
         models.load(str(tmp_path), device="cpu", weights="trained")
+
+
+def test_a_model_that_cannot_be_held_is_refused_before_it_is_built():
+    with pytest.raises(ValueError, match=r"at least [\d.]+ GiB with 16 bits a weight"):
+        models.load("llama-3.1-70b", dtype="bf16", device="cpu", weights="random")
 
 
 def test_a_front_is_the_model_without_its_weights(tiny_folder):

@@ -18,8 +18,9 @@ from scenarios import SCENARIOS  # noqa: E402
 from llmperf import REFERENCE, machine  # noqa: E402
 
 FULL = {"killed_studies": 50, "interrupted_studies": 30, "full_disks": 20, "random_inputs": 100_000,
-        "random_requests": 20_000, "long_run": 60}  # fmt: skip
-FIELDS = ("what", "count", "date", "machine", "outcome")
+        "random_requests": 20_000, "hostile_models": 1_000, "hostile_archives": 300,
+        "hostile_reports": 50, "long_run": 60}  # fmt: skip
+FIELDS = ("what", "count", "date", "machine", "outcome")  # the long run counts minutes
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import engines
+import hostile
 import psutil
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -269,5 +270,5 @@ def long_run(minutes: float, seed: int, folder: Path) -> str:
 SCENARIOS = {
     f.__name__: f
     for f in (killed_studies, interrupted_studies, full_disks, random_requests, random_inputs,
-              long_run)
+              hostile.hostile_models, hostile.hostile_archives, hostile.hostile_reports, long_run)
 }  # fmt: skip
