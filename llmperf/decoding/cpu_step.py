@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 
 import torch
@@ -35,7 +36,9 @@ class CpuStep:
     """
 
     def __init__(self, model):
-        self.module, self.config = model.module, model.module.config.get_text_config()
+        # a step is kept with its module (see `loops`), which must not keep that alive
+        self.module = weakref.proxy(model.module)
+        self.config = model.module.config.get_text_config()
         self.library = library()
         self.kept: list = []  # what the description points to
         self.extra_bytes = 0
@@ -88,24 +91,30 @@ class CpuStep:
         )
         return tokens
 
-    def first_layer_seconds(self, rows: int, position: int, repeats: int = 5) -> list[float]:
+    def first_layer_seconds(
+        self, rows: int, position: int, products: bool = True, repeats: int = 5
+    ) -> list[float]:
         """Seconds of a step of `rows` tokens in which every layer reads the first one's weights.
 
         Where a cache holds one layer, this is what a step takes without reading weights from
-        memory. The output layer is left out.
+        memory. The output layer is left out, and without `products` so are all matrix products.
         """
-        count = self.description.layer_count
-        layers = ffi.new("Layer[]", [self.layers[0]] * count)
+        layer = ffi.new("Layer *", self.layers[0])
+        for matrix in () if products else (*layer.qkv, layer.out, *layer.up, layer.down):
+            matrix.rows = 0
+        layers = ffi.new("Layer[]", [layer[0]] * self.description.layer_count)
         alike = ffi.new("Model *", self.description[0])
         alike.layers = layers
         cache, scratch = self.new_cache(rows, position + 1), self.scratch(rows, position + 1)
+        for tensor in (*cache, scratch):
+            tensor.zero_()  # fetches the memory; arithmetic on what lies there could be slow
         call = ([0] * rows, list(range(rows)), [position] * rows, [], cache, scratch)
         seconds = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
             self._run(alike, *call)
             seconds.append(time.perf_counter() - start)
-        return seconds[1:]  # the first one fetches the layer and the new cache's memory
+        return seconds[1:]  # the first one fetches the layer
 
     def _run(self, description, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
         keys, values = cache

@@ -6,6 +6,7 @@ reads. Prompts go through the model eagerly, and their keys and values are then 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -67,9 +68,14 @@ class GraphStep:
     """The step of one model on a GPU, with the buffers and captured graphs of earlier runs."""
 
     def __init__(self, model):
-        self.module, self.device = model.module, model.torch_device
+        self._module, self.device = weakref.ref(model.module), model.torch_device
         self.function = _fused(forward)
         self.kept: dict[tuple[int, int], list] = {}  # (rows, length) → buffers that nobody uses
+
+    @property
+    def module(self):
+        """The model's; a step is kept with it (see `loops`), and must not keep it alive."""
+        return self._module()
 
 
 def _fused(function):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import psutil
 
-from llmperf import decoding, machine, predict
+from llmperf import decoding, machine, models, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
 from llmperf.measure import step_time
@@ -42,7 +42,8 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     found = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops,
-        "most_read_bytes_per_s": max(limits["read_bytes_per_s"].get("samples", [bandwidth])),
+        "most_read_bytes_per_s": limits.get("most_read_bytes_per_s")
+        or max(limits["read_bytes_per_s"].get("samples", [bandwidth])),
         "bound_s": whole.seconds,
         "limit": whole.limit,
         "bound_tpot_ms": step.seconds * 1e3,
@@ -50,9 +51,10 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     known = condition.runner
     if not known.served and known.processes(condition.level, condition.options):
         level = "process" if m.device == "cpu" else "reserved"
-        copies = getattr(prepared(condition).step, "extra_bytes", 0)  # see `CpuStep`
+        further = getattr(prepared(condition).step, "extra_bytes", 0)  # see `CpuStep`
+        further += sum(predict.weights_bytes(*other) for other in models.other_models(m))
         low, high = (
-            copies + x for x in predict.memory(_longest(condition), idle_bytes=0).at(level)
+            further + x for x in predict.memory(_longest(condition), idle_bytes=0).at(level)
         )
         found |= {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
     if expect:

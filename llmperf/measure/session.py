@@ -56,14 +56,16 @@ def measure(
     if not conditions:
         raise ValueError(f"{experiment}: there is no condition to measure")
     order, device = random.Random(seed), conditions[0].model.device
-    limits = limits or ceilings.now(device)
-    session = _Session(experiment, conditions, store, lambda c: predict_run(c, expect, limits))
+    fresh = expect and not limits  # a step is expected at the bandwidth of its own round
+    session = _Session(experiment, conditions, store, expect, limits or ceilings.now(device))
     slots = [(i, "measure") for i in range(len(conditions))] + [(0, "twin")] * twin
     prediction.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
     bar = tqdm(total=len(slots) * repeats, desc=experiment, leave=False, disable=not wanted)
     with sampler or Sampler(device=device) as watching, strategies.session(), bar:
         for repeat in range(repeats):
+            if fresh:
+                session.limits = ceilings.this_minute(session.limits, device)
             session.round(order.sample(slots, len(slots)), repeat, watching, bar)
     return Results(tuple(results.with_warnings(session.records())))
 
@@ -75,13 +77,13 @@ def environment() -> dict:
 
 
 class _Session:
-    """One call of `measure`: its reference tokens, its predictions, and what failed in it."""
+    """One call of `measure`: its reference tokens, its ceilings, and what failed in it."""
 
-    def __init__(self, experiment, conditions, store, predict):
+    def __init__(self, experiment, conditions, store, expect, limits):
         self.experiment, self.store, self.conditions = experiment, store, list(conditions)
-        self.predict = predict
+        self.expect, self.limits = expect, limits
         self.references: dict[str, Trace] = {}
-        self.predictions: dict[int, dict] = {}
+        self.prepared: set[int] = set()
         self.failed: set[int] = set()  # not run again in this call
         self.busy: str | None = None  # what other programs did as the round began
 
@@ -105,9 +107,10 @@ class _Session:
         condition = self.conditions[i]
         try:
             self.prepare(i)
+            predicted = predict_run(condition, self.expect, self.limits)
             with sampler.window(without=condition.ready()) as window:
                 trace = condition.run()
-            record = self.complete(i, repeat, kind, trace, window)
+            record = self.complete(i, repeat, kind, trace, window, predicted)
         except Exception as error:  # a record with a status, and the sweep goes on
             _raise_interrupt(error)
             status, reason = _classify(error)
@@ -136,11 +139,11 @@ class _Session:
         )
 
     def prepare(self, i: int) -> None:
-        """Once a condition and process: reference, prediction, short runs until times settle.
+        """Once a condition and process: reference, and short runs until times settle.
 
         Raises DoesNotFit for what surely does not fit.
         """
-        if i in self.predictions:
+        if i in self.prepared:
             return
         condition = self.conditions[i]
         prediction.check_fits(condition)
@@ -153,7 +156,7 @@ class _Session:
                 break
         took = {"warmup_s": times, "compile_s": prediction.prepared(condition).seconds}
         self.store.append(self.record(condition, 0, trace, kind="warmup", metrics=took))
-        self.predictions[i] = self.predict(condition)
+        self.prepared.add(i)
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,
@@ -166,7 +169,7 @@ class _Session:
             self.store.append(self.record(alone, 0, self.references[key], kind="reference"))
         return self.references[key]
 
-    def complete(self, i: int, repeat: int, kind: str, trace: Trace, window) -> Record:
+    def complete(self, i: int, repeat: int, kind: str, trace: Trace, window, predicted) -> Record:
         """The record of a run that went through."""
         condition = self.conditions[i]
         failed = [r.reason for r in trace.requests if r.status == "error"]
@@ -182,7 +185,7 @@ class _Session:
             reason=failed[0] if failed else None,
             metrics=condition.summarize(trace),
             memory=window,
-            prediction=prediction.audit(condition, self.predictions[i], trace),
+            prediction=prediction.audit(condition, predicted, trace),
             agreement=asdict(agreement(trace, self.reference(condition))),
             warnings=warnings,
         )

@@ -6,7 +6,8 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "configs": "PRESETS config_of shape_of",
-        "loading": "EMBEDDED WEIGHTS LoadSpec Model load load_spec front byte_tokenizer",
+        "loading": "EMBEDDED WEIGHTS LoadSpec Model byte_tokenizer front load load_spec"
+        " other_models",
         "embedded": "ModelUnavailable",
         "quantization": "CHECKPOINT QUANTIZATIONS converted scheme stored",
         "quantize": "layer",

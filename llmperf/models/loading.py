@@ -11,6 +11,7 @@ import time
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -27,6 +28,7 @@ from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
 WEIGHTS = ("auto", "trained", "random")
+_loaded: WeakKeyDictionary = WeakKeyDictionary()  # module → (shape, dtype, quantization), device
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
@@ -101,6 +103,7 @@ def load(
     else:  # loading warms the allocator up with the model's size: give that back
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    _loaded[module] = (shape, spec.dtype, word), spec.device
     spec, load_s = replace(spec, quantization=word), time.perf_counter() - start
     return _model(module, folder, shape, spec, load_s)
 
@@ -120,6 +123,12 @@ def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or ["no message"])[0]
+
+
+def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
+    """Shape, dtype and quantization of the other models that this process holds on its device."""
+    others = (how for module, how in _loaded.items() if module is not model.module)
+    return [sizes for sizes, device in others if device == model.device]
 
 
 def load_spec(source: LoadSpec) -> Model:

@@ -1,9 +1,11 @@
 """The compiled loop and slots: the tokens of the eager loop, and a reason where it cannot run."""
 
+import gc
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmperf import decoding
+from llmperf import decoding, models
 from llmperf.decoding import (
     GREEDY,
     Request,
@@ -343,3 +345,22 @@ def test_graphs_give_the_tokens_of_cached_on_a_gpu():
     model.module.to("cuda:0")
     asked = requests((9, 4, 17))
     assert batch(model, asked, "compiled", GREEDY) == batch(model, asked, "cached", GREEDY)
+
+
+def test_a_compiled_model_that_nobody_holds_is_freed(tiny_folder):
+    model = models.load(str(tiny_folder), dtype="fp32", device="cpu")
+    list(decoding.decode(model, [Request(0, (1, 2), 3)], loop="compiled"))
+    assert decoding.prepare(model, "compiled").loop == "compiled"
+    module = weakref.ref(model.module)
+    del model
+    gc.collect()
+    assert module() is None
+
+
+def test_the_step_of_a_gpu_does_not_hold_its_model(tiny_folder):
+    model = models.load(str(tiny_folder), dtype="fp32", device="cpu")
+    step = graph_step.GraphStep(model)
+    module = weakref.ref(model.module)
+    del model
+    gc.collect()
+    assert module() is None and step.module is None

@@ -12,7 +12,7 @@ import pytest
 
 from llmperf import machine, strategies
 from llmperf.decoding.trace import RequestTrace, Trace
-from llmperf.measure import Condition, Record, Store, measure, paired, results
+from llmperf.measure import Condition, Record, Store, measure, paired, results, session
 from llmperf.measure.session import REFERENCE_REQUESTS, WARMUP_RUNS, WARMUP_TOKENS
 
 CEILINGS = {
@@ -323,6 +323,18 @@ def test_the_prediction_is_made_before_the_run_and_audited_after(tiny, store, mo
     slow = {**CEILINGS, "read_bytes_per_s": {"median": 1.0}}
     (row,) = run([replace(one, seed=1)], store, repeats=1, limits=slow).frame.itertuples()
     assert not row.plausible and row.mbu > 1
+
+
+def test_a_step_is_expected_at_the_bandwidth_of_its_round(tiny, store, monkeypatch):
+    seen = iter((2e12, 3e12))
+    monkeypatch.setattr(session.ceilings, "now", lambda device: CEILINGS)
+    later = lambda limits, device: limits | {"read_bytes_per_s": {"median": next(seen)}}  # noqa: E731
+    monkeypatch.setattr(session.ceilings, "this_minute", later)
+    one = Condition(tiny, prompt_tokens=4, new_tokens=2)
+    frame = run([one], store, repeats=2, expect=True, limits=None).frame
+    assert list(frame.read_bytes_per_s) == [2e12, 3e12] and frame.expected_tpot_ms.notna().all()
+    frame = run([replace(one, seed=1)], store, repeats=2, limits=None).frame
+    assert list(frame.read_bytes_per_s) == [1e12, 1e12]
 
 
 def test_a_run_says_which_loop_ran_and_the_other_sizes_do_not(tiny, store, monkeypatch):
