@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-# Channel → unit. GPU channels come from NVML (gpu_clock: the multiprocessors'); rss, uss and
+# Channel → unit. GPU channels come from NVML (gpu_clock: the multiprocessors'), process_vram under
+# WDDM and process_shared (system memory that a full card spills into) from Windows; rss, uss and
 # cpu_clock (the fastest core's) from the operating system; allocated and reserved from torch.
 GPU_CHANNELS = {
     "device_used": "bytes",
@@ -12,6 +13,7 @@ GPU_CHANNELS = {
     "power": "watts",
     "gpu_clock": "mhz",
     "process_vram": "bytes",
+    "process_shared": "bytes",
 }
 SYSTEM_CHANNELS = {"rss": "bytes", "uss": "bytes", "cpu_clock": "mhz"}
 ALLOCATOR_CHANNELS = {"allocated": "bytes", "reserved": "bytes"}

@@ -11,6 +11,7 @@ import psutil
 
 from llmperf.machine.child import Parent
 from llmperf.memory.channels import GPU_CHANNELS, SYSTEM_CHANNELS, summary
+from llmperf.memory.windows_counters import ProcessMemory
 
 SLOW_SHARE = 0.004  # of one core, that the costly readings may take
 
@@ -23,7 +24,7 @@ class Probe:
         self.tree = [self.root]
         self.without = {os.getpid()}  # processes of the tree that are not watched
         self.reasons: dict[str, str] = {}
-        self.nvml = None
+        self.nvml = self.windows = None
         try:
             import pynvml
 
@@ -31,8 +32,17 @@ class Probe:
             by_uuid, first = pynvml.nvmlDeviceGetHandleByUUID, pynvml.nvmlDeviceGetHandleByIndex
             self.gpu = by_uuid(gpu_uuid) if gpu_uuid else first(0)
             self.nvml = pynvml
+            self.windows = self._windows_counters()
         except Exception as error:  # no driver, no library, no card: all mean "no GPU to watch"
             self.reasons = dict.fromkeys(GPU_CHANNELS, f"no NVIDIA GPU to ask ({error})")
+
+    def _windows_counters(self) -> ProcessMemory | None:
+        try:
+            return ProcessMemory()
+        except Exception as error:  # another system, or counters that are switched off
+            why = f"a performance counter of Windows ({type(error).__name__}: {error})"
+            self.reasons["process_shared"] = why
+            return None
 
     def fast(self) -> dict[str, float]:
         """What is cheap enough for every tick."""
@@ -84,6 +94,11 @@ class Probe:
                 values[name] = read()
             except (nvml.NVMLError, LookupError) as error:
                 self.reasons[name] = str(error)
+        if self.windows:
+            try:
+                values = self.windows.read({p.pid for p in self.tree}) | values
+            except Exception as error:  # pywintypes.error, which another system does not have
+                self.reasons["process_shared"] = str(error)
         return values
 
     def _process_vram(self) -> int:

@@ -243,6 +243,54 @@ def test_memory_of_a_process_that_is_not_listed_is_unavailable_and_never_zero(
         assert value == 7
 
 
+class FakePdh:
+    """win32pdh with three processes on two cards; `fails`: its next query does."""
+
+    PDH_FMT_LARGE = 0x400
+
+    def __init__(self):
+        self.fails, me = False, os.getpid()
+        card, other = (f"luid_0x00000000_0x0000D3F{i}_phys_0" for i in (4, 5))
+        self.usage = {
+            "Dedicated Usage": {f"pid_{me}_{card}": 700, f"pid_{me}_{other}": 20, "pid_1_x": 5},
+            "Shared Usage": {f"pid_{me}_{card}": 60, "pid_1_x": 7},
+        }
+
+    def OpenQuery(self):  # noqa: N802
+        return 1
+
+    def AddEnglishCounter(self, query, path):  # noqa: N802
+        assert path.startswith("\\GPU Process Memory(*)\\")
+        return path.rpartition("\\")[2]
+
+    def CollectQueryData(self, query):  # noqa: N802
+        if self.fails:
+            raise OSError("no data")
+
+    def GetFormattedCounterArray(self, counter, form):  # noqa: N802
+        return self.usage[counter]
+
+
+def test_windows_tells_what_nvml_does_not(monkeypatch):
+    pdh = FakePdh()
+    monkeypatch.setitem(sys.modules, "win32pdh", pdh)
+    hidden = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)]  # as under WDDM
+    probe, nvml = gpu_probe(monkeypatch, hidden)
+    values = probe.fast()
+    assert (values["process_vram"], values["process_shared"]) == (720, 60)
+    nvml.listed = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=9)]  # as under TCC
+    assert probe.fast()["process_vram"] == 9
+    pdh.fails = True
+    assert "process_shared" not in probe.fast() and probe.reasons["process_shared"] == "no data"
+
+
+def test_what_only_windows_counts_has_a_reason_elsewhere(monkeypatch):
+    monkeypatch.setitem(sys.modules, "win32pdh", None)
+    probe, _ = gpu_probe(monkeypatch)
+    assert "process_shared" not in probe.fast()
+    assert "a performance counter of Windows" in probe.reasons["process_shared"]
+
+
 def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampler, monkeypatch):
     names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
     names += ("reserved_bytes.all.current", "reserved_bytes.all.peak")
