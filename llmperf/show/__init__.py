@@ -7,6 +7,7 @@ __getattr__, __all__ = lazy_face(
     {
         "plots": "COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels"
         " published_groups roofline stacked strategies_figure",
+        "replaying": "replay replay_svg",
         "sentences": "agreement_sentence check loops_sentence ratio_sentence value_sentence",
         "widgets": "Question calculator draw",
         "anatomy": "PHASES split",
