@@ -61,6 +61,14 @@ def one_parameters_cell(nb):
         yield from not_literal(cell.source)
 
 
+def parameters_are_checked(nb):
+    """By the cell that follows them; papermill puts its own in between."""
+    at = next((i for i, cell in enumerate(nb.cells) if "parameters" in tags(cell)), None)
+    after = "" if at is None or at + 1 >= len(nb.cells) else nb.cells[at + 1].source
+    if not re.search(r'^check_parameters\("[0-9a-z-]+", globals\(\)\)$', after, re.MULTILINE):
+        yield "the parameters are not checked by the cell that follows them"
+
+
 def not_literal(source: str) -> Iterator[str]:
     """Papermill and a reader set parameters: each line is a name and a literal, not computed."""
     try:
@@ -159,6 +167,7 @@ def images_are_png(nb):
 
 RULES: list[Rule] = [
     one_parameters_cell,
+    parameters_are_checked,
     kernel_is_python3,
     format_is_4_5_with_unique_ids,
     schema_holds,

@@ -95,6 +95,10 @@ def key(experiment: str, kind: str, condition: Mapping, repeat: int) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+class NotWritten(RuntimeError):
+    """A record could not be written, and the file is as it was: no fault of what was measured."""
+
+
 class Store:
     """An append-only file of records with one writing process. Opening it repairs a torn line."""
 
@@ -128,7 +132,7 @@ class Store:
     def append(self, record: Record) -> None:
         """Write one record as one line and flush it to the disk; a known key is not written again.
 
-        A write that fails (a full disk) leaves the file as it was.
+        Raises NotWritten when that fails, as on a full disk.
         """
         if record.key in self.keys:
             return
@@ -140,9 +144,12 @@ class Store:
                 while line:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
-            except BaseException:
+            except BaseException as error:
                 file.truncate(size)
-                raise
+                if not isinstance(error, OSError):
+                    raise
+                why = f"cannot write to {self.path.name} ({error.strerror}): make room"
+                raise NotWritten(f"{why}, then go on with --resume") from error
         self.keys.add(record.key)
 
     def read(self) -> list[Record]:

@@ -19,7 +19,7 @@ from llmperf.machine import ceilings
 from llmperf.measure import prediction, records, results
 from llmperf.measure.condition import Condition
 from llmperf.measure.prediction import DoesNotFit, predict_run
-from llmperf.measure.records import Record, Store
+from llmperf.measure.records import NotWritten, Record, Store
 from llmperf.measure.results import Results, condition_key
 from llmperf.memory import Sampler
 
@@ -111,6 +111,8 @@ class _Session:
             with sampler.window(without=condition.ready()) as window:
                 trace = condition.run()
             record = self.complete(i, repeat, kind, trace, window, predicted)
+        except NotWritten:  # no fault of this condition
+            raise
         except Exception as error:  # a record with a status, and the sweep goes on
             _raise_interrupt(error)
             status, reason = _classify(error)

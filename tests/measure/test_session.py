@@ -325,6 +325,19 @@ def test_the_prediction_is_made_before_the_run_and_audited_after(tiny, store, mo
     assert not row.plausible and row.mbu > 1
 
 
+def test_a_full_disk_ends_the_measurement_and_is_no_fault_of_a_condition(tiny, store, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    conditions = [Condition(tiny, "batch", n, prompt_tokens=4, new_tokens=2) for n in (1, 2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(session.records.os, "fsync", full)
+        with pytest.raises(session.records.NotWritten, match="No space left"):
+            run(conditions, store, repeats=1)
+    assert store.read() == []
+    assert {r.kind for r in run(conditions, store, repeats=1).records} == {"warmup", "measure"}
+
+
 def test_a_step_is_expected_at_the_bandwidth_of_its_round(tiny, store, monkeypatch):
     seen = iter((2e12, 3e12))
     monkeypatch.setattr(session.ceilings, "now", lambda device: CEILINGS)

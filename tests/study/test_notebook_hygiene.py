@@ -79,11 +79,12 @@ def made_up() -> nbformat.NotebookNode:
     cells = [
         v4.new_markdown_cell("See https://example.org/home/x and data/tmp/y.", id="prose"),
         v4.new_code_cell(settings, id="settings", execution_count=1),
-        v4.new_code_cell("n + 1", id="result", execution_count=2),
+        v4.new_code_cell('check_parameters("03-batch", globals())\nn + 1', id="result"),
         v4.new_code_cell("plot()", id="figure", execution_count=3),
     ]
     cells[1].metadata.tags = ["parameters"]
     cells[2].metadata.tags = ["nbval-check-output"]
+    cells[2].execution_count = 2
     cells[2].outputs = [v4.new_output("execute_result", {"text/plain": "-3"}, execution_count=2)]
     cells[3].outputs = [v4.new_output("display_data", PNG)]
     return v4.new_notebook(cells=cells, metadata={"kernelspec": spec})
@@ -122,6 +123,8 @@ BROKEN = [
     (rules.one_parameters_cell, parameters("n = 1\nprint(n)")),
     (rules.one_parameters_cell, parameters("%matplotlib inline")),
     (rules.one_parameters_cell, parameters("# nothing yet")),
+    (rules.parameters_are_checked, lambda nb: nb.cells[2].update(source="n + 1")),
+    (rules.parameters_are_checked, lambda nb: nb.cells.pop(2)),
     (rules.kernel_is_python3, lambda nb: nb.metadata.kernelspec.update(name="env311")),
     (rules.kernel_is_python3, lambda nb: nb.metadata.pop("kernelspec")),
     (rules.format_is_4_5_with_unique_ids, lambda nb: nb.update(nbformat_minor=4)),

@@ -38,8 +38,8 @@ def test_a_plan_gives_each_notebook_what_it_has(shelf):
         (Profile("p", parameters={"levl": 1}), "unknown parameter 'levl' for any notebook"),
         (Profile("p", notebooks={"03-third": {"x": 1}}), "unknown parameter 'x' for notebook 03-"),
         (Profile("p", notebooks={"07-none": {}}), "there is no notebook '07-none'"),
-        (Profile("p", parameters={"level": "4"}), "'4', a str: it must be a int"),
-        (Profile("p", parameters={"level": True}), "True, a bool: it must be a int"),
+        (Profile("p", parameters={"level": "4"}), "'4', of type str: it must be of type int"),
+        (Profile("p", parameters={"level": True}), "True, of type bool: it must be of type int"),
         (Profile("p", notebooks={"03-third": 4}), "are no mapping: 4"),
         (Profile("p", parameters={"records": "x"}), "set by the study itself"),
         (Profile("p", parameters={"sizes": [b"x"]}), r"is \[b'x'\]: use text"),
@@ -93,8 +93,8 @@ def test_plain_data_passes_as_it_is():
     ("text", "sentence"),
     [
         ("[1]", "it is a mapping of"),
-        ("parameters: 4", "parameters is 4; it must be a dict"),
-        ("timeout_s: soon", "timeout_s is 'soon'; it must be a int"),
+        ("parameters: 4", "parameters is 4; it must be of type dict"),
+        ("timeout_s: soon", "timeout_s is 'soon'; it must be of type int"),
         ("surprise: 1", "has .'surprise'"),
     ],
 )
@@ -106,3 +106,10 @@ def test_a_profile_of_a_wrong_form_is_one_sentence(tmp_path, text, sentence):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         study.load_profile(path)
+
+
+def test_a_notebook_refuses_a_parameter_of_another_type_before_it_measures(shelf):
+    values = {"level": 2, "repeats": 2, "sizes": [1, 2], "records": "", "unrelated": object()}
+    study.check_parameters("03-third", values)
+    with pytest.raises(ValueError, match="'sizes' is 4, of type int: it must be of type list"):
+        study.check_parameters("03-third", values | {"sizes": 4})

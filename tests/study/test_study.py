@@ -89,7 +89,7 @@ DAMAGED = {
     "no YAML": ("{", "is not plain YAML"),
     "no mapping": ("[1]", "is a mapping of"),
     "another field": ("profile: p\nsteps: {}\ntimeout_s: 1\nx: 1", "is a mapping of"),
-    "a wrong type": ("profile: p\nsteps: 4\ntimeout_s: 1", "it must be a dict"),
+    "a wrong type": ("profile: p\nsteps: 4\ntimeout_s: 1", "it must be of type dict"),
     "no notebook of ours": (
         "profile: p\nsteps: {'../../evil': {}}\ntimeout_s: 1",
         "there is no notebook '../../evil'",
