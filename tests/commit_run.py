@@ -8,12 +8,9 @@ parameters as they are. Notebook 10 compares shipped runs: run it again by itsel
 """
 
 import argparse
-import base64
 import hashlib
-import re
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import clean_notebooks
@@ -42,14 +39,6 @@ def committed(executed: nbformat.NotebookNode, current: nbformat.NotebookNode, m
     return executed
 
 
-def replay_of(notebooks: Sequence[nbformat.NotebookNode]) -> bytes:
-    """The replay of notebook 04, as the SVG that the README shows."""
-    data = re.search(r"data:image/svg\+xml;base64,([\w+/=]+)", nbformat.writes(notebooks[4]))
-    if not data:
-        raise ValueError("notebook 04 shows no replay")
-    return base64.b64decode(data[1])
-
-
 def commit(run: Path, name: str | None = None) -> None:
     """Write the notebooks of `run` to notebooks/ and its records to data/reference/runs/NAME.
 
@@ -68,7 +57,6 @@ def commit(run: Path, name: str | None = None) -> None:
     if name:  # a second run of a machine comes without notebooks
         return
     shutil.copy(run / "card.png", folder)
-    (folder / "replay.svg").write_bytes(replay_of(executed))
     mark = stamp(target, state.started)
     for path, notebook in zip(paths, executed, strict=True):
         current = nbformat.read(path, as_version=4)

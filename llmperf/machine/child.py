@@ -2,6 +2,8 @@
 
 Both sides send JSON objects, one a line. Plain pipes and threads: asyncio's subprocesses need an
 event loop that Jupyter on Windows does not run, and `multiprocessing` imports the main module.
+Queues are `queue.Queue`: on a busy machine a `SimpleQueue` may wait for ever in spite of its
+timeout (CPython 3.11: a rest below zero is no limit to its lock).
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class Child:
         on_message: Callable[[dict | None], None] | None = None,
     ):
         self.name = name
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._inbox: queue.Queue = queue.Queue()
+        self._outbox: queue.Queue = queue.Queue()
         self._take = on_message or self._inbox.put
         self._last_words = "none"
         self._because = ""

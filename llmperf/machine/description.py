@@ -53,17 +53,25 @@ def kept(kind: str, device: str, measured: Callable[[str], dict]) -> dict:
     A result with a `warning` is measured again when the machine is idle; one with a `reason`, why
     it could not be measured, is not kept.
     """
-    digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
-    file = cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(_kept_file(kind, device).read_text(encoding="utf-8"))
         if not found.get("warning") or busy():
             return found
     result = measured(device)
     if not result.get("reason"):
-        with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
-            save_whole(file, json.dumps(result))
+        keep(kind, device, result)
     return result
+
+
+def keep(kind: str, device: str, result: dict) -> None:
+    """Put a result where `kept` finds it. A read-only cache costs time, not the answer."""
+    with contextlib.suppress(OSError):
+        save_whole(_kept_file(kind, device), json.dumps(result))
+
+
+def _kept_file(kind: str, device: str) -> Path:
+    digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
 
 
 def _key(device: str) -> dict:

@@ -113,7 +113,7 @@ class Probe:
         return sum(watched)
 
 
-def sample(probe: Probe, interval_s: float, inbox: queue.SimpleQueue, started) -> dict[str, dict]:
+def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict[str, dict]:
     """Each channel's summary until the next message; `started` is called after the first one."""
     values: dict[str, list] = {name: [] for name in GPU_CHANNELS | SYSTEM_CHANNELS}
     due = 0.0
@@ -141,7 +141,7 @@ def sample(probe: Probe, interval_s: float, inbox: queue.SimpleQueue, started) -
 
 def main(pid: str, interval_s: str, gpu_uuid: str | None = None) -> None:
     """Serve `start` and `stop` messages until the parent ends."""
-    parent, inbox = Parent(), queue.SimpleQueue()
+    parent, inbox = Parent(), queue.Queue()
     probe = Probe(int(pid), gpu_uuid)
     parent.listen(inbox.put)
     while True:

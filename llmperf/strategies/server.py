@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 
 from llmperf import decoding, machine
 from llmperf.decoding.requests import Request, Workload
@@ -49,7 +49,7 @@ class Server:
     def __init__(self, model: Model, *, weights: str = "own", engine: str = ENGINE):
         self.model, self.weights, self._engine = model, weights, engine
         self.processes: list[InferenceProcess] = []
-        self._events: SimpleQueue = SimpleQueue()  # (place of the process, message or None)
+        self._events: Queue = Queue()  # (place of the process, message or None)
         self._folder: Path | None = None
 
     def __enter__(self) -> Server:
@@ -82,7 +82,7 @@ class Server:
     def close(self) -> None:
         """End the processes. May be called twice."""
         processes, self.processes = self.processes, []
-        self._events = SimpleQueue()
+        self._events = Queue()
         for process in processes:
             process.child.end()
         if self._folder:

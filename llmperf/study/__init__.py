@@ -5,7 +5,8 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "profile": "Profile load_profile notebooks parameters_of plan profiles read_yaml",
+        "profile": "Profile check_parameters load_profile notebooks parameters_of plan profiles"
+        " read_yaml",
         "study": "State load_state run start write_report",
         "answer": "Answer of_run write_card",
     },

@@ -39,7 +39,7 @@ def from_data(kind: type, data: object, what: str):
     for key, value in data.items():
         if type(value) is not forms[key]:
             wanted = forms[key].__name__
-            raise ValueError(f"{what}: {key} is {value!r:.60}; it must be a {wanted}")
+            raise ValueError(f"{what}: {key} is {value!r:.60}; it must be of type {wanted}")
     try:
         return kind(**data)
     except TypeError as error:  # an entry is missing
@@ -174,13 +174,21 @@ def check_steps(steps: Mapping) -> None:
             _check_type(f"parameter {name!r} of notebook {stem}", value, defaults[name])
 
 
+def check_parameters(stem: str, values: Mapping) -> None:
+    """Raise ValueError for a parameter of this notebook whose value has another type than its
+    default: what papermill or a reader put there. `values`: the notebook's `globals()`."""
+    for name, default in parameters_of(NOTEBOOKS / f"{stem}.ipynb").items():
+        _check_type(f"parameter {name!r}", values[name], default)
+
+
 def _check_type(what: str, value: object, default: object) -> None:
     kind = type(default)
     wanted = (int, float) if kind is float else kind
     if default is None or isinstance(value, wanted) and (type(value) is bool) == (kind is bool):
         return
-    wrong = f"{value!r:.60}, a {type(value).__name__}"
-    raise ValueError(f"{what} is {wrong}: it must be a {kind.__name__}, for instance {default!r}")
+    wrong = f"{value!r:.60}, of type {type(value).__name__}"
+    wanted = f"it must be of type {kind.__name__}, for instance {default!r}"
+    raise ValueError(f"{what} is {wrong}: {wanted}")
 
 
 def _check_known(name: str, known, where: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 
 import engines
 import psutil
@@ -98,7 +98,7 @@ def test_several_processes_share_the_requests():
 
 
 def test_an_idle_process_waits_the_window_and_no_longer_for_a_full_batch():
-    inbox = SimpleQueue()
+    inbox = Queue()
     work = inference.Work(None, inbox, None)
     work._slots = engines.engine(engines.letters)("groups", 2, 9, "cached", None)
     put = lambda key: inbox.put({"do": "run", "key": key, "prompt": [1], "new": 1, "seed": 0})  # noqa: E731
