@@ -187,7 +187,7 @@ Store(records).append(Record("00-first", condition, 1, metrics={"output_tokens_p
         (["run", "--set", "no_such=4"], "unknown parameter 'no_such' for any notebook: choose"),
         (["run", "--set", "repeats"], "write NAME=VALUE"),
         (["run", "--set", "repeats=[!!binary aGk=]"], "b'hi'"),
-        (["run", "--set", "repeats=many"], "'many', a str: it must be a int"),
+        (["run", "--set", "repeats=many"], "'many', of type str: it must be of type int"),
         (["run", "--resume", "nowhere"], "holds no run"),
         (["run", "--resume", "x", "--out", "y"], "--resume takes everything from the run's folder"),
         (["report", "nowhere"], "holds no run"),
