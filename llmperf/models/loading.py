@@ -28,6 +28,7 @@ from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
 WEIGHTS = ("auto", "trained", "random")
+RANDOM_WORD = "bnb-4"  # what random weights of a quantised checkpoint are converted to
 _loaded: WeakKeyDictionary = WeakKeyDictionary()  # module → (shape, dtype, quantization), device
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -110,7 +111,10 @@ def load(
 
 def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
     """Refuse what cannot be held, before the system ends this process for it."""
-    how = words.scheme(shape, spec.quantization)
+    word = spec.quantization
+    if spec.weights == "random" and shape.quantization:
+        word = word or RANDOM_WORD
+    how = words.scheme(shape, word)
     bits = how.bits if how else 8 * DTYPE_BYTES[spec.dtype]
     least, cpu = shape.parameters() * bits // 8, spec.device == "cpu"
     free = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(spec.device)[0]
@@ -269,7 +273,7 @@ def _random(spec: LoadSpec, seed: int):
     declared = plain.pop("quantization_config", None)
     if word in CHECKPOINT:
         raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
-    word = None if word == "none" else word or (declared and "bnb-4")
+    word = None if word == "none" else word or (declared and RANDOM_WORD)
     config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
     return quantize.random_module(config, word, dtype, spec.device, seed), word
 

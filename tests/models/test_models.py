@@ -209,6 +209,11 @@ def test_a_model_that_cannot_be_held_is_refused_before_it_is_built():
         models.load("llama-3.1-70b", dtype="bf16", device="cpu", weights="random")
 
 
+def test_random_weights_of_a_quantised_checkpoint_are_refused_by_their_own_bits():
+    with pytest.raises(ValueError, match="with 4 bits a weight"):  # the checkpoint has 8
+        models.load("deepseek-v3", dtype="bf16", device="cpu", weights="random")
+
+
 def test_a_front_is_the_model_without_its_weights(tiny_folder):
     front = models.front(str(tiny_folder))
     assert (front.module, front.weights) == (None, "trained")
