@@ -8,7 +8,9 @@ parameters as they are. Notebook 10 compares shipped runs: run it again by itsel
 """
 
 import argparse
+import base64
 import hashlib
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ import nbformat
 from llmperf import REFERENCE, findings
 from llmperf.study import study
 
+BUSY_SHARE = 0.05  # of the runs: measured beside other programs, a study is no reference
+REPLAYED = "04-coroutines"  # the README shows its replay
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -39,17 +43,33 @@ def committed(executed: nbformat.NotebookNode, current: nbformat.NotebookNode, m
     return executed
 
 
+def check_quiet(run: findings.Run) -> None:
+    """Raise ValueError for a run that was measured beside other programs."""
+    busy = sum(any(w.startswith("unstable") for w in r.warnings) for r in run.measured)
+    if busy > BUSY_SHARE * len(run.measured):
+        runs = f"{busy} of {len(run.measured)} runs were measured on a busy machine"
+        raise ValueError(f"{runs}: run the study again when nothing else runs")
+
+
+def replay_of(notebook: nbformat.NotebookNode) -> bytes:
+    """The animated SVG that an executed notebook shows."""
+    text = "".join(o.data.get("text/html", "") for c in notebook.cells for o in c.get("outputs", [])
+                   if "data" in o)  # fmt: skip
+    return base64.b64decode(re.search(r"data:image/svg\+xml;base64,([\w+/=]+)", text)[1])
+
+
 def commit(run: Path, name: str | None = None) -> None:
     """Write the notebooks of `run` to notebooks/ and its records to data/reference/runs/NAME.
 
-    Raises ValueError when a notebook is missing, failed or has changed.
+    Raises ValueError when a notebook is missing, failed or has changed, and for a busy machine.
     """
-    state = study.load_state(run)
+    state, found = study.load_state(run), findings.load_runs([run])[0]
     paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     if missing := [p.stem for p in paths if state.done.get(p.stem) != "ok"]:
         raise ValueError(f"not run or failed: {', '.join(missing)}")
+    check_quiet(found)
     executed = [nbformat.read(run / "notebooks" / p.name, as_version=4) for p in paths]
-    folder = REFERENCE / "runs" / (name or findings.load_runs([run])[0].name)
+    folder = REFERENCE / "runs" / (name or found.name)
     folder.mkdir(exist_ok=True)
     target = folder / "records.jsonl.gz"
     target.unlink(missing_ok=True)
@@ -57,6 +77,8 @@ def commit(run: Path, name: str | None = None) -> None:
     if name:  # a second run of a machine comes without notebooks
         return
     shutil.copy(run / "card.png", folder)
+    replayed = next(nb for p, nb in zip(paths, executed, strict=True) if p.stem == REPLAYED)
+    (REFERENCE / "replay.svg").write_bytes(replay_of(replayed))
     mark = stamp(target, state.started)
     for path, notebook in zip(paths, executed, strict=True):
         current = nbformat.read(path, as_version=4)

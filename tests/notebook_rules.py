@@ -11,9 +11,8 @@ import nbformat
 
 MEDIAN_LINES, MOST_LINES = 6, 15
 # Not after a letter, so that a web address or a relative path may hold the same word.
-MACHINE_PATH = re.compile(
-    r"(?<![\w.~-])/(?:home|root|tmp|work|Users|var/folders)/|\b[A-Za-z]:[\\/]+Users\b"
-)
+ROOTS = ("home", "root", "tmp", "work", "Users", "var/folders")
+MACHINE_PATH = re.compile(rf"(?<![\w.~-])/(?:{'|'.join(ROOTS)})/|\b[A-Za-z]:[\\/]+Users\b")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")  # ends in a letter, which would hide the path behind it
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json")
 

@@ -23,12 +23,11 @@ from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.models import configs, embedded, quantize
 from llmperf.models import quantization as words
 from llmperf.models.embedded import ModelUnavailable
-from llmperf.models.quantization import BNB, CHECKPOINT, OURS, QUANTIZATIONS
+from llmperf.models.quantization import BNB, OURS
 from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
 WEIGHTS = ("auto", "trained", "random")
-RANDOM_WORD = "bnb-4"  # what random weights of a quantised checkpoint are converted to
 _loaded: WeakKeyDictionary = WeakKeyDictionary()  # module → (shape, dtype, quantization), device
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -90,6 +89,8 @@ def load(
     start = time.perf_counter()
     words.check(quantization, spec.dtype, spec.device)
     shape = configs.shape_of(spec.name, name=name)  # raises for what is no decoder of a real size
+    if not folder:
+        spec = replace(spec, quantization=words.word_of_random(quantization, shape.quantization))
     _check_memory(spec, shape)
     try:
         module, word = _trained(folder, spec) if folder else _random(spec, seed)
@@ -111,10 +112,7 @@ def load(
 
 def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
     """Refuse what cannot be held, before the system ends this process for it."""
-    word = spec.quantization
-    if spec.weights == "random" and shape.quantization:
-        word = word or RANDOM_WORD
-    how = words.scheme(shape, word)
+    how = words.scheme(shape, spec.quantization)
     bits = how.bits if how else 8 * DTYPE_BYTES[spec.dtype]
     least, cpu = shape.parameters() * bits // 8, spec.device == "cpu"
     free = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(spec.device)[0]
@@ -268,12 +266,10 @@ def _check_tensors(name: str, info: dict) -> None:
 
 
 def _random(spec: LoadSpec, seed: int):
-    """True shapes, seeded weights; of a quantised checkpoint in 4 bit as well."""
-    plain, word = dict(configs.config_of(spec.name)), spec.quantization
-    declared = plain.pop("quantization_config", None)
-    if word in CHECKPOINT:
-        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
-    word = None if word == "none" else word or (declared and RANDOM_WORD)
+    """True shapes, seeded weights."""
+    plain = dict(configs.config_of(spec.name))
+    plain.pop("quantization_config", None)
+    word = None if spec.quantization == "none" else spec.quantization
     config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
     return quantize.random_module(config, word, dtype, spec.device, seed), word
 

@@ -96,6 +96,13 @@ def check(word: str | None, dtype: str, device: str) -> None:
         raise ValueError(f"int4 computes in bf16, and dtype is {dtype}: use dtype bf16")
 
 
+def word_of_random(word: str | None, declared: str | None) -> str | None:
+    """What to convert random weights to: those of a quantised checkpoint to 4 bits as well."""
+    if word in CHECKPOINT:
+        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
+    return word or ("bnb-4" if declared else None)
+
+
 def word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
     """What to load a checkpoint with: the word asked for, held against what it declares."""
     if declared is None:
