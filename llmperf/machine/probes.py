@@ -4,6 +4,7 @@ A probe returns its value or raises `Unknown` with the reason. Nothing that is r
 person, a host or a folder, so that a record can be shared.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -171,6 +172,25 @@ def _packages() -> dict[str, str | None]:
     return found
 
 
+def others_percent(total=psutil.cpu_percent, own_seconds=None) -> float:
+    """What other programs use of all cores; this process and its children (a sampler that starts)
+    are left out. `total(seconds)` and `own_seconds()` are for tests."""
+    own_seconds = own_seconds or _own_seconds
+    before = own_seconds()
+    percent = total(BUSY_WINDOW_S)
+    own = 100 * (own_seconds() - before) / BUSY_WINDOW_S / psutil.cpu_count()
+    return max(0.0, percent - max(0.0, own))  # below 0: a child has ended meanwhile
+
+
+def _own_seconds() -> float:
+    """Processor time of this process and of its children that run."""
+    me, seconds = psutil.Process(), 0.0
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            seconds += sum(process.cpu_times()[:2])
+    return seconds
+
+
 PROBES = {
     "os": _os,
     "os_version": _os_version,
@@ -183,7 +203,7 @@ PROBES = {
     "ram_available_bytes": lambda: psutil.virtual_memory().available,
     "power_plan": _power_plan,
     "on_battery": _on_battery,
-    "cpu_others_percent": lambda: psutil.cpu_percent(BUSY_WINDOW_S),  # we only wait meanwhile
+    "cpu_others_percent": others_percent,
     "gpus": gpu.cards,
     "hags": _hags,
     "mps_daemon": _mps,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from llmperf import machine
@@ -250,6 +251,28 @@ def test_cores_respects_the_quota_of_a_container(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert machine.cores(made_up(cores_logical=64, cores_allowed=64, cores_quota=1.5)) == 1
     assert machine.cores(made_up(cores_logical=64, cores_allowed=8)) == 8
+
+
+@pytest.mark.parametrize(("own_cores", "others"), [(0, 60), (0.5, 10), (1, 0), (-1, 60)])
+def test_own_processes_are_no_other_programs(monkeypatch, own_cores, others):
+    monkeypatch.setattr(probes.psutil, "cpu_count", lambda: 1)
+    seconds = iter([10.0, 10.0 + own_cores * probes.BUSY_WINDOW_S])  # -1: a child has ended
+    found = probes.others_percent(lambda seconds: 60.0, lambda: next(seconds))
+    assert found == pytest.approx(others)
+
+
+def test_a_child_at_work_is_no_other_program():
+    worked = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", worked], **pipes) as child:
+
+        def total(seconds):
+            child.stdout.readline()
+            return 100.0 * 0.4 / seconds / psutil.cpu_count()  # as much as the child at least
+
+        found = probes.others_percent(total)
+        child.communicate(b"\n")
+    assert found == 0
 
 
 def test_busy_warning():
