@@ -2,7 +2,7 @@
 
 import sys
 
-from llmperf.study.cli import main
+from llmperf.study.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -39,6 +39,17 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def entry() -> int:
+    """`main` as a process: once it has ended, no signal changes its exit status.
+
+    Python restores the default handlers before it frees its objects, which takes seconds here.
+    """
+    status = main()
+    for name in STOPS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    return status
+
+
 def _say(text: str, file=None) -> None:
     """Print without control characters: records, names and errors may come from strangers."""
     print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), file=file or sys.stdout, flush=True)

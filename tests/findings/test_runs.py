@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llmperf import findings
-from llmperf.__main__ import main
 from llmperf.decoding.trace import RequestTrace, Trace
 from llmperf.findings.sharing import without_free_text
 from llmperf.measure import Record, Store, metrics
+from llmperf.study.cli import main
 
 ENV = {
     "os": "Linux", "os_version": "Debian GNU/Linux 12", "kernel": "5.15.153.1",

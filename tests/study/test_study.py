@@ -13,9 +13,9 @@ from filelock import FileLock
 from made_up_notebooks import write_notebook
 
 from llmperf import study
-from llmperf.__main__ import main
 from llmperf.measure import Store
 from llmperf.study import Profile, profile
+from llmperf.study.cli import main
 
 
 @pytest.fixture
@@ -137,8 +137,16 @@ import sys
 from pathlib import Path
 from llmperf.study import profile
 profile.NOTEBOOKS = Path(sys.argv.pop(1))
-from llmperf.__main__ import main
-sys.exit(main())
+from llmperf.__main__ import entry
+sys.exit(entry())
+"""
+LATE = """
+import os, runpy, signal, sys
+class Late:  # Python frees it when it closes
+    def __del__(self, kill=os.kill, pid=os.getpid(), stop=getattr(signal, sys.argv.pop(1))):
+        kill(pid, stop)
+late = Late()
+runpy.run_module("llmperf", run_name="__main__", alter_sys=True)
 """
 
 
@@ -161,6 +169,13 @@ def test_a_signal_ends_a_study_with_130_and_how_to_go_on(shelf, tmp_path, stop, 
     assert process.returncode == 130
     assert f"python -m llmperf run --resume {folder}" in said and "Traceback" not in said
     assert yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["done"] == {}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
+def test_a_signal_after_the_end_does_not_change_the_exit_status(stop):
+    command = [sys.executable, "-c", LATE, stop, "models", "gpt2"]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
 
 
 def test_records_that_are_not_ok_end_with_a_count_and_status_1(shelf, tmp_path, capsys):
