@@ -88,13 +88,16 @@ def _why(option: pd.Series) -> str:
     return ""
 
 
-def not_ok(records: Sequence[Record]) -> str | None:
-    """A line that counts the records that are not ok, or None. A failure that was measured again
-    with success does not count, and neither does a run that was refused beforehand."""
+def failures(records: Sequence[Record]) -> list[Record]:
+    """The records with status error or oom whose run was not measured again with success."""
     good = {(r.experiment, str(r.condition), r.repeat) for r in records if r.status == "ok"}
     failed = [r for r in records if r.status in ("error", "oom")]
-    bad = [r for r in failed if (r.experiment, str(r.condition), r.repeat) not in good]
-    if not bad:
+    return [r for r in failed if (r.experiment, str(r.condition), r.repeat) not in good]
+
+
+def not_ok(records: Sequence[Record]) -> str | None:
+    """A line that counts the `failures`, or None. A run refused beforehand is none."""
+    if not (bad := failures(records)):
         return None
     kinds = ", ".join(f"{n} {word}" for word, n in Counter(r.status for r in bad).items())
     first = f"{bad[0].experiment}: {bad[0].reason}"

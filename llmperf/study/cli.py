@@ -17,13 +17,18 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line f
 STOPS = [name for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a request to end. After a plain KeyboardInterrupt inside `exec` of a string, where
+    dataclasses are made, Python ends itself with SIGINT, whatever the exit status."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Bad input ends with one sentence and status 2."""
     for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a legacy code page
         stream.reconfigure(encoding="utf-8", errors="replace")
     arguments = _parser().parse_args(argv)
     for name in STOPS:  # as Ctrl-C: children end, and what was measured stays
-        signal.signal(getattr(signal, name), signal.default_int_handler)
+        signal.signal(getattr(signal, name), _interrupt)
     try:
         status = arguments.call(arguments) or 0
         sys.stdout.flush()
@@ -37,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("llmperf: interrupted", sys.stderr)
         return 130
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted
 
 
 def entry() -> int:

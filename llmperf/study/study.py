@@ -76,8 +76,9 @@ def load_state(folder: Path | str) -> State:
 def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] = print) -> State:
     """Run what is left of the study in `folder`, then write its card and its report.
 
-    A notebook that fails is noted and the others go on. Ctrl-C leaves a state that `--resume`
-    reads. Raises ValueError while another process runs this study; its lock ends with it.
+    Left are notebooks that did not end, and those with runs that failed. A notebook that fails is
+    noted and the others go on. Ctrl-C leaves a state that `--resume` reads. Raises ValueError while
+    another process runs this study; its lock ends with it.
     """
     from llmperf.study import answer
 
@@ -88,7 +89,10 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
         raise ValueError(f"another process runs the study in {folder.name}: wait for it") from None
     with lock:
         state = load_state(folder)
-        left = [stem for stem in state.steps if state.done.get(stem) != "ok"]
+        failed: set[str] = set()
+        with suppress(ValueError):  # no records yet
+            failed = {r.experiment for r in answer.failures(answer.load(folder).records)}
+        left = [s for s in state.steps if state.done.get(s) != "ok" or s in failed]
         for i, stem in enumerate(left):
             say(f"[{i + 1}/{len(left)}] {stem}{_time_left(left[i:])}")
             began = time.monotonic()

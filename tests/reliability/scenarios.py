@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,16 +35,21 @@ from llmperf.study import profile
 
 
 class Study:
-    """A study of notebook 03 on a tiny model, without Jupyter."""
+    """A study of one or two notebooks on a tiny model."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, kernels: bool = False):
+        """Notebook 03 without Jupyter; with `kernels` notebook 06 as papermill runs it."""
+        self.folder, self.kernels = folder, kernels
+        folder.mkdir(exist_ok=True)
         parameters = {"model": str(save_llama(folder / "tiny")), "dtype": "fp32", "device": "cpu"}
-        batch = {"batch_sizes": [1, 2, 3], "prompt_tokens": 8, "new_tokens": 64, "repeats": 3}
-        text = yaml.safe_dump({"parameters": parameters, "notebooks": {"03-batch": batch}})
+        lengths = {"prompt_tokens": 8, "new_tokens": 64, "repeats": 3}
+        steps = {"03-batch": {"batch_sizes": [1, 2, 3], **lengths}}
+        if kernels:
+            steps = {"06-processes": {"processes": [1, 2], **lengths}}
+        text = yaml.safe_dump({"parameters": parameters, "notebooks": steps})
         (folder / "study.yaml").write_text(text, encoding="utf-8")
         began = time.monotonic()
-        assert self.run("whole").wait() == 0
+        assert self.run("whole").wait() == 0, self.log("whole").read_text(encoding="utf-8")
         self.seconds = time.monotonic() - began
         self.whole = self.read("whole")
 
@@ -52,8 +58,9 @@ class Study:
         ask = (
             ["--resume", out] if resume else ["--profile", self.folder / "study.yaml", "--out", out]
         )
-        ask += [] if resume else ["--only", "03"]
-        command = [sys.executable, "-m", "llmperf", "run", "--no-notebooks", *map(str, ask)]
+        ask += [] if resume else ["--only", "06" if self.kernels else "03"]
+        ask += [] if self.kernels else ["--no-notebooks"]
+        command = [sys.executable, "-m", "llmperf", "run", *map(str, ask)]
         with self.log(name).open("a", encoding="utf-8") as file:
             return subprocess.Popen(command, stdout=file, stderr=file, **how)
 
@@ -64,6 +71,7 @@ class Study:
     def read(self, name: str) -> list:
         path = self.folder / name / "records.jsonl"
         found = records.read(path) if path.exists() else []
+        found = [r for r in found if r.kind != "failed"]  # measured again
         return sorted(f"{r.kind} {r.status} {r.reason} {r.repeat} {r.key}" for r in found)
 
     def finish(self, name: str) -> None:
@@ -79,28 +87,39 @@ class Study:
 
 
 def killed_studies(count: int, seed: int, folder: Path) -> str:
-    """SIGKILL of the study or of one of its children at a random moment, then `--resume`."""
-    dice, study, hit = random.Random(seed), Study(folder), Counter()
+    """SIGKILL of the study or of a process of it at a random moment, then `--resume`."""
+    dice, hit = random.Random(seed), Counter()
+    studies = [Study(folder / "records"), Study(folder / "kernels", kernels=True)][:count]
     for i in range(count):
+        study = studies[i % 2]
         running = study.run(f"killed-{i}")
+        wanted = dice.choice(("study", *PROCESSES)) if study.kernels else "study"
         victims = [psutil.Process(running.pid)]
-        if i % 2:  # a child, such as the memory sampler; they come late
-            while running.poll() is None and not (victims := _children(running.pid)):
+        if wanted != "study":  # processes that come late
+            while running.poll() is None and not (victims := _processes(running.pid, wanted)):
                 time.sleep(0.01)
-        time.sleep(dice.uniform(0.1, study.seconds / (1 + i % 2 * 4)))
-        if running.poll() is None and (victim := dice.choice(victims)).is_running():
-            hit["study" if victim.pid == running.pid else "child"] += 1
+        time.sleep(dice.uniform(0.1, study.seconds / (1 if wanted == "study" else 6)))
+        if running.poll() is None and victims and (victim := dice.choice(victims)).is_running():
+            hit[wanted] += 1
             victim.kill()
         running.wait(300)
         study.finish(f"killed-{i}")
-    return f"{hit['study']} studies and {hit['child']} children killed; nothing lost or doubled"
+    words = ", ".join(f"{number} x {name}" for name, number in sorted(hit.items()))
+    return f"killed: {words}; nothing lost or doubled"
 
 
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+PROCESSES = {"kernel": "ipykernel_launcher", "memory sampler": "llmperf.memory.probe",
+             "inference process": "llmperf.strategies.inference"}  # fmt: skip
+
+
+def _processes(pid: int, wanted: str) -> list[psutil.Process]:
+    """The processes of a study that run this module."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [child] if PROCESSES[wanted] in child.cmdline() else []
+    return found
 
 
 def interrupted_studies(count: int, seed: int, folder: Path) -> str:

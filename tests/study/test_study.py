@@ -64,6 +64,25 @@ def test_resume_runs_only_what_is_left(shelf, tmp_path):
     assert {r.experiment for r in records(folder)} == {"03-third"}
 
 
+def test_resume_measures_again_what_failed_in_a_notebook_that_ended(shelf, tmp_path):
+    body = """
+from pathlib import Path
+from llmperf.measure import Record, Store
+repaired = Path(records).with_name("repaired").exists()
+how = {} if repaired else {"kind": "failed", "status": "error", "reason": "a process died"}
+condition = {"strategy": "batch", "level": 1}
+Store(records).append(Record("00-first", condition, 0, metrics={"output_tokens_per_s": 3.0}, **how))
+"""
+    write_notebook(shelf, "00-first", body=body)
+    folder, said = study.start(Profile("p"), out=tmp_path / "run"), []
+    study.run(folder, use_notebooks=False)
+    (folder / "repaired").touch()
+    study.run(folder, use_notebooks=False, say=said.append)
+    study.run(folder, use_notebooks=False, say=said.append)
+    assert [line for line in said if line.startswith("[")] == ["[1/1] 00-first"]
+    assert [r.status for r in records(folder) if r.experiment == "00-first"] == ["error", "ok"]
+
+
 def test_without_jupyter_the_same_records_come(shelf, tmp_path):
     with_it = study.start(Profile("p"), out=tmp_path / "a")
     without = study.start(Profile("p"), out=tmp_path / "b")
@@ -131,7 +150,9 @@ def test_a_line_a_notebook_with_the_time_left_by_past_runs(shelf, tmp_path, monk
     assert said[2] == "[2/2] 03-third, about 0.5 min left"
 
 
-WAIT = "import time; open(records + '.began', 'w').close(); time.sleep(60)"
+# Within `exec` of a string, as where a dataclass is made: once a plain KeyboardInterrupt has passed
+# there, `python -m` ends with SIGINT, whatever the exit status.
+WAIT = """exec("import time; open(records + '.began', 'w').close(); time.sleep(60)")"""
 START = """
 import sys
 from pathlib import Path
@@ -158,8 +179,9 @@ def test_a_signal_ends_a_study_with_130_and_how_to_go_on(shelf, tmp_path, stop, 
     folder = tmp_path / "run"
     (tmp_path / "p.yaml").write_text("description: nothing", encoding="utf-8")
     asked = ["run", "--profile", tmp_path / "p.yaml", "--out", folder, "--only", "0", *how]
-    command = [sys.executable, "-c", START, shelf, *asked]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "start.py").write_text(START, encoding="utf-8")
+    command = [sys.executable, "-m", "start", shelf, *asked]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     end = time.monotonic() + 60
     while not (folder / "records.jsonl.began").exists():
         assert process.poll() is None and time.monotonic() < end
