@@ -10,7 +10,7 @@ __getattr__, __all__ = lazy_face(
         "published": "published_records",
         "runs": "Run latest load_runs published_runs shipped_runs",
         "comparing": "Pair RunComparison compare_runs",
-        "sharing": "share",
+        "sharing": "public_model share",
         "recommending": "Recommendation headline options recommend",
     },
 )

@@ -12,7 +12,6 @@ import yaml
 
 from llmperf import DATA
 from llmperf.findings.runs import Run, load_runs
-from llmperf.measure import Record
 
 # A field that is added later stays on the machine until it is listed.
 LISTED = yaml.safe_load((DATA / "shared_fields.yaml").read_text(encoding="utf-8"))
@@ -50,7 +49,7 @@ def _lines(run: Run) -> Iterator[str]:
         }
         kept = without_free_text(kept)
         kept["run_id"], kept["warnings"] = "shared", ["unstable"] * bool(r.warnings)
-        kept["condition"]["model"] = _public_model(r)
+        kept["condition"]["model"] = public_model(str(r.condition.get("model")))
         cards = r.environment.get("gpus") or []
         kept["environment"]["gpus"] = [without_free_text(_picked(card, "gpu")) for card in cards]
         kept["environment"]["packages"] = r.environment.get("packages") or {}
@@ -70,8 +69,7 @@ def without_free_text(value, field: str = ""):
     return None if isinstance(value, str) and field not in LISTED["words"] else value
 
 
-def _public_model(record: Record) -> str:
-    """A model in a folder of the user's own keeps no name; a hub id is public."""
-    model = str(record.condition.get("model"))
+def public_model(model: str) -> str:
+    """A hub id or preset as it is; a folder, whose path may name its owner, without its name."""
     local = re.match(r"[./~\\]|[A-Za-z]:", model) or model.count("/") > 1 or "\\" in model
     return "<a local model>" if local else model

@@ -72,7 +72,7 @@ def _single(option: pd.Series) -> tuple[str, str]:
             flops = option.flops_per_s / 1e12
             ceilings += f" and computes {flops:.2g} TFLOP/s in {option['dtype']}"
         ceilings += "."
-    how = f"{option.model} in {option.precision}, {option.loop}"
+    how = f"{findings.public_model(option.model)} in {option.precision}, {option.loop}"
     gets = f"One request gets {option.output_tokens_per_s:.3g} tokens/s ({how})"
     if pd.notna(option.bound_tpot_ms):
         gets += f" of at most {1e3 / option.bound_tpot_ms:.3g}; its limit is {option.limit}"

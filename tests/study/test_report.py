@@ -68,6 +68,13 @@ def test_the_answer_has_every_number_from_records(folder):
     assert run.startswith("At 1 request/s: ") and re.search(r"Of 17 published findings", score)
 
 
+def test_the_answer_does_not_name_the_folder_of_a_local_model(folder):
+    path = folder / "records.jsonl"
+    path.write_text(path.read_text().replace('"gpt2"', '"/home/ann/tuned"'), encoding="utf-8")
+    found = answer.of_run(answer.load(folder)).lines
+    assert "(<a local model> in fp32" in found[1] and not re.search("ann|tuned", " ".join(found))
+
+
 def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
     found = answer.of_run(answer.load(folder))
     png, page = answer.write_card(folder, found)
