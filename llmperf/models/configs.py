@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -25,6 +26,8 @@ SCHEMA = 5  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 MOST_LAYERS, LARGEST = 10_000, 100_000_000  # of a count: whose key has the word layer, of any
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys for their number
+SLICE = re.compile(r"(.+):layers=(\d+)")  # the first layers of a model, which has random weights
 HUB_S = 3.0  # the hub answers sooner, or there is no network
 
 
@@ -38,10 +41,13 @@ def preset(name: str) -> dict | None:
 
 
 def config_of(source: str | Path) -> dict:
-    """The configuration behind a preset, a folder (as ./gpt2), a config.json, or a hub id.
+    """The configuration behind a preset, a folder (as ./gpt2), a config.json, or a hub id; of its
+    first layers behind NAME:layers=N.
 
     Raises ModelUnavailable, naming what there is, when it cannot be had.
     """
+    if asked := SLICE.fullmatch(str(source)):
+        return _first_layers(config_of(asked[1]), int(asked[2]))
     if known := preset(str(source)):
         return known["config"]
     if file := _local_file(source):
@@ -58,6 +64,18 @@ def config_of(source: str | Path) -> dict:
             f" or choose {', '.join(PRESETS)}"
         )
     return _read(found / "config.json")
+
+
+def _first_layers(config: dict, count: int) -> dict:
+    """The configuration with so many layers; lists with an entry for each layer are cut."""
+    if "text_config" in config:
+        return config | {"text_config": _first_layers(config["text_config"], count)}
+    key = next((key for key in LAYERS if key in config), LAYERS[0])
+    has = config[key] if key in config else as_object(config).num_hidden_layers
+    if not 1 <= count <= has:
+        raise ValueError(f"layers={count} cannot be taken: this model has {has}")
+    cut = {k: v[:count] for k, v in config.items() if isinstance(v, list) and len(v) == has}
+    return config | cut | {key: count}
 
 
 def _local_file(source: str | Path) -> Path | None:
@@ -173,11 +191,12 @@ def _check_sizes(config: Mapping) -> None:
 
 
 def declared_word(config: Mapping) -> str | None:
-    """The word for what a checkpoint declares, as `awq-4-g128`; see `quantization.scheme`."""
-    declared = config.get("quantization_config")
-    if not declared:
-        return None
+    """The word for what a checkpoint declares, as `awq-4-g128`; see `quantization.scheme`. None
+    for compressed-tensors, since transformers takes the model's dtype for its weights."""
+    declared = config.get("quantization_config") or {}
     method = str(declared.get("quant_method", "")).lower()
+    if not declared or method == "compressed-tensors":
+        return None
     if method == "bitsandbytes":
         double = "-double" if declared.get("bnb_4bit_use_double_quant") else ""
         return "bnb-8" if declared.get("load_in_8bit") else f"bnb-4{double}"

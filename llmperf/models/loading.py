@@ -97,7 +97,8 @@ def load(
     except ImportError as error:
         raise ModelUnavailable(
             f"{name} needs a library that is not installed here ({_first_line(error)}): install"
-            " 'llmperf-study[bnb]' for bnb-8 and bnb-4, [awq] for awq and gptq"
+            " 'llmperf-study[bnb]' for bnb-8 and bnb-4, [awq] for awq and gptq, and for others the"
+            " library that it names"
         ) from error
     module.eval().requires_grad_(False)
     if spec.device == "cpu":
@@ -177,8 +178,8 @@ def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
         if asked.weights == "trained":
             raise ModelUnavailable(
                 f"the weights of {asked.name!r} are neither here nor to be had from the hub (no"
-                f" network, or no such model): use {EMBEDDED!r}, a local folder, or"
-                " weights='random'"
+                f" network, no such model, or only its first layers): use {EMBEDDED!r}, a local"
+                " folder, or weights='random'"
             )
     weights = "trained" if folder else "random"
     return replace(asked, dtype=dtype, device=device, weights=weights), folder
@@ -194,6 +195,8 @@ def _device(device: str) -> str:
 
 def _folder(name: str) -> str | None:
     """A local folder with the model's safetensors files, or None."""
+    if configs.SLICE.fullmatch(name):
+        return None
     if name == EMBEDDED:
         return str(embedded.folder())
     known = configs.preset(name)
@@ -229,6 +232,11 @@ def _trained(folder: str, spec: LoadSpec):
     declared, dtype = configs.declared_word(plain), getattr(torch, DTYPES[spec.dtype])
     word = words.word_of_checkpoint(spec.quantization, declared)
     ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
+    if declared is None and "quantization_config" in plain:  # of compressed-tensors
+        if word in BNB:
+            raise ValueError(f"these weights are compressed: {word} cannot follow, leave it None")
+        compressed = {**plain["quantization_config"], "dequantize": True}
+        plain = {**plain, "quantization_config": compressed}
     if declared is None and word in BNB:
         how["quantization_config"] = quantize.loading_config(word, dtype)
     try:

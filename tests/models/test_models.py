@@ -9,8 +9,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_llama
+from transformers import AutoModelForCausalLM
 
-from llmperf import models
+from llmperf import models, predict
+from llmperf.measure import Condition
 from llmperf.models import ModelUnavailable, configs, embedded, loading
 
 
@@ -251,3 +254,44 @@ def test_importing_the_package_loads_no_torch():
         " llmperf.measure.records, llmperf.measure; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_slice_of_a_model_runs_on_random_weights_and_every_record_says_so():
+    model = models.load("gpt2:layers=2", device="cpu")
+    assert len(model.module.transformer.h) == model.shape.layers == 2
+    assert model.label() == "gpt2:layers=2 fp32 (random weights)"
+    condition = Condition(model, "sequential", 1, prompt_tokens=4, new_tokens=4)
+    assert condition.describe()["model"] == "gpt2:layers=2"
+    with pytest.raises(ValueError, match="only its first layers"):
+        models.load("gpt2:layers=2", weights="trained")
+
+
+def test_a_checkpoint_of_compressed_tensors_has_its_weights_in_the_dtype_asked_for(tmp_path):
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    plain, packed = save_llama(tmp_path / "plain"), tmp_path / "packed"
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    said = {"config_groups": groups, "ignore": ["lm_head"], "format": "pack-quantized"}
+    module = AutoModelForCausalLM.from_pretrained(plain)
+    apply_quantization_config(module, QuantizationConfig(**said, quantization_status="compressed"))
+    for layer in module.modules():
+        if hasattr(layer, "weight_scale"):
+            blocks = layer.weight.data.unflatten(1, (-1, 16))
+            layer.weight_scale.data = blocks.abs().amax(-1) / 7.5
+    compressor = ModelCompressor.from_pretrained_model(module, quantization_format="pack-quantized")
+    compressor.compress_model(module)
+    module.save_pretrained(packed)
+    compressor.update_config(str(packed))
+    for file in plain.glob("tokenizer*"):
+        shutil.copy(file, packed)
+
+    model, original = (models.load(str(folder), dtype="bf16") for folder in (packed, plain))
+    held = sum(p.nbytes for p in model.module.parameters())
+    assert (model.weights, model.quantization) == ("trained", None)
+    assert held == predict.weights_bytes(model.shape, "bf16")
+    for found, true in zip(model.module.parameters(), original.module.parameters(), strict=True):
+        assert torch.allclose(found.float(), true.float(), atol=0.1 * true.abs().max().item())
+    with pytest.raises(ValueError, match="these weights are compressed: bnb-4 cannot follow"):
+        models.load(str(packed), dtype="bf16", quantization="bnb-4")

@@ -168,3 +168,18 @@ def test_the_vision_part_of_a_multimodal_model_is_held_but_not_read():
     assert whole.windows == alone.windows
     reads = [predict.weights_read(shape, "fp32") for shape in (whole, alone)]
     assert reads[0] == reads[1]
+
+
+def test_a_slice_has_the_first_layers_and_keeps_the_rest():
+    for name, layers in (("gpt2", 3), ("gemma-3-27b", 6), ("deepseek-v3", 4)):
+        whole, part = models.shape_of(name), models.shape_of(f"{name}:layers={layers}")
+        assert part.layers == layers and part.name == f"{name}:layers={layers}"
+        below = [t for t in whole.tensors if t.layer is None or t.layer < layers]
+        assert [t for t in part.tensors if t.role != "tower"] == [
+            t for t in below if t.role != "tower"
+        ]
+        assert part.windows == whole.windows[:layers]
+    with pytest.raises(ValueError, match="layers=13 cannot be taken: this model has 12"):
+        models.shape_of("gpt2:layers=13")
+    with pytest.raises(ValueError, match="layers=62 cannot be taken: this model has 61"):
+        models.shape_of("deepseek-v3:layers=62")

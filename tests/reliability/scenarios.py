@@ -11,11 +11,12 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import engines
@@ -35,21 +36,22 @@ from llmperf.study import profile
 
 
 class Study:
-    """A study of one or two notebooks on a tiny model."""
+    """A study of a notebook on a tiny model, run once undisturbed; and again, to be disturbed."""
 
-    def __init__(self, folder: Path, kernels: bool = False):
-        """Notebook 03 without Jupyter; with `kernels` notebook 06 as papermill runs it."""
-        self.folder, self.kernels = folder, kernels
-        folder.mkdir(exist_ok=True)
-        parameters = {"model": str(save_llama(folder / "tiny")), "dtype": "fp32", "device": "cpu"}
+    def __init__(self, kernel: bool):
+        """Notebook 03 without Jupyter; with `kernel` notebook 06 as papermill runs it."""
+        self._scratch = tempfile.TemporaryDirectory()
+        self.folder, self.kernel = Path(self._scratch.name), kernel
+        model = str(save_llama(self.folder / "tiny"))
+        parameters = {"model": model, "dtype": "fp32", "device": "cpu"}
         lengths = {"prompt_tokens": 8, "new_tokens": 64, "repeats": 3}
         steps = {"03-batch": {"batch_sizes": [1, 2, 3], **lengths}}
-        if kernels:
+        if kernel:
             steps = {"06-processes": {"processes": [1, 2], **lengths}}
         text = yaml.safe_dump({"parameters": parameters, "notebooks": steps})
-        (folder / "study.yaml").write_text(text, encoding="utf-8")
+        (self.folder / "study.yaml").write_text(text, encoding="utf-8")
         began = time.monotonic()
-        assert self.run("whole").wait() == 0, self.log("whole").read_text(encoding="utf-8")
+        assert self.run("whole").wait() == 0, self.said("whole")
         self.seconds = time.monotonic() - began
         self.whole = self.read("whole")
 
@@ -58,42 +60,50 @@ class Study:
         ask = (
             ["--resume", out] if resume else ["--profile", self.folder / "study.yaml", "--out", out]
         )
-        ask += [] if resume else ["--only", "06" if self.kernels else "03"]
-        ask += [] if self.kernels else ["--no-notebooks"]
+        ask += [] if resume else ["--only", "06" if self.kernel else "03"]
+        ask += [] if self.kernel else ["--no-notebooks"]
         command = [sys.executable, "-m", "llmperf", "run", *map(str, ask)]
-        with self.log(name).open("a", encoding="utf-8") as file:
+        with (self.folder / f"{name}.log").open("a", encoding="utf-8") as file:
             return subprocess.Popen(command, stdout=file, stderr=file, **how)
 
-    def log(self, name: str) -> Path:
-        """What the runs of this name said."""
-        return self.folder / f"{name}.log"
+    def said(self, name: str) -> str:
+        """The last words of the runs of this name."""
+        lines = (self.folder / f"{name}.log").read_text(encoding="utf-8").splitlines()
+        return " | ".join(lines[-6:])
+
+    def store(self, name: str) -> Path:
+        return self.folder / name / "records.jsonl"
 
     def read(self, name: str) -> list:
-        path = self.folder / name / "records.jsonl"
+        path = self.store(name)
         found = records.read(path) if path.exists() else []
         found = [r for r in found if r.kind != "failed"]  # measured again
         return sorted(f"{r.kind} {r.status} {r.reason} {r.repeat} {r.key}" for r in found)
 
     def finish(self, name: str) -> None:
-        """Resume, and compare with the undisturbed study."""
+        """Resume, and compare with the undisturbed study; what was measured stays as it was."""
+        before = self.store(name).read_bytes() if self.store(name).exists() else b""
         started = (self.folder / name / "run.yaml").exists()
         ended = self.run(name, resume=started).wait(300)
-        said = self.log(name).read_text(encoding="utf-8").splitlines()[-6:]
-        assert ended == 0, f"{name} ended with {ended}: {' | '.join(said)}"
+        assert ended == 0, f"{name} ended with {ended}: {self.said(name)}"
+        kept = before[: before.rfind(b"\n") + 1]
+        assert self.store(name).read_bytes().startswith(kept), f"{name} changed its records"
         found = Counter(self.read(name))
         found.subtract(self.whole)
         differs = {record: n for record, n in found.items() if n}
         assert not differs, f"{name} lost (-) or doubled (+) records: {differs}"
 
 
+study_of = cache(Study)  # what is undisturbed serves every scenario
+
+
 def killed_studies(count: int, seed: int, folder: Path) -> str:
     """SIGKILL of the study or of a process of it at a random moment, then `--resume`."""
     dice, hit = random.Random(seed), Counter()
-    studies = [Study(folder / "records"), Study(folder / "kernels", kernels=True)][:count]
     for i in range(count):
-        study = studies[i % 2]
-        running = study.run(f"killed-{i}")
-        wanted = dice.choice(("study", *PROCESSES)) if study.kernels else "study"
+        study, name = study_of(i % 2 == 1), f"killed-{seed}-{i}"
+        running = study.run(name)
+        wanted = dice.choice(("study", *PROCESSES)) if study.kernel else "study"
         victims = [psutil.Process(running.pid)]
         if wanted != "study":  # processes that come late
             while running.poll() is None and not (victims := _processes(running.pid, wanted)):
@@ -101,9 +111,15 @@ def killed_studies(count: int, seed: int, folder: Path) -> str:
         time.sleep(dice.uniform(0.1, study.seconds / (1 if wanted == "study" else 6)))
         if running.poll() is None and victims and (victim := dice.choice(victims)).is_running():
             hit[wanted] += 1
+            children = _children(running.pid)
             victim.kill()
+            running.wait(300)
+            assert not psutil.wait_procs(children, timeout=20)[1], "a child is still running"
         running.wait(300)
-        study.finish(f"killed-{i}")
+        if study.store(name).exists() and dice.random() < 0.5:  # as a power cut would leave it
+            with study.store(name).open("a", encoding="utf-8") as file:
+                file.write('{"experiment": "03-batch", "torn')
+        study.finish(name)
     words = ", ".join(f"{number} x {name}" for name, number in sorted(hit.items()))
     return f"killed: {words}; nothing lost or doubled"
 
@@ -112,31 +128,38 @@ PROCESSES = {"kernel": "ipykernel_launcher", "memory sampler": "llmperf.memory.p
              "inference process": "llmperf.strategies.inference"}  # fmt: skip
 
 
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _processes(pid: int, wanted: str) -> list[psutil.Process]:
     """The processes of a study that run this module."""
     found = []
-    with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                found += [child] if PROCESSES[wanted] in child.cmdline() else []
+    for child in _children(pid):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if PROCESSES[wanted] in child.cmdline() else []
     return found
 
 
 def interrupted_studies(count: int, seed: int, folder: Path) -> str:
     """SIGINT or SIGTERM at a random moment: exit status 130 and nothing left running."""
-    dice, study, seen = random.Random(seed), Study(folder), Counter()
+    dice, study, seen = random.Random(seed), study_of(False), Counter()
     for i in range(count):
-        running = study.run(f"interrupted-{i}")
-        while not (study.folder / f"interrupted-{i}" / "run.yaml").exists():
+        name = f"interrupted-{seed}-{i}"
+        running = study.run(name)
+        while not (study.folder / name / "run.yaml").exists():
             time.sleep(0.01)
         time.sleep(dice.uniform(0.2, study.seconds))
         if running.poll() is None:
-            children = psutil.Process(running.pid).children(recursive=True)
+            children = _children(running.pid)
             running.send_signal(dice.choice((signal.SIGINT, signal.SIGTERM)))
             seen[running.wait(60)] += 1
             assert not psutil.wait_procs(children, timeout=20)[1], "a child is still running"
-        study.finish(f"interrupted-{i}")
-    assert set(seen) <= {130, 0}, f"exit statuses {dict(seen)}"
+            assert set(seen) <= {130, 0}, f"exit statuses {dict(seen)}: {study.said(name)}"
+        study.finish(name)
     return f"{seen[130]} interrupted, {seen[0]} had just ended; nothing lost or doubled"
 
 
@@ -144,14 +167,14 @@ def full_disks(count: int, seed: int, folder: Path) -> str:
     """Files may not grow beyond a random size; then there is room again."""
     import resource
 
-    dice, study, failed = random.Random(seed), Study(folder), 0
-    whole = (study.folder / "whole" / "records.jsonl").stat().st_size
+    dice, study, failed = random.Random(seed), study_of(False), 0
+    whole = study.store("whole").stat().st_size
     for i in range(count):
         most = dice.randrange(200, whole)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
-        running = study.run(f"full-{i}", preexec_fn=limit)
-        failed += running.wait(300) != 0
-        study.finish(f"full-{i}")
+        name = f"full-{seed}-{i}"
+        failed += study.run(name, preexec_fn=limit).wait(300) != 0
+        study.finish(name)
     return f"{failed} of {count} stopped by the limit; all went on afterwards"
 
 

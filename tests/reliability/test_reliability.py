@@ -7,7 +7,7 @@ import pytest
 import scenarios
 
 POSIX = {"killed_studies", "interrupted_studies", "full_disks", "long_run"}
-REDUCED = {"killed_studies": 2, "interrupted_studies": 3, "full_disks": 1, "random_requests": 400,
+REDUCED = {"killed_studies": 2, "interrupted_studies": 2, "full_disks": 1, "random_requests": 400,
            "random_inputs": 500, "hostile_models": 12, "hostile_archives": 14,
            "hostile_reports": 1, "long_run": 0.2}  # fmt: skip
 
