@@ -132,6 +132,7 @@ def _weights(bad, mark, dice):
                 data[dice.randrange(8, min(400, len(data)))] ^= 1 << dice.randrange(8)
         case 3:
             data = bytearray(dice.randbytes(200))
+    file.unlink(missing_ok=True)  # it may be a link to a folder
     file.write_bytes(data)
 
 
@@ -143,8 +144,9 @@ def _config(bad, mark, dice):
 
 
 def _torn(bad, mark, dice):
-    name = dice.choice(("config.json", "tokenizer.json", "tokenizer_config.json"))
-    (bad / name).write_bytes(dice.choice((b"", b"{", b"[" * 50_000, b"\xff\xfe", b"[]")))
+    file = bad / dice.choice(("config.json", "tokenizer.json", "tokenizer_config.json"))
+    file.unlink(missing_ok=True)
+    file.write_bytes(dice.choice((b"", b"{", b"[" * 50_000, b"\xff\xfe", b"[]")))
 
 
 def _link(bad, mark, dice):
