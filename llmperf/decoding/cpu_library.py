@@ -25,7 +25,6 @@ ffi = cffi.FFI()
 ffi.cdef(SOURCE.with_name("model.h").read_text(encoding="utf-8"))
 ffi.cdef("""
     int64_t scratch_floats(const Model *, int32_t rows, int32_t length, int32_t threads);
-    int32_t pool_threads(void);
     int run_step(const Model *, const Step *);
     void next_tokens(const float *logits, int32_t rows, int32_t vocabulary, const Sampling *,
                      const double *uniforms, int32_t *tokens);
@@ -72,15 +71,19 @@ def processor() -> str:
 
 
 def _build(compiler: tuple[str, ...], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
     command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
     if done.returncode:
         first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
         raise Unsupported(f"the C compiler failed: {first.strip()[:200]}")
-    part.replace(target)  # whole or not at all, also when two processes build it
+    try:
+        part.replace(target)  # whole or not at all, also when two processes build it
+    except OSError as error:
+        if not target.exists():  # on Windows one that is in use cannot be replaced
+            raise Unsupported(f"the compiled step cannot be kept ({error})") from None

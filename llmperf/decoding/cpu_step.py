@@ -22,6 +22,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 MOST_ROWS = 256  # tokens in one call; more are split
 _pool = threading.Lock()  # one caller at a time works with several threads
+_tables_lock = threading.Lock()
 
 
 def _at(tensor: torch.Tensor, form: str = "void *"):
@@ -60,7 +61,7 @@ class CpuStep:
         return torch.empty(self._scratch_floats(rows, length), dtype=torch.float32)
 
     def _scratch_floats(self, rows: int, length: int) -> int:
-        threads = self.library.pool_threads() or torch.get_num_threads()
+        threads = torch.get_num_threads()
         return self.library.scratch_floats(self.description, rows, length, threads)
 
     def __call__(self, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
@@ -214,6 +215,10 @@ class CpuStep:
         decoder = self.module.get_decoder()
         if length <= self.table_length or not hasattr(decoder, "rotary_emb"):
             return
+        with _tables_lock:
+            self._make_tables(decoder, length)
+
+    def _make_tables(self, decoder, length: int) -> None:
         like = torch.empty(1, dtype=torch.float32)
         position = torch.arange(length)[None]
         tables: dict = {}
@@ -228,7 +233,8 @@ class CpuStep:
             at = self.layers[place]
             at.cosine, at.sine = _at(cosine, "float *"), _at(sine, "float *")
             self.description.rotary = 2 * cosine.shape[1]
-        self.tables, self.table_length = tables, length
+        self.kept.append(tables)  # the old ones too: another thread may be reading them
+        self.table_length = max(length, self.table_length)
 
     @staticmethod
     def _table(rotary, like, position, kind) -> list[torch.Tensor]:

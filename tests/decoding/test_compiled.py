@@ -8,6 +8,7 @@ import threading
 import weakref
 from dataclasses import replace
 
+import psutil
 import pytest
 import tiny_models
 import torch
@@ -303,6 +304,32 @@ def test_a_step_that_computes_something_else_is_refused(monkeypatch):
     right = cpu_step.CpuStep.__call__
     monkeypatch.setattr(cpu_step.CpuStep, "__call__", lambda *a: right(*a) * 1.5)
     assert "differ from the eager ones by 50.0%" in decoding.prepare(tiny("llama")).reason
+
+
+def test_a_step_takes_as_many_threads_as_torch_has_at_that_moment():
+    """More, then fewer, then more again: the others sleep, and the logits stay the same."""
+    model = tiny("llama")
+    step = decoding.prepare(model).step
+    cache, before, found = step.new_cache(1, 8), torch.get_num_threads(), []
+    busy = {}
+    try:
+        for threads in (2, 4, 2, 1, 3):
+            torch.set_num_threads(threads)
+            scratch, cpu_s = step.scratch(1, 8), cpu_seconds()
+            for _ in range(300):
+                logits = step([5], [0], [0], [0], cache, scratch)
+            gained = [s - cpu_s.get(id, 0.0) for id, s in cpu_seconds().items()]
+            busy[threads] = sum(s > 0.2 * max(gained) for s in gained)
+            found.append(logits)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(logits, found[0]) for logits in found)
+    assert busy == {1: 1, 2: 2, 3: 3, 4: 4}
+
+
+def cpu_seconds():
+    """Processor time of each thread of this process."""
+    return {t.id: t.user_time + t.system_time for t in psutil.Process().threads()}
 
 
 def test_the_step_is_prepared_once_a_model(loaded):

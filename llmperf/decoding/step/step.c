@@ -283,6 +283,3 @@ static void forward(const void *model, const void *step, Team *team, int thread)
 EXPORT int run_step(const Model *m, const Step *s) {
   return run_together(forward, m, s, s->threads);
 }
-
-// Threads of the pool, 0 before it exists: scratch memory must have room for as many.
-EXPORT int32_t pool_threads(void) { return pool.team.threads; }

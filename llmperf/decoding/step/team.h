@@ -26,6 +26,7 @@ static pthread_cond_t awake = PTHREAD_COND_INITIALIZER;
 #endif
 #define BUSY_SPINS 10000   // before another program may have the core
 #define IDLE_SPINS 100000  // after a step, since the next one often follows at once
+#define MOST_THREADS 255
 
 typedef struct {  // each counter on its own cache line
   _Alignas(64) _Atomic int32_t next;
@@ -37,7 +38,8 @@ typedef struct {  // each counter on its own cache line
 INLINE int take(Team *t) { return atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed); }
 static void barrier(Team *t) {
   int phase = atomic_load_explicit(&t->phase, memory_order_relaxed);
-  if (atomic_fetch_add(&t->arrived, 1) == t->threads - 1) {
+  const int last = t->threads - 1;  // read first: the next run may have another number
+  if (atomic_fetch_add(&t->arrived, 1) == last) {
     atomic_store_explicit(&t->next, 0, memory_order_relaxed);
     atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
     atomic_store_explicit(&t->phase, phase + 1, memory_order_release);
@@ -50,33 +52,45 @@ static void barrier(Team *t) {
 #define FOR_ITEMS(i, count) \
   for (int i, more = 1; more; more = 0, barrier(team)) while ((i = take(team)) < (count))
 
-// ---- The pool. `work` runs in every thread; cpu_step.py lets one caller at a time use it.
+// ---- The pool: its first threads run `work`, as many as a run asks for, and the others sleep.
+// cpu_step.py lets one caller at a time use it.
 
 typedef void (*Work)(const void *model, const void *step, Team *team, int thread);
 static struct {
   Work work;
   const void *model, *step;
   Team team;
-  _Atomic int32_t run;
-  int sleeping, started;
+  _Atomic uint64_t run;  // 256 x the number of this run, plus its threads
+  uint64_t born;         // the run before the one that the newest threads were started for
+  int started;
+  char asleep[MOST_THREADS + 1];
 } pool;
 
+// Whether there is a run after `seen` that the thread with this place takes part in.
+static int called(int place, uint64_t *seen) {
+  const uint64_t run = atomic_load_explicit(&pool.run, memory_order_acquire);
+  if (run == *seen || place >= (int)(run & 255)) return 0;
+  *seen = run;
+  return 1;
+}
+
 #ifdef _WIN32
-static DWORD WINAPI serve(void *place) {
+static DWORD WINAPI serve(void *given) {
 #else
-static void *serve(void *place) {
+static void *serve(void *given) {
 #endif
-  for (int32_t seen = 0;;) {
-    for (int spins = 0; atomic_load_explicit(&pool.run, memory_order_acquire) == seen; spins++)
+  const int place = (int)(intptr_t)given;
+  for (uint64_t seen = pool.born;;) {
+    for (int spins = 0; !called(place, &seen); spins++)
       if (spins > IDLE_SPINS) {
         LOCK();
-        pool.sleeping++;
-        while (atomic_load(&pool.run) == seen) SLEEP();
-        pool.sleeping--;
+        pool.asleep[place] = 1;
+        while (!called(place, &seen)) SLEEP();
+        pool.asleep[place] = 0;
         UNLOCK();
+        break;
       }
-    seen = atomic_load_explicit(&pool.run, memory_order_acquire);
-    pool.work(pool.model, pool.step, &pool.team, (int)(intptr_t)place);
+    pool.work(pool.model, pool.step, &pool.team, place);
     barrier(&pool.team);
   }
   return 0;
@@ -92,21 +106,24 @@ static int start(int64_t place) {
 #endif
 }
 
-// Run `work` in `threads` threads, the caller's among them. The first call with several threads
-// sets their number for good. Returns 1 when threads cannot be started.
+// Run `work` in `threads` threads, the caller's among them. Returns 1 when they cannot be started.
 static int run_together(Work work, const void *model, const void *step, int threads) {
   if (threads <= 1) {
     Team alone = {.threads = 1};
     work(model, step, &alone, 0);
     return 0;
   }
-  if (!pool.team.threads) pool.team.threads = threads;
-  for (; pool.started < pool.team.threads - 1; pool.started++)
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
+  const uint64_t before = atomic_load(&pool.run);
+  if (pool.started < threads - 1) pool.born = before;
+  for (; pool.started < threads - 1; pool.started++)
     if (!start(pool.started + 1)) return 1;
-  pool.work = work, pool.model = model, pool.step = step;
+  pool.work = work, pool.model = model, pool.step = step, pool.team.threads = threads;
   LOCK();
-  atomic_fetch_add(&pool.run, 1);
-  if (pool.sleeping) WAKE();
+  atomic_store(&pool.run, ((before >> 8) + 1) << 8 | (uint64_t)threads);
+  int sleeping = 0;
+  for (int place = 1; place < threads; place++) sleeping |= pool.asleep[place];
+  if (sleeping) WAKE();
   UNLOCK();
   work(model, step, &pool.team, 0);
   barrier(&pool.team);
