@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO, get_type_hints
@@ -218,10 +218,36 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
                     raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
     except (EOFError, zlib.error, OSError) as error:
         notes[f"the file was read up to there ({error})"] = [number]
-    return list(found.values()), [
+    _judge_again(found.values())
+    return _without_repaired(found.values()), [
         f"{path.name}, line {lines[0]}: {why}" + f" ({len(lines)} lines)" * (len(lines) > 1)
         for why, lines in notes.items()
     ]
+
+
+def _without_repaired(found: Collection[Record]) -> list[Record]:
+    """All but the failures whose run went through later, after a resume."""
+    if not any(r.kind == "failed" for r in found):
+        return list(found)
+    kept, good = [], set()
+    for r in reversed(found):
+        run = (r.experiment, r.repeat, json.dumps(r.condition, sort_keys=True, default=str))
+        if r.kind != "failed" or run not in good:
+            kept.append(r)
+        if r.kind == "measure" and r.status == "ok":
+            good.add(run)
+    return kept[::-1]
+
+
+def _judge_again(found: Collection[Record]) -> None:
+    """Hold runs that seemed impossible against the highest bandwidth that the file knows: other
+    programs may have kept the samples low that were known when they ran."""
+    name = "most_read_bytes_per_s"
+    most = max((as_number(r.prediction.get(name)) or 0 for r in found), default=0)
+    for r in (r for r in found if not r.possible):
+        known, mbu, mfu = (as_number(r.prediction.get(key)) for key in (name, "mbu", "mfu"))
+        if known and mbu and mbu * known <= most and (mfu or 0) <= 1:
+            r.prediction["plausible"] = True
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

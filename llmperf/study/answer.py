@@ -89,10 +89,8 @@ def _why(option: pd.Series) -> str:
 
 
 def failures(records: Sequence[Record]) -> list[Record]:
-    """The records with status error or oom whose run was not measured again with success."""
-    good = {(r.experiment, str(r.condition), r.repeat) for r in records if r.status == "ok"}
-    failed = [r for r in records if r.status in ("error", "oom")]
-    return [r for r in failed if (r.experiment, str(r.condition), r.repeat) not in good]
+    """The records with status error or oom: a resume measures these runs again."""
+    return [r for r in records if r.status in ("error", "oom")]
 
 
 def not_ok(records: Sequence[Record]) -> str | None:

@@ -227,6 +227,17 @@ def test_an_older_record_gets_defaults(store):
     assert store.read() == [Record("03", CONDITION, 0)]
 
 
+def test_a_run_faster_than_the_bandwidth_known_then_is_held_against_a_higher_one(store):
+    seen = {"plausible": False, "mbu": 1.2, "mfu": 0.1, "most_read_bytes_per_s": 20e9}
+    store.append(replace(FIRST, repeat=0, prediction=seen))
+    assert [r.possible for r in store.read()] == [False]
+    store.append(replace(FIRST, repeat=1, prediction={"most_read_bytes_per_s": 25e9}))
+    assert [r.possible for r in store.read()] == [True, True]
+    store.append(replace(FIRST, repeat=2, prediction={**seen, "mbu": 1.3}))
+    store.append(replace(FIRST, repeat=3, prediction={**seen, "mfu": 1.1}))
+    assert [r.possible for r in store.read()] == [True, True, False, False]
+
+
 def test_requests_are_dropped_where_no_trace_is_wanted(store):
     trace = {"duration_s": 1.0, "requests": [{"id": 0}], "notes": {"gil": {"contention": 0.5}}}
     store.append(replace(FIRST, trace=trace))

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from llmperf.measure import Record
+from llmperf.measure import Record, Store
 from llmperf.study import answer, report
 
 STATE = SimpleNamespace(steps={"03-batch": {}}, done={}, profile="quick", started="today")
@@ -84,10 +84,13 @@ def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
     assert all(html.escape(line) in text for line in found.lines)
 
 
-def test_a_failure_that_was_measured_again_does_not_count():
+def test_a_failure_that_was_measured_again_does_not_count(tmp_path):
     failed = made_up("batch", 4, 20, 9, kind="failed", status="error", reason="killed", metrics={})
     assert "1 records are not ok (1 error)" in answer.not_ok([*RUNS, failed])
-    assert answer.not_ok([*RUNS, failed, made_up("batch", 4, 20, 9)]) is None
+    store = Store(tmp_path / "records.jsonl")
+    for r in (failed, made_up("batch", 4, 20, 9), dataclasses.replace(failed, repeat=10)):
+        store.append(r)
+    assert [r.repeat for r in answer.failures(store.read())] == [10]
     refused = made_up("batch", 99, 1, status="skipped", reason="refused beforehand", metrics={})
     assert answer.not_ok([*RUNS, refused]) is None
 
