@@ -29,8 +29,11 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
 
     `bound_s` is the least time for all of it, `limit` the ceiling that sets it, `bound_tpot_ms` the
     least time of a step. `expect` adds how long a step should take: see `step_time`. `limits` are
-    ceilings as `ceilings.measure` gives them (default: this machine's, from the cache).
+    ceilings as `ceilings.measure` gives them (default: this machine's, from the cache). Empty for
+    what runs on another machine.
     """
+    if not _processes(condition):
+        return {}
     m = condition.model
     limits = limits or ceilings.cached(m.device)
     bandwidth = limits["read_bytes_per_s"]["median"]
@@ -49,7 +52,7 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
         "bound_tpot_ms": step.seconds * 1e3,
     }
     known = condition.runner
-    if not known.served and known.processes(condition.level, condition.options):
+    if not known.served:
         level = "process" if m.device == "cpu" else "reserved"
         further = getattr(prepared(condition).step, "extra_bytes", 0)  # see `CpuStep`
         further += sum(predict.weights_bytes(*other) for other in models.other_models(m))
@@ -66,11 +69,14 @@ def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     """The prediction with what the run adds: MBU, MFU, `plausible`, and `why` with the arithmetic.
 
     More than the highest bandwidth sample, or the FLOP/s, makes the record implausible. The cost is
-    that of the loop that ran.
+    that of the loop that ran, for the tokens that came out.
     """
+    if not prediction:
+        return {}
     ran = trace.notes.get("loop")  # several where threads differ: then the one asked for
     spec = spec_of(condition, ran if ran in decoding.LOOPS else condition.loop)
-    cost = _cost(condition, spec)
+    done = trace.output_tokens / (condition.level * spec.new_tokens)  # some were refused, or ended
+    cost = _cost(condition, spec) * min(1.0, done)
     bandwidth, flops = prediction["most_read_bytes_per_s"], prediction["flops_per_s"]
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
@@ -90,8 +96,8 @@ def check_fits(condition: Condition) -> None:
     Only the ledger's low bound counts: what might fit is tried.
     """
     known, m = condition.runner, condition.model
-    if not known.processes(condition.level, condition.options):
-        return  # another machine
+    if not _processes(condition):
+        return
     spec = _longest(condition)
     free, held = memory(m)
     if known.served:  # their memory comes on top of this process's; what kept ones hold is theirs
@@ -121,7 +127,7 @@ def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
         round(statistics.mean(_lengths(condition.prompt_tokens))),
         round(statistics.mean(_lengths(condition.new_tokens))),
         loop,
-        processes=max(1, known.processes(*how)),
+        processes=max(1, _processes(condition)),
         threads=threads if threads > 1 else 0,
         platform=machine.platform_word(m.device),
     )
@@ -155,6 +161,11 @@ def memory(model: Model) -> tuple[int, int]:
         context = predict.memory(predict.RunSpec(model.shape, platform=platform))
         held = torch.cuda.memory_reserved(device) + context.line("context and libraries").low
     return predict.budget(platform, free, total), held
+
+
+def _processes(condition: Condition) -> int:
+    """Processes that compute; none where the requests go to another machine."""
+    return condition.runner.processes(condition.level, condition.options)
 
 
 def _cost(condition: Condition, spec: predict.RunSpec) -> predict.Cost:

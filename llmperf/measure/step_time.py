@@ -65,7 +65,7 @@ def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits
     return {"expected_tpot_ms": (low + high) / 2, **found}
 
 
-_arithmetic: WeakKeyDictionary = WeakKeyDictionary()  # module → rows → seconds
+_arithmetic: WeakKeyDictionary = WeakKeyDictionary()  # module → rows and position → seconds
 
 
 def arithmetic_s(model: Model, rows: int, position: int) -> tuple[float, float]:
@@ -75,13 +75,13 @@ def arithmetic_s(model: Model, rows: int, position: int) -> tuple[float, float]:
     Every layer reads the first one's weights; the output layer is added by its share of them.
     """
     known = _arithmetic.setdefault(model.module, {})
-    if rows not in known:
+    if (rows, position) not in known:
         step = decoding.prepare(model, "compiled").step
         head = model.shape.vocab * model.shape.hidden
         layers = predict.weights_read(model.shape, model.dtype) / DTYPE_BYTES[model.dtype] - head
         whole, rest = (median(step.first_layer_seconds(rows, position, p)) for p in (True, False))
-        known[rows] = max(0.0, whole - rest) * (1 + head / layers), rest
-    return known[rows]
+        known[rows, position] = max(0.0, whole - rest) * (1 + head / layers), rest
+    return known[rows, position]
 
 
 @cache
