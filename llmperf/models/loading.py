@@ -74,14 +74,13 @@ def load(
     device: str = "auto",
     weights: str = "auto",
     quantization: str | None = None,
-    seed: int = 0,
 ) -> Model:
     """Load a preset, any hub id, or a local folder.
 
-    `dtype` auto is fp32 on the CPU and bf16 on a GPU. `weights` random builds the true shapes
-    from a seed; auto takes trained weights where they can be had, else random. `quantization` is a
-    word of `models.QUANTIZATIONS`, or None for what the checkpoint declares. Raises ValueError for
-    unknown words and wrong tensors, ModelUnavailable when the model cannot be had.
+    `dtype` auto is fp32 on the CPU and bf16 on a GPU. `weights` random builds the true shapes with
+    seeded weights; auto takes trained weights where they can be had, else random. `quantization` is
+    a word of `models.QUANTIZATIONS`, or None for what the checkpoint declares. Raises ValueError
+    for unknown words and wrong tensors, ModelUnavailable when the model cannot be had.
     """
     spec, folder = _found(LoadSpec(name, dtype, device, weights, quantization))
     # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
@@ -93,7 +92,7 @@ def load(
         spec = replace(spec, quantization=words.word_of_random(quantization, shape.quantization))
     _check_memory(spec, shape)
     try:
-        module, word = _trained(folder, spec) if folder else _random(spec, seed)
+        module, word = _trained(folder, spec) if folder else _random(spec)
     except ImportError as error:
         raise ModelUnavailable(
             f"{name} needs a library that is not installed here ({_first_line(error)}): install"
@@ -106,8 +105,12 @@ def load(
     else:  # loading warms the allocator up with the model's size: give that back
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    if spec.quantization == "none":  # another process is asked for the same
+        shape = replace(shape, quantization=None)
+    else:
+        spec = replace(spec, quantization=word)
     _loaded[module] = (shape, spec.dtype, word), spec.device
-    spec, load_s = replace(spec, quantization=word), time.perf_counter() - start
+    load_s = time.perf_counter() - start
     return _model(module, folder, shape, spec, load_s)
 
 
@@ -147,7 +150,8 @@ def front(source: LoadSpec | str) -> Model:
 
 
 def _model(module, folder: str | None, shape: ModelShape, spec: LoadSpec, load_s: float) -> Model:
-    how = (spec.dtype, spec.device, spec.weights, spec.quantization, load_s, spec)
+    word = None if spec.quantization == "none" else spec.quantization
+    how = (spec.dtype, spec.device, spec.weights, word, load_s, spec)
     return Model(spec.name, module, _tokenizer(folder), shape, *how)
 
 
@@ -273,13 +277,13 @@ def _check_tensors(name: str, info: dict) -> None:
             )
 
 
-def _random(spec: LoadSpec, seed: int):
+def _random(spec: LoadSpec):
     """True shapes, seeded weights."""
     plain = dict(configs.config_of(spec.name))
     plain.pop("quantization_config", None)
     word = None if spec.quantization == "none" else spec.quantization
     config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
-    return quantize.random_module(config, word, dtype, spec.device, seed), word
+    return quantize.random_module(config, word, dtype, spec.device, seed=0), word
 
 
 def byte_tokenizer():

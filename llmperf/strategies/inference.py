@@ -122,7 +122,7 @@ class Work:
         if (prompt_tokens, new_tokens, how) != self._shape:
             self._slots, self._shape = None, None  # its memory is free before new is taken
             self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)
-            for rows in {1, how["rows"]}:
+            for rows in _sizes(how["rows"]):
                 self._warm_up(rows, prompt_tokens, new_tokens)
             self._shape = prompt_tokens, new_tokens, how
         self._sampling = Sampling(**{**sampling, "suppress": tuple(sampling["suppress"])})
@@ -156,8 +156,7 @@ class Work:
             found["uss_bytes"] = process.memory_full_info().uss
         except psutil.AccessDenied:
             found["uss_bytes"] = None
-        torch = sys.modules.get("torch")
-        if torch and torch.cuda.is_initialized():
+        if torch := _on_gpu():
             found["allocated_bytes"] = torch.cuda.max_memory_allocated()
             found["reserved_bytes"] = torch.cuda.max_memory_reserved()
         return found
@@ -180,13 +179,24 @@ class Work:
                 self._slots.drop(key)
             self._parent.send(event="failed", keys=list(self._running), reason=_sentence(error))
             self._running.clear()
-            torch = sys.modules.get("torch")
-            if torch and torch.cuda.is_initialized():
+            if torch := _on_gpu():
                 torch.cuda.empty_cache()
             return
         if tokens:
             self._parent.send(event="tokens", tokens=tokens)
         self._running -= {key for key, _, last in tokens if last}
+
+
+def _on_gpu():
+    """torch where it is loaded and has used a card, else None."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
+
+
+def _sizes(rows: int) -> list[int]:
+    """The batches to warm up; on a card there is a graph for each power of two."""
+    graphs = {1 << i for i in range(rows.bit_length())} if _on_gpu() else set()
+    return sorted({1, rows, *graphs})
 
 
 def _sentence(error: Exception) -> str:

@@ -33,6 +33,8 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
             f"shared weights are for the cpu, and the model is on {model.device}: each process"
             " needs its own there, so leave weights at own"
         )
+    if weights(options) == "shared" and model.quantization:
+        raise ValueError(f"weights in {model.quantization} cannot be shared: leave weights at own")
 
 
 STRATEGY = Strategy(

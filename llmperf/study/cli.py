@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments) -> int:
     if arguments.resume:
-        given = [f"--{n}" for n in ("only", "values", "out") if getattr(arguments, n)]
+        names = {"only": "--only", "values": "--set", "out": "--out"}
+        given = [flag for name, flag in names.items() if getattr(arguments, name)]
         if given:
             left_out = " ".join(given)
             raise ValueError(
