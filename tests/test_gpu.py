@@ -6,7 +6,7 @@ GPT-2 with random weights at its true shapes, so that no network is needed.
 import pytest
 import torch
 
-from llmperf import machine, models, predict
+from llmperf import decoding, machine, models, predict
 from llmperf.decoding import requests as workload
 from llmperf.decoding.sampling import GREEDY
 from llmperf.decoding.trace import agreement
@@ -82,11 +82,8 @@ def test_every_strategy_gives_the_tokens_of_sequential(gpt2, strategy, options):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_cuda_graphs_give_the_tokens_of_cached(dtype):
-    from llmperf.decoding import static_cache as compiled
-
     llm = models.load("gpt2", dtype=dtype, device="cuda", weights="random")
-    plan = compiled.prepare(llm, 3, 64, GREEDY)
-    assert plan.reason is None
+    assert decoding.prepare(llm).reason is None
     found = agreement(run(llm, "batch", loop="compiled"), run(llm, "batch"))
     assert found.total == 3
     if dtype == "fp32":

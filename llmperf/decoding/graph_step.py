@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 from llmperf.decoding.batch import last_column, with_cache
 
+MOST_SHAPES = 256  # that torch compiles the step for: one for each (rows, length), of all models
+
 
 class RowCache:
     """Keys and values of all layers; each row's new column is written at its `position`.
@@ -84,6 +86,7 @@ def _fused(function):
         import triton  # noqa: F401
     except ImportError:
         return function
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

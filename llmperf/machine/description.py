@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmperf.machine.probes import PROBES, ask
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0
+NVML_WINDOW_S = 1.0  # its utilisation is that of as long at most: our own work must be older
 SCHEMA = 2  # of kept measurements; 2: read from huge pages, as the weights are
 KEY_PROBES = (
     "os", "cpu_model", "cores_logical", "cores_allowed", "cores_quota", "power_plan", "on_battery",
@@ -167,11 +169,13 @@ def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]
 
 
 def busy() -> str | None:
-    """`busy_warning` right now; takes 0.3 seconds.
+    """`busy_warning` right now; takes 0.3 seconds, a second more where there is a card.
 
     Call it before the first use of the card: in a container NVML shows process ids of the host.
     """
-    gpus, _ = ask(PROBES["gpus"])
     me = psutil.Process()
     our_pids = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    return busy_warning(ask(PROBES["cpu_others_percent"])[0], gpus or [], our_pids)
+    cpu_percent, _ = ask(PROBES["cpu_others_percent"])
+    if ask(PROBES["gpus"])[0]:
+        time.sleep(NVML_WINDOW_S)
+    return busy_warning(cpu_percent, ask(PROBES["gpus"])[0] or [], our_pids)
