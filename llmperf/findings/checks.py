@@ -59,9 +59,10 @@ def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
     points_to = HOLDS if grows and (first is None or first > 1.05 * max(sizes)) else FAILS
     even = max(sizes) <= EQUAL_STEPS * max(min(sizes), 1)
     verdict = points_to if even and (first is not None or not grows) else CANNOT_TELL
-    text = f"each more process takes {', '.join(f'{x / GIB:.2f}' for x in sizes)} GiB"
+    text = f"each further process takes {', '.join(f'{x / GIB:.2f}' for x in sizes)} GiB"
     text += f", the weights are {weights / GIB:.2f}" if weights else ""
-    text += f"; the first takes {first / GIB:.2f}" if first is not None else ""
+    known = "; what the first takes alone is not known"
+    text += f"; the first takes {first / GIB:.2f}" if first is not None else known
     text += "" if even else "; unequal steps say nothing of one process"
     return Checked(verdict, points_to, text)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from scipy.stats import binom
 
 from llmperf import machine, stats
 from llmperf.findings.runs import Run
@@ -40,13 +41,15 @@ class Pair:
         """Over all conditions, in one sentence."""
         if not len(self.rows):
             return "cannot tell: no condition is the same in both"
-        counts = self.rows.verdict.value_counts()
-        said = [f"{word} in {counts[word]}" for word in ("faster", "slower") if word in counts]
-        if not said:
+        counts, n = self.rows.verdict.value_counts(), len(self.rows)
+        found = {word: counts[word] for word in ("faster", "slower") if word in counts}
+        said = f"{' and '.join(f'{word} in {k}' for word, k in found.items())} of {n} conditions"
+        if not found:
             margin = f"the {self.margin:.0%} of two launches ({self.basis})"
-            return f"cannot tell: none of {len(self.rows)} conditions differs by more than {margin}"
-        unexplained = "" if self.differs else "; nothing that is recorded explains it"
-        return f"{' and '.join(said)} of {len(self.rows)} conditions{unexplained}"
+            return f"cannot tell: none of {n} conditions differs by more than {margin}"
+        if sum(found.values()) <= binom.ppf(0.95, n, 0.05):  # their intervals are of 95 %
+            return f"cannot tell: {said}, no more than chance gives"
+        return said + ("" if self.differs else "; nothing that is recorded explains it")
 
 
 @dataclass(frozen=True)

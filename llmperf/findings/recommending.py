@@ -84,7 +84,7 @@ def headline(found: pd.DataFrame) -> str:
     best = found.loc[found.output_tokens_per_s.idxmax()]
     name, speed = name_of(best), best.output_tokens_per_s
     text = f"{name[0].upper()}{name[1:]}: the most tokens here, {speed:.3g} tokens/s"
-    alike = found[(found.precision == best.precision) & (found.loop == best.loop)]
+    alike = found[found.setting == best.setting]
     alone = alike[alike.rows * alike.servers == 1]
     if not len(alone) or best.name in alone.index:
         return f"{text}."

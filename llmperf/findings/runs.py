@@ -128,7 +128,7 @@ def _doubts(records: Sequence[Record]) -> Iterator[str]:
     if any(r.environment.get("on_battery") for r in measured):
         yield "on battery"
     if impossible := sum(not r.possible for r in measured):
-        yield f"{impossible} runs are faster than the machine can be, and left out"
+        yield f"runs that are faster than the machine can be, and left out: {impossible}"
     failed = Counter(r.status for r in measured if r.status != "ok")
     if failed:
         yield "runs without a result: " + ", ".join(f"{n} {word}" for word, n in failed.items())

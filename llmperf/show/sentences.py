@@ -33,7 +33,7 @@ def ratio_sentence(
     less: str = "less",
     unclear: str = "cannot tell whether more or less",
 ) -> str:
-    """`batch of 10: 4.2 (3.9 to 4.5) times the tokens/s of batch of 1: more`.
+    """`batch of 10: 4.2 (3.9 to 4.5) times the tokens/s of batch of 1, more`.
 
     `a` and `b` are a label or values of columns; `quantity` is a column. Rounds that hold both are
     compared in pairs. `more`, `less` and `unclear` end the sentence when the 95 % interval lies
@@ -50,7 +50,7 @@ def ratio_sentence(
         left, right = left[common], right[common]
     found = stats.ratio_interval(left.tolist(), right.tolist(), paired=pairs)
     end = _outcome(found, than, more, less, unclear)
-    return f"{names[0]}: {_shown(found)} times the {of} of {names[1]}: {end}."
+    return f"{names[0]}: {_shown(found)} times the {of} of {names[1]}, {end}."
 
 
 def value_sentence(
@@ -63,7 +63,7 @@ def value_sentence(
     unclear: str = "cannot tell which side of {limit}",
     unit: str = "",
 ) -> str:
-    """`GIL contention of 10 threads: 0.42 (0.38 to 0.47): above`, for any quantity.
+    """`GIL contention of 10 threads: 0.42 (0.38 to 0.47), above`, for any quantity.
 
     One number is compared as it is, several by the 95 % interval of their median.
     """
@@ -74,7 +74,7 @@ def value_sentence(
     if pd.api.types.is_scalar(samples):
         found = Interval(found.value, found.value, found.value, 1)
     end = _outcome(found, limit, above, below, unclear.format(limit=f"{limit:.3g}{unit}"))
-    return f"{what}: {_shown(found)}{unit}: {end}."
+    return f"{what}: {_shown(found)}{unit}, {end}."
 
 
 def agreement_sentence(frame: pd.DataFrame) -> str:
@@ -82,7 +82,7 @@ def agreement_sentence(frame: pd.DataFrame) -> str:
     if "agree" not in frame or not (total := int(frame.compared.sum())):
         return "Tokens: not compared with sequential."
     if (agree := int(frame.agree.sum())) == total:
-        return f"Tokens: the same as in sequential in all {total} compared requests."
+        return f"Tokens: the same as in sequential in all {total} requests that were compared."
     parted = ", ".join(frame[frame.agree < frame.compared].label.unique())
     return f"Tokens: {agree} of {total} requests agree with sequential; not in {parted}."
 

@@ -27,22 +27,22 @@ FAST, SLOW, MIXED = [40, 42, 41, 43, 40], [10, 10, 11, 10, 10], [9, 12, 10, 11, 
 
 def test_the_ratio_sentence_turns_with_the_numbers():
     assert ratio(frame(a=FAST, b=SLOW)).startswith("a: 4 (3.")
-    assert ratio(frame(a=FAST, b=SLOW)).endswith("times the tokens/s of b: more.")
-    assert ratio(frame(a=SLOW, b=FAST)).endswith(": less.")
-    assert ratio(frame(a=SLOW, b=MIXED)).endswith(": cannot tell whether more or less.")
+    assert ratio(frame(a=FAST, b=SLOW)).endswith("times the tokens/s of b, more.")
+    assert ratio(frame(a=SLOW, b=FAST)).endswith(", less.")
+    assert ratio(frame(a=SLOW, b=MIXED)).endswith(", cannot tell whether more or less.")
 
 
 def test_the_ratio_may_be_held_against_another_number():
     words = {"more": "over", "less": "under", "unclear": "about that"}
-    assert ratio(frame(a=FAST, b=SLOW), than=2, **words).endswith(": over.")
-    assert ratio(frame(a=FAST, b=SLOW), than=10, **words).endswith(": under.")
-    assert ratio(frame(a=FAST, b=SLOW), than=4, **words).endswith(": about that.")
+    assert ratio(frame(a=FAST, b=SLOW), than=2, **words).endswith(", over.")
+    assert ratio(frame(a=FAST, b=SLOW), than=10, **words).endswith(", under.")
+    assert ratio(frame(a=FAST, b=SLOW), than=4, **words).endswith(", about that.")
 
 
 def test_rounds_are_paired_so_that_what_slows_both_cancels():
     noise = [1, 3, 0.5, 2, 1.4, 0.7]
     rows = frame(a=[11 * x for x in noise], b=[10 * x for x in noise])
-    assert ratio(rows).endswith(": more.")
+    assert ratio(rows).endswith(", more.")
     shuffled = rows.sample(frac=1, random_state=1)
     assert ratio(shuffled) == ratio(rows)
 
@@ -64,7 +64,7 @@ def test_sides_are_chosen_by_columns_too():
     said = sentences.ratio_sentence(
         rows, "output_tokens_per_s", {"loop": "compiled"}, {"loop": "cached"}, **how
     )
-    assert said.startswith("compiled: 4 (") and "of cached: more" in said
+    assert said.startswith("compiled: 4 (") and "of cached, more" in said
     other = sentences.ratio_sentence(rows, "output_tokens_per_s", {"none": 1}, "b")
     assert other.startswith("not measured: the tokens/s of {'none': 1}")
 
@@ -72,8 +72,8 @@ def test_sides_are_chosen_by_columns_too():
 @pytest.mark.parametrize(
     ("samples", "end"),
     [
-        (0.9, "0.9: high."),
-        (0.1, "0.1: low."),
+        (0.9, "0.9, high."),
+        (0.1, "0.1, low."),
         ([0.8, 0.9, 0.85, 0.87, 0.86], "high."),
         ([0.1, 0.2, 0.15, 0.17, 0.16], "low."),
         ([0.1, 0.9, 0.5, 0.4, 0.7], "cannot tell which side of 0.5."),
@@ -91,7 +91,7 @@ def test_a_value_sentence_turns_with_the_numbers(samples, end):
 
 def test_the_agreement_sentence_names_who_differs():
     rows = pd.DataFrame({"label": ["a", "b"], "agree": [4, 4], "compared": [4, 4]})
-    assert "all 8 compared" in sentences.agreement_sentence(rows)
+    assert "in all 8 requests" in sentences.agreement_sentence(rows)
     said = sentences.agreement_sentence(rows.assign(agree=[4, 3]))
     assert "7 of 8" in said and said.endswith("not in b.")
     assert "not compared" in sentences.agreement_sentence(rows[["label"]])
