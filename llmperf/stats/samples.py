@@ -59,4 +59,4 @@ def drift(series: Sequence[Sequence[float]]) -> str | None:
     change = math.expm1(slope)
     if not certain or abs(change) <= LEAST_DRIFT:
         return None
-    return f"drift: {change:+.1%} from the first run to the last, over {values} runs"
+    return f"drift: a trend of {change:+.1%} over {values} runs"
