@@ -5,7 +5,6 @@ one clock for all processes of a machine.
 """
 
 import hashlib
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -107,7 +106,6 @@ class Recorder:
 
     def __init__(self, requests: Iterable, clock=time.perf_counter):
         self._clock = clock
-        self._lock = threading.Lock()
         self.origin = clock()
         self._loops: dict[str, str | None] = {}
         self._rows = {
@@ -154,20 +152,13 @@ class Recorder:
         """The request ended without its answer."""
         self._rows[id].update(status=status, reason=reason)
 
-    def merge(self, rows: Iterable[dict], origin: float) -> None:
-        """Take over rows that another process recorded against its own `origin`."""
-        shift = origin - self.origin
-        with self._lock:
-            for row in rows:
-                mine = self._rows[row["id"]]
-                started = row["started_s"]
-                mine.update(row, scheduled_s=mine["scheduled_s"], submitted_s=mine["submitted_s"])
-                mine["started_s"] = None if started is None else started + shift
-                mine["token_s"] = [t + shift for t in row["token_s"]]
-
-    def rows(self) -> list[dict]:
-        """The raw rows, to be sent to the process that merges them."""
-        return list(self._rows.values())
+    def merge(self, rows: Iterable[dict]) -> None:
+        """Take over rows that an engine recorded, with times on this recorder's clock."""
+        for row in rows:
+            mine, started = self._rows[row["id"]], row["started_s"]
+            mine.update(row, scheduled_s=mine["scheduled_s"], submitted_s=mine["submitted_s"])
+            mine["started_s"] = None if started is None else started - self.origin
+            mine["token_s"] = [t - self.origin for t in row["token_s"]]
 
     def trace(self, **notes) -> Trace:
         """Close the run now. Call it only after the device has been synchronised."""

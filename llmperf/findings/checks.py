@@ -9,12 +9,12 @@ from math import inf
 from statistics import median
 
 from llmperf import models, predict, stats
+from llmperf.machine import GIB
 
 HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 LEAST_RANGE = 3  # repeats on each side from which full separation has a chance of at most 1 in 20
 EQUAL_STEPS = 1.25  # memory steps of equal processes; the published ones are rounded to 0.1 GB
 USUAL = {"stream": "default", "variant": "blocking", "weights": "own", "max_batch": 8}
-GIB = 2**30
 Row = Mapping[str, object]
 
 

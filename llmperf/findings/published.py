@@ -7,9 +7,9 @@ from functools import cache
 import pandas as pd
 
 from llmperf import REFERENCE, models, predict
+from llmperf.machine import GIB
 from llmperf.measure import Record
 
-GIB = 2**30
 NEW_TOKENS = 256  # every published line generates as many
 # What the publication ran: GPT-2 in fp32, Yi-6B in 16 bits, Yi-34B in 4 bits (AWQ).
 MODELS = {

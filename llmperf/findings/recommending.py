@@ -11,6 +11,7 @@ from statistics import median
 import pandas as pd
 
 from llmperf.decoding.requests import Request, Workload
+from llmperf.machine import GIB
 from llmperf.measure import Record, capacity, frame, load
 from llmperf.strategies import STRATEGIES
 
@@ -19,7 +20,6 @@ SHARE = 0.9  # of the requests must be within the limits
 ARRIVALS = 300  # simulated requests
 GROUP_WINDOW_S, FOREVER_S = 0.002, 1e9  # a server groups what comes in that time; a batch waits
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
-GIB = 2**30
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
 ASKED = ("model", "quantization", "dtype", "loop", "output_tokens", "requests_ok")
 LIMITS = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms", "limit")  # of the prediction

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from llmperf import machine, strategies
+from llmperf import decoding, machine, strategies
 from llmperf.decoding.trace import Trace, agreement
 from llmperf.machine import ceilings
 from llmperf.measure import prediction, records, results
@@ -150,6 +150,10 @@ class _Session:
         condition = self.conditions[i]
         prediction.check_fits(condition)
         self.reference(condition)
+        elsewhere = condition.runner.served or condition.runner.foreign
+        if condition.loop == "compiled" and not elsewhere:
+            lengths = (len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests)
+            decoding.warm_up(condition.model, condition.rows_per_step, max(lengths))
         short, times = condition.shortened(WARMUP_TOKENS), []
         for _ in range(WARMUP_RUNS):
             trace = condition.run(short)

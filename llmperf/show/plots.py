@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from llmperf import machine, measure, stats
 from llmperf.decoding.trace import Trace
 from llmperf.findings import published
+from llmperf.machine import GIB
 from llmperf.predict import Ledger
 from llmperf.strategies import STRATEGIES
 
@@ -23,7 +24,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#8c959f"
 SIZE = (7.5, 4.2)  # inches
 CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
-GIB = 2**30
 LINES = ("-", "--", ":", "-.")  # variants of one strategy
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
 PANELS = (  # metric, title, unit

@@ -71,7 +71,7 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     async with _client(options, key, n) as client:
         recorder, gate = Recorder(workload.requests), asyncio.Semaphore(n)
         rows = await asyncio.gather(*map(answer, workload.requests))
-        recorder.merge(rows, origin=0.0)
+        recorder.merge(rows)
         return recorder.trace(
             usage_tokens=sum(usage) if usage else None,
             tokens_comparable=False,  # another engine, with random numbers of its own

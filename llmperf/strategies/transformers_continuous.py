@@ -64,7 +64,7 @@ def run(model: Model, workload: Workload, config: GenerationConfig) -> Trace:
                 for id in {r.id for r in workload.requests} - rows.keys():
                     recorder.failed(id, ERROR, f"the engine's thread ended: {fatal}")
                 break
-        recorder.merge(rows.values(), origin=0.0)
+        recorder.merge(rows.values())
         return recorder.trace()
 
 

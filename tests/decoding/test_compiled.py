@@ -351,6 +351,18 @@ def test_rows_of_a_graph_give_the_tokens_of_cached(case, monkeypatch):
     assert served(slots, asked) == [batch(model, [r], "cached")[0] for r in asked]
 
 
+def test_every_batch_of_a_graph_runs_once_before_a_measurement(monkeypatch):
+    model, rows = tiny("llama"), []
+    monkeypatch.setattr(graph_step, "_fused", lambda function: function)
+    graph = graph_step.GraphStep(model)
+    monkeypatch.setitem(loops._chosen, model.module, loops.Prepared("compiled", None, 0.0, graph))
+    run = graph_step.GraphRows._run
+    seen = lambda self, ids, place: rows.append(len(place)) or run(self, ids, place)  # noqa: E731
+    monkeypatch.setattr(graph_step.GraphRows, "_run", seen)
+    decoding.warm_up(model, 6, 300)
+    assert set(rows) == {1, 2, 4, 8} and set(graph.kept) == {(8, 512)}
+
+
 def test_models_that_need_more_than_static_keys_are_refused_on_a_gpu():
     assert "slides over a window" in graph_step.obstacle(tiny("mistral").module)
 
