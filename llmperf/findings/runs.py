@@ -32,8 +32,9 @@ class Run:
 
     @property
     def hardware(self) -> str:
-        """The card, or the processor of a machine without one: pairs must share it."""
-        card = (self.environment.get("gpus") or [{}])[0].get("name")
+        """The card, or the processor of runs without one: pairs must share it."""
+        on_card = any(r.condition.get("device") not in (None, "cpu") for r in self.records)
+        card = (self.environment.get("gpus") or [{}])[0].get("name") if on_card else None
         return card or self.environment.get("cpu_model") or "unknown"
 
     @property

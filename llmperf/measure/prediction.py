@@ -103,7 +103,7 @@ def check_fits(condition: Condition) -> None:
     if known.served:  # their memory comes on top of this process's; what kept ones hold is theirs
         spec = replace(spec, processes=1) if weights(condition.options) == "shared" else spec
         single = predict.memory(replace(spec, processes=1), idle_bytes=0).low
-        held = single * len(served.ready(m, 0))
+        held = single * len(served.pids())
     fit = predict.judge(predict.memory(spec, idle_bytes=0), free + held)
     if fit.verdict == "does not fit":
         already = f" ({held / predict.GIB:.2f} GiB of it held already)" if held else ""

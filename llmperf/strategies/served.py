@@ -42,11 +42,16 @@ def ready(model: Model, processes: int, weights: str = "own") -> list[int]:
     if other or too_many:
         close()
     if not processes:
-        return _kept[0].pids() if _kept else []
+        return pids()
     if not _kept:
         _kept.append(Server(model, weights=weights))
     _kept[0].start(processes)
     return _kept[0].pids(processes)
+
+
+def pids() -> list[int]:
+    """The kept processes."""
+    return _kept[0].pids() if _kept else []
 
 
 def run(model: Model, workload: Workload, processes: int = 1, weights: str = "own", **how) -> Trace:
