@@ -5,9 +5,8 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "configs": "PRESETS config_of shape_of",
-        "loading": "EMBEDDED WEIGHTS LoadSpec Model byte_tokenizer front load load_spec"
-        " other_models",
+        "configs": "PRESETS WEIGHTS config_of shape_of",
+        "loading": "EMBEDDED LoadSpec Model byte_tokenizer front load load_spec other_models",
         "embedded": "ModelUnavailable",
         "quantization": "CHECKPOINT QUANTIZATIONS converted scheme stored",
         "quantize": "layer",

@@ -25,6 +25,7 @@ from llmperf.models.shape import ModelShape, from_json
 SCHEMA = 5  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
+WEIGHTS = ("auto", "trained", "random")
 MOST_LAYERS, LARGEST = 10_000, 100_000_000  # of a count: whose key has the word layer, of any
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys for their number
 SLICE = re.compile(r"(.+):layers=(\d+)")  # the first layers of a model, which has random weights

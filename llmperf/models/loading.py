@@ -27,7 +27,6 @@ from llmperf.models.quantization import BNB, OURS
 from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
-WEIGHTS = ("auto", "trained", "random")
 _loaded: WeakKeyDictionary = WeakKeyDictionary()  # module → (shape, dtype, quantization), device
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
@@ -169,8 +168,8 @@ def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
     """The spec without `auto`, and the folder of the trained weights; None for random ones."""
     if asked.dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {asked.dtype!r}: choose auto, {', '.join(DTYPES)}")
-    if asked.weights not in WEIGHTS:
-        raise ValueError(f"unknown weights {asked.weights!r}: choose {', '.join(WEIGHTS)}")
+    if asked.weights not in configs.WEIGHTS:
+        raise ValueError(f"unknown weights {asked.weights!r}: choose {', '.join(configs.WEIGHTS)}")
     device, dtype = _device(asked.device), asked.dtype
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"

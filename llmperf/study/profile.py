@@ -11,12 +11,22 @@ from typing import get_type_hints
 
 import yaml
 
-from llmperf import DATA, ROOT
+from llmperf import DATA, ROOT, decoding, models
+from llmperf.machine import DTYPES
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = DATA / "profiles"
 RESERVED = ("records",)  # parameters that the study itself sets
 MOST_CHARACTERS, MOST_DEPTH = 100_000, 8
+WORDS = {  # of a parameter, or of the entries of a list
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": tuple(DTYPES),
+    "small_dtype": tuple(DTYPES),
+    "weights": models.WEIGHTS,
+    "loop": decoding.LOOPS,
+    "quantizations": models.QUANTIZATIONS[1:],
+}
+MAY_BE_ZERO = {("11-verdict", "new_tokens")}
 
 
 @dataclass(frozen=True)
@@ -172,13 +182,15 @@ def check_steps(steps: Mapping) -> None:
             _check_known(name, defaults, f"notebook {stem}")
             check_data(value, f"parameter {name!r} of notebook {stem}")
             _check_type(f"parameter {name!r} of notebook {stem}", value, defaults[name])
+            _check_value(stem, name, value, defaults[name])
 
 
 def check_parameters(stem: str, values: Mapping) -> None:
-    """Raise ValueError for a parameter of this notebook whose value has another type than its
-    default: what papermill or a reader put there. `values`: the notebook's `globals()`."""
+    """Raise ValueError for a parameter of this notebook that has another type than its default, or
+    a value that cannot be: papermill or a reader put it there. `values`: `globals()` there."""
     for name, default in parameters_of(NOTEBOOKS / f"{stem}.ipynb").items():
         _check_type(f"parameter {name!r}", values[name], default)
+        _check_value(stem, name, values[name], default)
 
 
 def _check_type(what: str, value: object, default: object) -> None:
@@ -189,6 +201,27 @@ def _check_type(what: str, value: object, default: object) -> None:
     wrong = f"{value!r:.60}, of type {type(value).__name__}"
     wanted = f"it must be of type {kind.__name__}, for instance {default!r}"
     raise ValueError(f"{what} is {wrong}: {wanted}")
+
+
+def _check_value(stem: str, name: str, value, default) -> None:
+    """Raise ValueError, naming what would be right, for a value that no run can have."""
+    what = f"parameter {name!r} of notebook {stem} is {value!r:.60}"
+    if name == "model":
+        models.config_of(value)  # raises for a name that is not known
+    entries, like = (value, default) if isinstance(default, list) else ([value], [default])
+    words = WORDS.get(name, ())
+    if words and (wrong := [x for x in entries if str(x).partition(":")[0] not in words]):
+        raise ValueError(f"{what}: {wrong[0]!r:.60} is none of {', '.join(words)}")
+    if like and all(isinstance(x, int | float) for x in like):
+        kinds = (int,) if isinstance(like[0], int) else (int, float)
+        least = 0 if (stem, name) in MAY_BE_ZERO else 1 if kinds == (int,) else 1e-9
+        if not entries or not all(type(x) in kinds and x >= least for x in entries):
+            above = "above 0" if least < 1 else "from 1 on"
+            above = "from 0 on" if least == 0 else above
+            kind = "whole numbers" if kinds == (int,) else "numbers"
+            raise ValueError(f"{what}: it takes {kind} {above}, for instance {default!r}")
+    if name == "rates" and not (len(value) == 2 and value[0] < value[1]):
+        raise ValueError(f"{what}: give the lowest and the highest rate, for instance {default!r}")
 
 
 def _check_known(name: str, known, where: str) -> None:

@@ -52,6 +52,40 @@ def test_bad_profiles_are_refused_before_anything_runs(shelf, asked, sentence):
         study.plan(asked, study.notebooks())
 
 
+@pytest.mark.parametrize(
+    ("stem", "name", "value", "sentence"),
+    [
+        ("03-batch", "batch_sizes", [], r"is \[\]: it takes whole numbers from 1 on, for instance"),
+        ("03-batch", "batch_sizes", [4, 0], "whole numbers from 1 on"),
+        ("03-batch", "batch_sizes", [4, 1.5], "whole numbers from 1 on"),
+        ("03-batch", "batch_sizes", [True], "whole numbers from 1 on"),
+        ("03-batch", "new_tokens", -3, "is -3: it takes whole numbers from 1 on"),
+        ("03-batch", "model", "nope", "unknown model 'nope': choose smollm2-135m"),
+        ("03-batch", "model", "gpt2:layers=99", "layers=99 cannot be taken: this model has 12"),
+        ("03-batch", "dtype", "fp8", "'fp8' is none of fp32, bf16, fp16"),
+        ("03-batch", "loop", "fast", "'fast' is none of recompute, cached, compiled"),
+        ("03-batch", "weights", "none", "is none of auto, trained, random"),
+        ("03-batch", "device", "gpu", "is none of auto, cpu, cuda"),
+        ("08-models-and-speed", "quantizations", ["int3"], "'int3' is none of int8, int4, bnb-8"),
+        ("09-serving", "rate_per_s", 0, "it takes numbers above 0, for instance 12"),
+        ("09-serving", "rates", [5.0], "give the lowest and the highest rate"),
+        ("09-serving", "rates", [9.0, 3.0], "give the lowest and the highest rate"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused_before_anything_runs(stem, name, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        study.plan(Profile("p", notebooks={stem: {name: value}}), study.notebooks())
+    values = profile.parameters_of(profile.NOTEBOOKS / f"{stem}.ipynb") | {name: value}
+    with pytest.raises(ValueError, match=sentence):
+        study.check_parameters(stem, values)
+
+
+def test_values_that_mean_something_pass():
+    given = {"08-models-and-speed": {"quantizations": [], "model": "gpt2:layers=3"},
+             "09-serving": {"rates": [1, 2.5]}, "11-verdict": {"new_tokens": 0}}  # fmt: skip
+    study.plan(Profile("p", notebooks=given), study.notebooks())
+
+
 def test_notebooks_are_picked_by_number_or_name(shelf):
     assert [p.stem for p in study.notebooks(["3"])] == ["03-third"]
     assert [p.stem for p in study.notebooks(["00-first", "03"])] == ["00-first", "03-third"]
