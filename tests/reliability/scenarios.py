@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tiny_models import save_llama
 
 from llmperf import findings, models, strategies
 from llmperf.decoding.requests import Request, Workload, build
+from llmperf.machine import probes
 from llmperf.measure import records
 from llmperf.strategies import Server, ServerFailed
 from llmperf.strategies.events import read_chunks
@@ -164,18 +166,28 @@ def interrupted_studies(count: int, seed: int, folder: Path) -> str:
 
 
 def full_disks(count: int, seed: int, folder: Path) -> str:
-    """Files may not grow beyond a random size; then there is room again."""
+    """Files may not grow beyond a random size, or the folder goes away; then all is well again."""
     import resource
 
-    dice, study, failed = random.Random(seed), study_of(False), 0
+    dice, study, failed = random.Random(seed), study_of(False), Counter()
     whole = study.store("whole").stat().st_size
     for i in range(count):
-        most = dice.randrange(200, whole)
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
         name = f"full-{seed}-{i}"
-        failed += study.run(name, preexec_fn=limit).wait(300) != 0
+        if i % 4 == 3:
+            running = study.run(name)
+            while running.poll() is None and not study.store(name).exists():
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, study.seconds / 10))
+            shutil.rmtree(study.folder / name)
+            failed["removed"] += running.wait(300) != 0
+        else:
+            most = dice.randrange(200, whole)
+            limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+            failed["full"] += study.run(name, preexec_fn=limit).wait(300) != 0
+        assert "Traceback" not in study.said(name), study.said(name)
         study.finish(name)
-    return f"{failed} of {count} stopped by the limit; all went on afterwards"
+    words = ", ".join(f"{n} {word}" for word, n in sorted(failed.items()))
+    return f"{failed.total()} of {count} stopped ({words}); all went on afterwards"
 
 
 def random_requests(count: int, seed: int, folder: Path) -> str:
@@ -221,7 +233,8 @@ JSON = st.recursive(
 
 
 def random_inputs(count: int, seed: int, folder: Path) -> str:
-    """Records, profiles, parameters, server answers and prompts of any form: read, or one sentence.
+    """Records, profiles, parameters, server answers, prompts and what the system says of itself, of
+    any form: read, or one sentence.
 
     Everything but ValueError is a fault.
     """
@@ -255,6 +268,11 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
 
         asyncio.run(read())
 
+    def system(text):
+        assert probes.linux_kind(text) in ("Linux", "WSL2")
+        assert isinstance(probes.cpu_name(text), str)
+        probes.cpu_max_cores(text)
+
     anything = st.text(max_size=60)
     safe = st.text(st.characters(blacklist_categories=("Cs",)), max_size=60)
     readers = (
@@ -263,6 +281,7 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
         (text_of_profile, (anything,)),
         (answer, (st.binary(max_size=200) | JSON.map(_event),)),
         (prompt, (safe,)),
+        (system, (anything,)),
     )
     for reader, inputs in readers:
         _fuzz(reader, inputs, max(1, count // len(readers)))
