@@ -43,12 +43,12 @@ def library():
     text += repr((compiler, FLAGS, platform.machine(), processor())).encode()
     ending = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     target = cache_dir() / "step" / (hashlib.sha256(text).hexdigest()[:16] + ending)
-    if not target.exists():
-        _build(compiler, target)
     try:
+        if not target.exists():
+            _build(compiler, target)
         return ffi.dlopen(str(target))
     except OSError as error:
-        raise Unsupported(f"the compiled step cannot be loaded ({error})") from None
+        raise Unsupported(f"the compiled step cannot be kept or loaded ({error})") from None
 
 
 def _compiler() -> tuple[str, ...]:
@@ -71,11 +71,11 @@ def processor() -> str:
 
 
 def _build(compiler: tuple[str, ...], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
     command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
@@ -84,6 +84,6 @@ def _build(compiler: tuple[str, ...], target: Path) -> None:
         raise Unsupported(f"the C compiler failed: {first.strip()[:200]}")
     try:
         part.replace(target)  # whole or not at all, also when two processes build it
-    except OSError as error:
+    except OSError:
         if not target.exists():  # on Windows one that is in use cannot be replaced
-            raise Unsupported(f"the compiled step cannot be kept ({error})") from None
+            raise

@@ -307,6 +307,15 @@ def test_a_step_that_computes_something_else_is_refused(monkeypatch):
     assert "differ from the eager ones by 50.0%" in decoding.prepare(tiny("llama")).reason
 
 
+def test_a_cache_that_cannot_be_written_leaves_the_eager_loop_and_says_why(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path / "file"))
+    cpu_library.library.cache_clear()
+    found = decoding.prepare(tiny("llama"))
+    cpu_library.library.cache_clear()
+    assert found.loop == "cached" and "cannot be kept or loaded" in found.reason
+
+
 def test_a_step_takes_as_many_threads_as_torch_has_at_that_moment():
     """More, then fewer, then more again: the others sleep, and the logits stay the same."""
     model = tiny("llama")

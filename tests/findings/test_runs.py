@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from llmperf import findings
@@ -139,6 +140,26 @@ def test_a_change_of_one_machine_is_found_though_nothing_recorded_differs(tmp_pa
     found = findings.compare_runs(twins(tmp_path, factor))
     assert found.pairs[0].verdict.startswith(f"{word} in 3 of 3") and found.differs.empty
     assert "nothing that is recorded explains it" in found.pairs[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("faster", "of", "said"),
+    [
+        (2, 78, "cannot tell: faster in 2 of 78 conditions, no more than chance gives"),
+        (70, 78, "faster in 70 of 78 conditions; nothing that is recorded explains it"),
+        (1, 1, "faster in 1 of 1 conditions; nothing that is recorded explains it"),
+    ],
+)
+def test_as_many_differences_as_chance_gives_are_no_finding(faster, of, said):
+    rows = pd.DataFrame({"verdict": ["faster"] * faster + ["cannot tell"] * (of - faster)})
+    assert findings.Pair("a", "b", [], rows, 0.08, "8 conditions measured twice").verdict == said
+
+
+def test_runs_on_a_processor_are_compared_by_the_processor_though_there_is_a_card():
+    env = {"cpu_model": "AMD EPYC", "gpus": [{"name": "RTX 4090"}]}
+    for device, hardware in (("cpu", "AMD EPYC"), ("cuda", "RTX 4090")):
+        record = Record("e", {"strategy": "batch", "level": 1, "device": device}, 0)
+        assert findings.Run("a", (record,), env).hardware == hardware
 
 
 def test_launches_that_differ_as_usual_cannot_be_told_apart(tmp_path):

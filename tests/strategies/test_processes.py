@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -336,3 +336,9 @@ def test_more_processes_than_memory_are_refused_with_the_arithmetic(small, monke
     with pytest.raises(prediction.DoesNotFit, match="does not fit in 1.00 GiB"):
         prediction.check_fits(ten)
     prediction.check_fits(Condition(small, "processes", 2))
+
+
+def test_quantised_weights_are_not_shared(small):
+    model = replace(small, quantization="int8")
+    with pytest.raises(ValueError, match="weights in int8 cannot be shared: leave weights at own"):
+        strategies.STRATEGIES["processes"].check(model, 2, {"weights": "shared"})
