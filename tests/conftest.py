@@ -1,4 +1,5 @@
-"""Fixtures: the embedded model, a tiny random one; a skip with a reason where there is no GPU."""
+"""Fixtures: the embedded model, a tiny random one; a skip with a reason where there is no GPU;
+fewer repeats in the notebooks that nbval runs."""
 
 import sys
 from pathlib import Path
@@ -8,7 +9,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # helpers that tests of several rooms use
 
 
+FEWER = {"repeats": 2, "rounds": 1}  # a study runs the notebooks at their full repeats
+
+
 def pytest_collection_modifyitems(items):
+    for cell in (item.cell for item in items if hasattr(item, "cell")):  # of nbval
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(
+                f"\n{name} = {count}"
+                for name, count in FEWER.items()
+                if f"\n{name}: " in cell.source
+            )
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

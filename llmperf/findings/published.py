@@ -18,6 +18,11 @@ MODELS = {
     "Yi-34B-Chat-4bits": ("yi-34b-chat-4bits", "fp16", "awq"),
 }
 
+WORDS = ("experiment", "platform", "gpu", "model", "strategy", "row")
+AT_LEAST = {"concurrency": 1, "new_tokens": 1, "run": 1, "handles": 0,
+            "seconds": 0.001, "reserved_gb": 0.0, "allocated_gb": 0.0}  # fmt: skip
+COLUMNS = dict.fromkeys(WORDS, str) | {name: type(least) for name, least in AT_LEAST.items()}
+
 
 def table(name: str) -> pd.DataFrame:
     """A table of data/reference, such as `process_vram` and `idle_vram`."""
@@ -30,6 +35,15 @@ def measurements(**wanted) -> pd.DataFrame:
     Adds `label` (GPU, model and platform) and `line` (as an editor counts in the file).
     """
     rows = table("measurements")
+    try:
+        rows = rows.astype(COLUMNS)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"measurements.csv cannot be read: {error}") from None
+    if not rows.model.isin(MODELS).all():
+        raise ValueError(f"measurements.csv: the models are {', '.join(MODELS)}")
+    for column, least in AT_LEAST.items():
+        if not rows[column].between(least, 1e6).all():
+            raise ValueError(f"measurements.csv: {column} must be from {least} to a million")
     rows["label"] = rows.gpu.str.removesuffix(" Laptop") + ", " + rows.model + ", " + rows.platform
     rows["line"] = rows.index + 2
     for column, value in wanted.items():

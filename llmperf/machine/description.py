@@ -146,8 +146,9 @@ def caption(env: dict) -> str:
     words = [env["cpu_model"] or "unknown CPU", f"{count} core{'s' * (count > 1)}", env["os"]]
     words.append("torch " + ".".join(torch.split(".")[:2]))
     for card in env["gpus"][:1]:
-        size = f" {card['memory_total_bytes'] / 2**30:.0f} GB" * bool(card["memory_total_bytes"])
-        words += [_gpu_word(card["name"]) + size, f"driver {card['driver']}", card["driver_model"]]
+        size = card["memory_total_bytes"]  # None where the card shares the computer's memory
+        words.append(_gpu_word(card["name"]) + (f" {size / 2**30:.0f} GB" if size else ""))
+        words += [card["driver"] and f"driver {card['driver']}", card["driver_model"]]
     return ", ".join([word for word in words if word] + ["no GPU"] * (not env["gpus"]))
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pynvml
 from pynvml import NVMLError
@@ -14,15 +14,18 @@ DRIVER_MODELS = {0: "WDDM", 1: "TCC", 2: "MCDM"}  # nvmlDriverModel_t
 
 @contextmanager
 def nvml() -> Iterator[None]:
-    """Within it NVML answers. Raises `Unknown` without a driver."""
+    """Within it NVML answers. Raises `Unknown` without a driver, and for an answer it refuses."""
     try:
         pynvml.nvmlInit()
     except NVMLError as error:
         raise Unknown(f"no NVIDIA driver: {error}") from None
     try:
         yield
+    except NVMLError as error:
+        raise Unknown(f"NVML: {error}") from None
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def memory(handle):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from llmperf import findings
-from llmperf.findings import CANNOT_TELL, FAILS, HOLDS, NOT_TESTABLE
+from llmperf.findings import CANNOT_TELL, FAILS, HOLDS, NOT_TESTABLE, published
 from llmperf.measure import Record
 
 GIB = 2**30
@@ -397,6 +397,23 @@ def test_wsl2_batch_rows_do_not_support_about_25_percent():
     assert "1.28" in found.measured and found.points_to == HOLDS
     found = verdict("batch-time", rows["WSL2"])
     assert found.verdict == NOT_TESTABLE and "1.89" in found.here
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("seconds", "second", "seconds"),
+        ("2.665", "fast", "fast"),
+        ("2.665", "0", "seconds must be from"),
+        ("GPT2", "GPT5", "the models are"),
+    ],
+)
+def test_a_damaged_published_table_is_one_sentence(tmp_path, monkeypatch, old, new, sentence):
+    text = (published.REFERENCE / "measurements.csv").read_text(encoding="utf-8")
+    (tmp_path / "measurements.csv").write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setattr(published, "REFERENCE", tmp_path)
+    with pytest.raises(ValueError, match=rf"measurements\.csv.*{sentence}"):
+        published.measurements()
 
 
 def test_impossible_published_times_are_left_out():

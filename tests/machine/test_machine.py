@@ -107,6 +107,11 @@ def fake_nvml(monkeypatch):
     monkeypatch.setattr(gpu, "NVMLError", FakeError)
 
 
+def test_cards_that_cannot_be_counted_have_a_reason(fake_nvml):
+    gpu.pynvml.nvmlInit = gpu.pynvml.nvmlShutdown = lambda: None
+    assert machine.ask(machine.PROBES["gpus"]) == (None, "NVML: Not Supported")
+
+
 def test_card_gives_a_value_or_a_reason_for_every_field(fake_nvml):
     card = gpu.card(None)
     assert card["name"] == "NVIDIA GeForce RTX 4090"
@@ -239,6 +244,8 @@ def test_slug_and_caption(monkeypatch):
     assert machine.caption(windows) == (
         "AMD EPYC 9354, 32 cores, Windows, torch 2.13, RTX 4090 24 GB, driver 560.94, WDDM"
     )
+    silent = made_up(gpus=[card | {"memory_total_bytes": None, "driver": None}])
+    assert machine.caption(silent).endswith("torch 2.13, RTX 4090, WDDM")
     card = card | {"name": "NVIDIA GeForce RTX 3060 Ti"}
     assert machine.slug(made_up(os="WSL2", gpus=[card])) == "rtx-3060-ti-wsl2"
     assert machine.slug(made_up(cpu_model="Apple M2 Pro", os="macOS", cores_allowed=None)) == (

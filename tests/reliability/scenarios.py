@@ -5,6 +5,7 @@ raises AssertionError when something was lost, doubled or let in.
 """
 
 import asyncio
+import csv
 import json
 import os
 import random
@@ -19,20 +20,27 @@ from collections import Counter
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import engines
 import hostile
+import hypothesis
 import psutil
+import pynvml
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from tiny_models import save_llama
 
-from llmperf import findings, models, strategies
+from llmperf import REFERENCE, findings, machine, models, strategies
 from llmperf.decoding.requests import Request, Workload, build
+from llmperf.findings import published
 from llmperf.machine import probes
 from llmperf.measure import records
-from llmperf.strategies import Server, ServerFailed
+from llmperf.memory.probe import Probe
+from llmperf.strategies import Server
 from llmperf.strategies.events import read_chunks
 from llmperf.study import profile
 
@@ -191,38 +199,88 @@ def full_disks(count: int, seed: int, folder: Path) -> str:
 
 
 def random_requests(count: int, seed: int, folder: Path) -> str:
-    """Random arrivals, deadlines and deaths of the process: one outcome a request."""
+    """Runs of a server that come and go: arrivals, limits, cancels, deaths of a process."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(engines.__file__).parent), os.environ.get("PYTHONPATH", "")]
     )
-    dice, found, deaths = random.Random(seed), Counter(), 0
+    Serving.found, Serving.events = Counter(), Counter()
+    how = settings(max_examples=5, stateful_step_count=20, deadline=None, database=None,
+                   suppress_health_check=list(HealthCheck))  # fmt: skip
+    with Server(engines.front(200_000), engine="engines:null") as Serving.server:
+        while Serving.found.total() < count:
+            run_state_machine_as_test(hypothesis.seed(seed)(Serving), settings=how)
+            seed += 1
+    found, events = (
+        ", ".join(f"{number} {what}" for what, number in sorted(counter.items()))
+        for counter in (Serving.found, Serving.events)
+    )
+    return f"one outcome each ({found}); {events}"
 
-    def kill(id: int, token: int) -> None:
-        nonlocal deaths
-        if dice.random() < 2 / count:
-            psutil.Process(server.pids()[0]).kill()
-            deaths += 1
 
-    with Server(engines.front(200_000), engine="engines:null") as server:
-        while found.total() < count:
-            requests = tuple(
-                Request(
-                    i, (1,) * dice.randrange(1, 40), dice.randrange(1, 30), arrival_s=dice.random()
-                )
-                for i in range(min(100, count - found.total()))
-            )
-            limits = {"deadline_s": dice.choice((None, 0.002, 5.0)), "max_queue": 50}
-            how = {"rows": 4, "batching": dice.choice(("groups", "slots")), "on_token": kill}
-            try:
-                trace = server.run(Workload(requests), **how, **limits)
-            except ServerFailed:  # it died between two runs, or the kill came late
-                server.close()
-                continue
-            for asked, row in zip(requests, trace.requests, strict=True):
-                assert row.status != "ok" or len(row.tokens) == asked.max_new_tokens
-                found[row.status] += 1
-    words = ", ".join(f"{number} {status}" for status, number in sorted(found.items()))
-    return f"one outcome each ({words}), {deaths} deaths of the process"
+REQUESTS = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 30), st.floats(0, 0.1)), min_size=1, max_size=40
+)  # prompt tokens, new tokens, arrival
+
+
+class Cancelled(Exception):
+    """Raised by whoever reads the tokens: the run ends there."""
+
+
+class Serving(RuleBasedStateMachine):
+    """A server as its user drives it. What may come of a request follows from what was done."""
+
+    server: Server
+    found: Counter
+    events: Counter
+
+    @rule(
+        asked=REQUESTS,
+        rows=st.integers(1, 8),
+        batching=st.sampled_from(("groups", "slots")),
+        processes=st.integers(1, 2),
+        deadline_s=st.sampled_from((None, None, 0.002, 5.0)),
+        max_queue=st.sampled_from((None, None, 1, 20)),
+        concurrency=st.sampled_from((None, 1, 3)),
+        event=st.sampled_from((None, None, None, "cancelled", "killed")),
+        moment=st.integers(1, 60),
+    )
+    def run_some(self, asked, event, moment, **how):
+        requests = [Request(i, (1,) * p, n, arrival_s=a) for i, (p, n, a) in enumerate(asked)]
+        tokens = 0
+
+        def on_token(id: int, token: int) -> None:
+            nonlocal tokens
+            tokens += 1
+            if event and tokens == moment:
+                self.events[event] += 1
+                if event == "cancelled":
+                    raise Cancelled
+                psutil.Process(self.server.pids()[moment % how["processes"]]).kill()
+
+        try:
+            trace = self.server.run(Workload(tuple(requests)), on_token=on_token, **how)
+        except Cancelled:
+            return  # the next run shows that nothing of this one is left
+        possible = {"ok"}
+        possible |= {"expired"} if how["deadline_s"] else set()
+        possible |= {"rejected"} if how["max_queue"] else set()
+        possible |= {"error"} if event == "killed" and tokens >= moment else set()
+        for wanted, row in zip(requests, trace.requests, strict=True):
+            said = [engines.TEXT[i % len(engines.TEXT)] for i in range(len(row.tokens))]
+            assert row.id == wanted.id and row.status in possible, (row.status, row.reason)
+            assert list(row.tokens) == said, "tokens of another request"
+            assert row.status != "ok" or len(row.tokens) == wanted.max_new_tokens
+            assert row.status == "ok" or row.reason
+            self.found[row.status] += 1
+
+    @rule(which=st.integers(0, 1))
+    def kill_an_idle_process(self, which):
+        """It is replaced when the next run starts."""
+        with suppress(IndexError, psutil.NoSuchProcess):  # there is one, or it is gone already
+            victim = psutil.Process(self.server.pids()[which])
+            victim.kill()
+            psutil.wait_procs([victim], timeout=10)
+            self.events["killed while idle"] += 1
 
 
 JSON = st.recursive(
@@ -232,9 +290,56 @@ JSON = st.recursive(
 )
 
 
+# What NVML's functions give, each of them possibly an error.
+UNSIGNED = st.sampled_from((0, 1, 2**32 - 1, 2**64 - 1)) | st.integers(0, 2**64 - 1)
+NVML = st.fixed_dictionaries(
+    {
+        name: answer | st.integers(1, 999).map(pynvml.NVMLError)
+        for name, answer in {
+            "nvmlInit": st.just(None),
+            "nvmlShutdown": st.just(None),
+            "nvmlDeviceGetCount": st.integers(0, 3),
+            "nvmlDeviceGetHandleByIndex": st.just("handle"),
+            "nvmlDeviceGetName": st.text(max_size=40),
+            "nvmlSystemGetDriverVersion": st.text(max_size=12),
+            "nvmlDeviceGetCurrentDriverModel": UNSIGNED,
+            "nvmlDeviceGetCudaComputeCapability": st.tuples(UNSIGNED, UNSIGNED),
+            "nvmlDeviceGetMemoryInfo": st.builds(
+                SimpleNamespace, total=UNSIGNED, used=UNSIGNED, free=UNSIGNED, reserved=UNSIGNED
+            ),
+            "nvmlDeviceGetEnforcedPowerLimit": UNSIGNED,
+            "nvmlDeviceGetPowerUsage": UNSIGNED,
+            "nvmlDeviceGetClockInfo": UNSIGNED,
+            "nvmlDeviceGetMaxPcieLinkGeneration": UNSIGNED,
+            "nvmlDeviceGetMaxPcieLinkWidth": UNSIGNED,
+            "nvmlDeviceGetUtilizationRates": st.builds(SimpleNamespace, gpu=UNSIGNED),
+            "nvmlDeviceGetComputeRunningProcesses": st.lists(
+                st.builds(
+                    SimpleNamespace,
+                    pid=UNSIGNED | st.just(os.getpid()),
+                    usedGpuMemory=st.none() | UNSIGNED,
+                ),
+                max_size=3,
+            ),
+        }.items()
+    }
+)
+
+
+def _answering(answer):
+    """A function of NVML that gives this answer, or fails with it."""
+
+    def query(*_, **__):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return query
+
+
 def random_inputs(count: int, seed: int, folder: Path) -> str:
-    """Records, profiles, parameters, server answers, prompts and what the system says of itself, of
-    any form: read, or one sentence.
+    """Records, profiles, parameters, server answers, prompts, the published table, what the system
+    and NVML say, of any form: read, or one sentence.
 
     Everything but ValueError is a fault.
     """
@@ -273,6 +378,41 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
         assert isinstance(probes.cpu_name(text), str)
         probes.cpu_max_cores(text)
 
+    def command(text):
+        with mock.patch.object(probes, "run_tool", lambda *_: text):
+            for system in ("Windows", "WSL2"):
+                with mock.patch.object(probes, "_os", lambda system=system: system):
+                    for name in ("power_plan", "hags"):
+                        value, reason = probes.ask(probes.PROBES[name])
+                        assert "failed with" not in (reason or ""), (name, reason)
+                        assert (value is None) == bool(reason), (name, value)
+
+    def card(answers):
+        with mock.patch.multiple(pynvml, **{name: _answering(a) for name, a in answers.items()}):
+            cards, reason = machine.ask(machine.PROBES["gpus"])
+            assert "failed with" not in (reason or ""), reason
+            found = {**here, "gpus": cards or []}
+            machine.busy_warning(0.0, found["gpus"], {7})
+            watched = Probe(os.getpid())
+            json.dumps({**watched.fast(), **watched.reasons})
+        assert machine.slug(json.loads(json.dumps(found))) and machine.caption(found)
+
+    def table(row, column, text):
+        lines = [list(line) for line in published_lines]
+        lines[row][column] = text
+        with (folder / "measurements.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(lines)
+        with mock.patch.object(published, "REFERENCE", folder):
+            published.groups("threads")
+            published.allocated()
+            published.published_records.__wrapped__()
+
+    here = machine.describe()
+    with (REFERENCE / "measurements.csv").open(encoding="utf-8", newline="") as file:
+        published_lines = list(csv.reader(file))
+    for name in ("process_vram", "gpu_specs"):
+        shutil.copy(REFERENCE / f"{name}.csv", folder)
+    cell = (st.integers(0, len(published_lines) - 1), st.integers(0, len(published_lines[0]) - 1))
     anything = st.text(max_size=60)
     safe = st.text(st.characters(blacklist_categories=("Cs",)), max_size=60)
     readers = (
@@ -282,6 +422,9 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
         (answer, (st.binary(max_size=200) | JSON.map(_event),)),
         (prompt, (safe,)),
         (system, (anything,)),
+        (command, (anything | st.builds("({}) REG_DWORD 0x{}".format, anything, anything),)),
+        (card, (NVML,)),
+        (table, (*cell, safe | st.integers().map(str) | st.floats().map(str))),
     )
     for reader, inputs in readers:
         _fuzz(reader, inputs, max(1, count // len(readers)))
