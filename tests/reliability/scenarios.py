@@ -427,12 +427,13 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
         (table, (*cell, safe | st.integers().map(str) | st.floats().map(str))),
     )
     for reader, inputs in readers:
-        _fuzz(reader, inputs, max(1, count // len(readers)))
+        _fuzz(reader, inputs, max(1, count // len(readers)), seed)
     return "each was read, or refused with a sentence"
 
 
-def _fuzz(reader, inputs, count: int) -> None:
-    @settings(max_examples=count, deadline=None, database=None, derandomize=True,
+def _fuzz(reader, inputs, count: int, seed: int) -> None:
+    @hypothesis.seed(seed)
+    @settings(max_examples=count, deadline=None, database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.tuples(*inputs))
     def one(values):
