@@ -4,6 +4,7 @@ Eleven rooms, each importing only from the rooms before it:
 stats, machine, models, decoding, memory, predict, strategies, measure, findings, show, study.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent  # the kit's folder: notebooks, da
 DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
 RUNS = DATA / "runs"
+
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts cards as NVML does
 
 
 def lazy_face(room: str, files: Mapping[str, str]) -> tuple[Callable[[str], object], list[str]]:

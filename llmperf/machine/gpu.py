@@ -68,22 +68,30 @@ def card(handle) -> dict:
 
 
 def cards() -> list[dict]:
-    """All cards. Raises `Unknown` without a driver."""
+    """The cards that CUDA may use, in its order. Raises `Unknown` where there is none."""
     with nvml():
-        count = pynvml.nvmlDeviceGetCount()
-        return [card(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
+        if found := [card(handle) for handle in _handles()]:
+            return found
+    raise Unknown("no NVIDIA card, or CUDA_VISIBLE_DEVICES hides it")
 
 
 def nvml_handle(device: str):
-    """The NVML handle of a torch device such as `cuda:0`, respecting CUDA_VISIBLE_DEVICES.
+    """The NVML handle of a torch device such as `cuda:0`."""
+    index, found = int(device.partition(":")[2] or 0), _handles()
+    if index >= len(found):
+        raise ValueError(f"{device} is not among the {len(found)} cards that CUDA may use")
+    return found[index]
 
-    CUDA may count different cards in another order than NVML: then name them by UUID there.
+
+def _handles() -> list:
+    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID; without it all.
+
+    CUDA and NVML count alike, see `llmperf.__init__`.
     """
-    chosen = device.partition(":")[2] or "0"
-    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-    if visible and int(chosen) >= len(visible):
-        raise ValueError(f"{device} is not among CUDA_VISIBLE_DEVICES ({len(visible)} named)")
-    chosen = visible[int(chosen)] if visible else chosen
-    if chosen.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(chosen))
-    return pynvml.nvmlDeviceGetHandleByUUID(chosen)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        chosen = [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    else:
+        chosen = [word.strip() for word in visible.split(",") if word.strip()]
+    by_index, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+    return [by_index(int(word)) if word.isdigit() else by_uuid(word) for word in chosen]

@@ -12,6 +12,12 @@ class Unknown(Exception):
     """A probe has no answer; its text says why."""
 
 
+def first_line(text: object, most: int = 200) -> str:
+    """The first line of an exception's text, for a sentence; or the exception's class."""
+    lines = str(text).strip().splitlines()
+    return lines[0][:most] if lines else type(text).__name__
+
+
 def spread(samples: Sequence[float]) -> dict:
     """`median`, `mad` and the raw `samples`, all in the unit of the samples."""
     middle = statistics.median(samples)

@@ -126,22 +126,40 @@ def test_card_gives_a_value_or_a_reason_for_every_field(fake_nvml):
 @pytest.mark.parametrize(
     ("visible", "device", "handle"),
     [
-        ("", "cuda", "index 0"),
-        ("", "cuda:1", "index 1"),
+        (None, "cuda", "index 0"),
+        (None, "cuda:1", "index 1"),
         ("2,0", "cuda:0", "index 2"),
         ("2,0", "cuda:1", "index 0"),
         ("GPU-abc", "cuda:0", "uuid GPU-abc"),
     ],
 )
 def test_nvml_handle_follows_the_visible_devices(fake_nvml, monkeypatch, visible, device, handle):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu.pynvml.nvmlDeviceGetCount = lambda: 2
     assert gpu.nvml_handle(device) == handle
 
 
-def test_nvml_handle_of_a_hidden_card(monkeypatch):
+def test_nvml_handle_of_a_hidden_card(fake_nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValueError, match="cuda:1 is not among the 1 cards"):
         gpu.nvml_handle("cuda:1")
+
+
+def test_hidden_cards_are_not_described(fake_nvml, monkeypatch):
+    gpu.pynvml.nvmlInit = gpu.pynvml.nvmlShutdown = lambda: None
+    gpu.pynvml.nvmlDeviceGetName = lambda handle: handle
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [card["name"] for card in gpu.cards()] == ["index 1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = machine.describe()
+    assert found["gpus"] == [] and "CUDA_VISIBLE_DEVICES hides it" in found["reasons"]["gpus"]
+
+
+def test_cuda_counts_cards_as_nvml_does():
+    assert os.environ["CUDA_DEVICE_ORDER"]
 
 
 # --- asking --------------------------------------------------------------------------------------
