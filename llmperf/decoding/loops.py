@@ -16,6 +16,7 @@ import torch
 
 from llmperf.decoding import cpu_step, graph_step, sampling
 from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS
+from llmperf.machine import first_line
 
 CHECK_TOKENS = 48  # at least; a model with windows is checked past its window
 MOST_CHECK_TOKENS = 1024
@@ -74,9 +75,8 @@ def _prepare(model, on_gpu: bool) -> Prepared:
             step = cpu_step.CpuStep(model)
             _check(model, step)
     except (cpu_step.Unsupported, RuntimeError, AttributeError, TypeError) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0]
         word = "" if isinstance(error, cpu_step.Unsupported) else f"{type(error).__name__}: "
-        return Prepared("cached", f"{word}{first[:200]}", time.perf_counter() - start)
+        return Prepared("cached", word + first_line(error), time.perf_counter() - start)
     return Prepared("compiled", None, time.perf_counter() - start, step)
 
 

@@ -212,12 +212,17 @@ class _EagerRows:
         return out.logits[:, -1]
 
 
+def warm_sizes(rows: int) -> list[int]:
+    """The batches up to `rows` that have a graph each on a GPU: the powers of two, and `rows`."""
+    return sorted({rows, *(1 << i for i in range(rows.bit_length()))})
+
+
 def warm_up(model, rows: int, length: int) -> None:
     """On a GPU, make the buffers and graphs of each batch up to `rows` with room for `length`
     tokens, so that none is made while a run is measured. A step on a CPU has no sizes."""
     if not isinstance(prepare(model).step, graph_step.GraphStep):
         return
-    for count in sorted({rows, *(1 << i for i in range(rows.bit_length()))}):
+    for count in warm_sizes(rows):
         slots = Slots(model, rows, length)
         for key in range(count):
             slots.admit(key, Request(key, (0,), 2), Sampling(), Stop())

@@ -35,6 +35,7 @@ def share(source: Path | str, target: Path | str | None = None) -> Path:
         with gzip.open(target, "wt", encoding="utf-8") as file:
             file.writelines(_lines(runs[0]))
     except OSError as error:
+        target.unlink(missing_ok=True)  # half a file
         raise ValueError(f"cannot write {target}: {error.strerror}") from None
     return target
 

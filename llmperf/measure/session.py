@@ -217,6 +217,6 @@ def _classify(error: Exception) -> tuple[str, str]:
         return "skipped", f"refused beforehand: {error}"
     torch = sys.modules.get("torch")
     kinds = (MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
-    text = f"{type(error).__name__}: {error}".split("\n")[0].replace(str(Path.home()), "~")
+    text = f"{type(error).__name__}: {machine.first_line(error)}".replace(str(Path.home()), "~")
     full = isinstance(error, kinds) or "out of memory" in text.lower()
     return ("oom" if full else "error"), text

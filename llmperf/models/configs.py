@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from llmperf import DATA
+from llmperf.machine import first_line
 from llmperf.machine.description import cache_dir, save_whole
 from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
@@ -171,8 +172,8 @@ def as_object(config: Mapping):
         plain = {k: v for k, v in config.items() if k != "auto_map"}
         return CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(plain), object_hook=_infinity))
     except Exception as error:  # its validators raise errors of many kinds
-        first = (str(error).splitlines() or [""])[0][:120]
-        raise ValueError(f"transformers refuses the configuration of a {kind}: {first}") from error
+        why = f"transformers refuses the configuration of a {kind}: {first_line(error)}"
+        raise ValueError(why) from error
 
 
 def _infinity(value: dict) -> dict | float:

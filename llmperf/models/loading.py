@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir
+from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir, first_line
 from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.models import configs, embedded, quantize
 from llmperf.models import quantization as words
@@ -94,7 +94,7 @@ def load(
         module, word = _trained(folder, spec) if folder else _random(spec)
     except ImportError as error:
         raise ModelUnavailable(
-            f"{name} needs a library that is not installed here ({_first_line(error)}): install"
+            f"{name} needs a library that is not installed here ({first_line(error)}): install"
             " 'llmperf-study[bnb]' for bnb-8 and bnb-4, [awq] for awq and gptq, and for others the"
             " library that it names"
         ) from error
@@ -124,10 +124,6 @@ def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
             f"{spec.name} takes at least {least / GIB:.1f} GiB with {bits} bits a weight, and"
             f" {free / GIB:.1f} GiB are free: choose a smaller model or fewer bits"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
@@ -160,7 +156,7 @@ def _tokenizer(folder: str | None):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # unasked, it asks
     except Exception as error:  # what a damaged file raises is of any kind
-        name, why = Path(folder).name, _first_line(error)
+        name, why = Path(folder).name, first_line(error)
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {why}") from error
 
 
@@ -257,7 +253,7 @@ def _trained(folder: str, spec: LoadSpec):
     except ImportError:
         raise
     except Exception as error:  # what damaged files raise is of any kind
-        raise ValueError(f"{Path(folder).name} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{Path(folder).name} cannot be loaded: {first_line(error)}") from error
     _check_tensors(Path(folder).name, info)
     return quantize.quantize(module, word, spec.device) if ours else module, word
 

