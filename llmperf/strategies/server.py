@@ -188,6 +188,8 @@ class _Traffic:
     def __init__(self, processes, requests, rows, on_token, max_queue=None, concurrency=None,
                  deadline_s=None):  # fmt: skip
         self.processes, self.on_token, self.deadline_s = processes, on_token, deadline_s
+        for process in processes:
+            process.ids.clear()  # of a run that was interrupted
         self.most = rows if rows == 1 else 2 * rows  # a process has its next batch waiting already
         self.max_queue = len(requests) if max_queue is None else max_queue
         self.concurrency = concurrency or len(requests)
