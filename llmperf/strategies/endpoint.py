@@ -44,7 +44,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
 async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     n = options.get("concurrency", len(workload.requests))
-    key = os.environ.get(options.get("key_env", "OPENAI_API_KEY"), "")
+    key = os.environ.get(options.get("key_env", "OPENAI_API_KEY"), "").strip()
     usage: list[int] = []  # tokens of each answer, as the server says
 
     async def answer(request: Request) -> dict:
@@ -152,6 +152,8 @@ def _reason(error: Exception, options: Mapping) -> str:
             return f"no whole answer within {options['deadline_s']:g} s (deadline_s)"
         case BrokenStream():
             return str(error)
+        case httpx.LocalProtocolError():  # its text may quote the key, escaped
+            return "the request cannot be sent: look at the key and the url for stray characters"
     return f"{type(error).__name__}: {error}"
 
 

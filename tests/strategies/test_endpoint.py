@@ -80,6 +80,23 @@ def test_the_key_goes_into_the_header_and_nowhere_else(front):
     assert SECRET not in json.dumps(trace.to_dict())
 
 
+def test_a_key_with_a_carriage_return_is_sent_without_it(front, monkeypatch):
+    """As a line of a file with Windows line ends leaves it."""
+    monkeypatch.setenv("LLMPERF_TEST_KEY", SECRET + "\r")
+    with FakeEndpoint(gap_s=0) as server:
+        trace = run(front, server)
+    assert trace.requests[0].status == "ok"
+    assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
+
+
+def test_a_key_that_cannot_be_sent_is_in_no_reason(front, monkeypatch):
+    monkeypatch.setenv("LLMPERF_TEST_KEY", SECRET[:5] + "\n" + SECRET[5:])
+    with FakeEndpoint() as server:
+        trace = run(front, server)
+    assert trace.requests[0].status == "error" and "stray characters" in trace.requests[0].reason
+    assert SECRET[5:] not in json.dumps(trace.to_dict())
+
+
 def test_connections_are_used_again(front):
     with FakeEndpoint(gap_s=0) as server:
         run(front, server, n=6, concurrency=2)
