@@ -29,7 +29,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 STRATEGY = Strategy(
     "batch",
     run,
-    in_words("batches of {level}", "batch_size"),
+    in_words("batches of {n}", count=at_most("batch_size")),
     style=0,
     options={"batch_size": COUNT},
     rows_per_step=at_most("batch_size"),

@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from llmperf import decoding
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.strategy import COUNT, Strategy, choice, in_words
+from llmperf.strategies.strategy import COUNT, Strategy, at_most, choice, in_words
 
 IN_THE_LOOP = ("blocking", "yielding")
 BEAT_S = 0.01  # the heartbeat task asks for its turn this often
@@ -66,6 +67,8 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
             cancel.set()  # the other tasks, and their threads, end at their next token
             raise
 
+    if variant == "to_thread":  # the default has few threads on few cores
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(tasks))
     late: list[float] = []
     heart = asyncio.create_task(_beat(late))
     await asyncio.sleep(0)  # the heartbeat is running before the first task
@@ -100,7 +103,7 @@ def _threads(level: int, options: Mapping) -> int:
 STRATEGY = Strategy(
     "coroutine",
     run,
-    in_words("{level} coroutines", "variant", "workers", single="1 coroutine"),
+    in_words("{n} coroutines", "variant", single="1 coroutine", count=at_most("workers")),
     style=4,
     options={"variant": choice(*IN_THE_LOOP, "to_thread"), "workers": COUNT},
     threads=_threads,

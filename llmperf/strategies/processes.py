@@ -40,7 +40,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
 STRATEGY = Strategy(
     "processes",
     run,
-    in_words("{level} processes", "workers", "weights", single="1 process"),
+    in_words("{n} processes", "weights", single="1 process", count=_workers),
     style=2,
     options={"workers": COUNT, "weights": choice("own", "shared")},
     refuse=_refuse,

@@ -88,13 +88,19 @@ def at_most(option: str, default: int | None = None) -> Count:
     return lambda level, options: min(options.get(option, default or level), level)
 
 
-def in_words(what: str, *shown: str, single: str = "") -> Callable[[int, Mapping], str]:
-    """Words such as `4 threads (intra_op 1)` from `{level} threads`; `shown` options follow.
-    `single` stands for a level of 1."""
+def in_words(
+    what: str, *shown: str, single: str = "", count: Count = lambda level, options: level
+) -> Callable[[int, Mapping], str]:
+    """Words such as `4 threads (intra_op 1)` from `{n} threads`; `shown` options follow.
+
+    `count` gives n, `single` stands for 1; where there are more requests than that, it is said.
+    """
 
     def words(level: int, options: Mapping) -> str:
-        further = [f"{name} {options[name]}" for name in shown if name in options]
-        name = single if single and level == 1 else what.format(level=level)
+        n = count(level, options)
+        further = [f"{level} requests"] * ("{n}" in what and n < level)
+        further += [f"{name} {options[name]}" for name in shown if name in options]
+        name = single if single and n == 1 else what.format(n=n)
         return name + (f" ({', '.join(further)})" if further else "")
 
     return words

@@ -150,7 +150,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
 STRATEGY = Strategy(
     "threads",
     run,
-    in_words("{level} threads", "workers", "intra_op", "stream", single="1 thread"),
+    in_words("{n} threads", "intra_op", "stream", single="1 thread", count=at_most("workers")),
     style=1,
     options={
         "workers": COUNT,

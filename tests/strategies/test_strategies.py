@@ -4,6 +4,7 @@ import _thread
 import asyncio
 import gc
 import itertools
+import os
 import signal
 import threading
 import time
@@ -99,6 +100,14 @@ def test_a_blocking_task_holds_the_event_loop_and_a_thread_does_not(tiny):
     for variant in ("yielding", "to_thread"):
         free = STRATEGIES["coroutine"](tiny, work, {"variant": variant} | slow_step(5))
         assert free.notes["event_loop"]["beats"] > 3
+
+
+def test_as_many_threads_as_tasks_also_on_few_cores(tiny):
+    """asyncio's own pool has four threads more than there are cores."""
+    level = (os.cpu_count() or 1) + 6
+    options = {"variant": "to_thread"} | slow_step(5)
+    trace = STRATEGIES["coroutine"](tiny, make(tiny, level, 4, 20), options)
+    assert max(r.started_s for r in trace.requests) < min(r.token_s[-1] for r in trace.requests)
 
 
 def test_a_coroutine_run_works_where_an_event_loop_already_runs(tiny):

@@ -62,6 +62,22 @@ def test_every_strategy_can_be_described():
         assert strategy.processes(4, {}) in (0, 1, 4) and strategy.threads(4, {}) in (1, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "level", "options", "words"),
+    [
+        ("batch", 16, {}, "batches of 16"),
+        ("batch", 16, {"batch_size": 4}, "batches of 4 (16 requests)"),
+        ("threads", 40, {"workers": 2, "intra_op": 1}, "2 threads (40 requests, intra_op 1)"),
+        ("threads", 1, {}, "1 thread"),
+        ("processes", 3, {"workers": 1, "weights": "own"}, "1 process (3 requests, weights own)"),
+        ("coroutine", 5, {"variant": "yielding"}, "5 coroutines (variant yielding)"),
+        ("dynamic", 40, {"max_batch": 8}, "dynamic batching (max_batch 8)"),
+    ],
+)
+def test_the_words_say_how_many_run_together(name, level, options, words):
+    assert STRATEGIES[name].words(level, options) == words
+
+
 ADDED = '''
 """Requests in reverse order of arrival."""
 
