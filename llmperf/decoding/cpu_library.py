@@ -54,7 +54,7 @@ def library():
 def _compiler() -> tuple[str, ...]:
     """$CC, else a C compiler on the search path, else zig's (the optional extra `compiler`)."""
     if named := os.environ.get("CC"):
-        return tuple(named.split())
+        return (named,) if shutil.which(named) else tuple(named.split())
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return (found,)
@@ -76,7 +76,8 @@ def _build(compiler: tuple[str, ...], target: Path) -> None:
     libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
     command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        how = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(command, timeout=300, **how)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
     if done.returncode:

@@ -190,7 +190,7 @@ class GraphRows:
                 self._run(ids, place)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             logits = self._run(ids, place)
         for tensor, column in zip(buffers, first, strict=True):
             tensor[:rows, :, :1] = column

@@ -9,7 +9,7 @@ def measure(device: str = "cpu") -> dict:
 
     Each rate is a median with its MAD and samples; FLOP/s is None where a dtype has no kernel.
     """
-    warning, flops = description.busy(), {}
+    warning, flops = description.busy(device), {}
     for dtype in DTYPES:
         try:
             flops[dtype] = rates.matmul_flops(dtype, device)

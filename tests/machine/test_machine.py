@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from llmperf import machine
-from llmperf.machine import gpu, probes
+from llmperf.machine import description, gpu, probes
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -311,6 +311,39 @@ def test_busy_warning():
     assert machine.busy_warning(0.0, [linux], {3402470}) is None
     assert machine.busy_warning(0.0, [desktop], set()) is None
     assert "28 % busy" in machine.busy_warning(None, [shared], set())
+
+
+@pytest.mark.parametrize(
+    ("device", "in_use", "listed", "said"),
+    [
+        ("cpu", False, 9, None),
+        ("cuda:0", False, 9, "1 other process"),
+        ("cuda:1", False, 9, None),  # the other card is another matter
+        ("cuda:0", True, 9, None),  # in a container: ours has an id of the host
+    ],
+)
+def test_only_the_card_in_use_is_asked(monkeypatch, device, in_use, listed, said):
+    cards = [{"name": "A10G", "processes": [{"pid": listed}]}, {"name": "A10G", "processes": []}]
+    monkeypatch.setattr(description, "NVML_WINDOW_S", 0)
+    monkeypatch.setitem(probes.PROBES, "gpus", lambda: cards)
+    monkeypatch.setitem(probes.PROBES, "cpu_others_percent", lambda: 0.0)
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: in_use))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    found = machine.busy(device)
+    assert found is None if said is None else said in found
+
+
+@pytest.mark.parametrize(
+    ("most", "current", "stat", "free"),
+    [("max", "5", "", None), ("1000", "900", "anon 1\ninactive_file 300\n", 400),
+     ("1000", "1200", "", 0)],
+)  # fmt: skip
+def test_a_container_has_no_more_ram_than_it_may_use(tmp_path, most, current, stat, free):
+    for name, text in {"max": most, "current": current, "stat": stat}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    whole = psutil.virtual_memory().available
+    found = probes.ram_available(tmp_path)
+    assert found == free if free is not None else found == pytest.approx(whole, rel=0.1)
 
 
 def test_cache_dir(monkeypatch, tmp_path):

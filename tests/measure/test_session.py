@@ -41,7 +41,7 @@ class Blind:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """No other program is busy."""
-    monkeypatch.setattr(machine, "busy", lambda: None)
+    monkeypatch.setattr(machine, "busy", lambda device: None)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_records(
 def test_what_is_there_is_not_run_again(points, store, monkeypatch):
     run(points, store, repeats=2)
     size, asked = store.path.stat().st_size, []
-    monkeypatch.setattr(machine, "busy", lambda: asked.append(1))
+    monkeypatch.setattr(machine, "busy", lambda device: asked.append(1))
     stand_in(monkeypatch, "sequential", failing(AssertionError("run again")))
     found = run(points, store, repeats=2)
     assert store.path.stat().st_size == size and not asked
@@ -394,7 +394,7 @@ def test_the_same_condition_twice_is_compared_and_never_counted(tiny, store, mon
 
 def test_a_busy_machine_is_noted_in_the_record_and_the_frame(points, store, monkeypatch):
     noted = iter(["others use 50 % of the CPU", None])
-    monkeypatch.setattr(machine, "busy", lambda: next(noted))
+    monkeypatch.setattr(machine, "busy", lambda device: next(noted))
     frame = run(points, store, repeats=2).frame
     assert list(frame[frame.repeat == 0].warnings) == ["unstable: others use 50 % of the CPU"] * 3
     assert not frame[frame.repeat == 1].warnings.str.contains("others").any()
