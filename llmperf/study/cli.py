@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+    except OSError as error:  # a full disk, a folder or file that may not be written
+        _say(f"llmperf: {error.strerror or error}: {error.filename or 'a file'}", sys.stderr)
+        return 1
     except KeyboardInterrupt:
         _say("llmperf: interrupted", sys.stderr)
         return 130

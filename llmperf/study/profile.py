@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,9 +165,26 @@ def plan(profile: Profile, paths: Sequence[Path], overrides: Mapping | None = No
     steps = {}
     for stem, known in every.items():
         given = {**common, **profile.notebooks.get(stem, {}), **(overrides or {})}
-        steps[stem] = {name: value for name, value in given.items() if name in known}
+        steps[stem] = {name: _whole(name, v) for name, v in given.items() if name in known}
     check_steps(steps)
+    check_values(steps)
     return {p.stem: steps[p.stem] for p in paths}
+
+
+def _whole(name: str, value):
+    """A model's folder as a whole path: notebooks run in another folder."""
+    if name != "model" or not isinstance(value, str) or not re.search(r"[/\\~]", value):
+        return value
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() else value
+
+
+def check_values(steps: Mapping) -> None:
+    """Raise ValueError for a value that no run can have, such as an unknown model."""
+    for stem, given in steps.items():
+        defaults = parameters_of(NOTEBOOKS / f"{stem}.ipynb")
+        for name, value in given.items():
+            _check_value(stem, name, value, defaults[name])
 
 
 def check_steps(steps: Mapping) -> None:
@@ -182,7 +200,6 @@ def check_steps(steps: Mapping) -> None:
             _check_known(name, defaults, f"notebook {stem}")
             check_data(value, f"parameter {name!r} of notebook {stem}")
             _check_type(f"parameter {name!r} of notebook {stem}", value, defaults[name])
-            _check_value(stem, name, value, defaults[name])
 
 
 def check_parameters(stem: str, values: Mapping) -> None:

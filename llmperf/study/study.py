@@ -29,7 +29,7 @@ class State:
     profile: str
     steps: dict  # notebook → parameters
     timeout_s: int
-    done: dict = field(default_factory=dict)  # notebook → ok or the error's first line
+    done: dict = field(default_factory=dict)  # notebook → ok or the error's last line
     started: str = ""
     seconds: dict = field(default_factory=dict)  # notebook → how long it took
 
@@ -93,6 +93,7 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
         with suppress(ValueError):  # no records yet
             failed = {r.experiment for r in answer.failures(answer.load(folder).records)}
         left = [s for s in state.steps if state.done.get(s) != "ok" or s in failed]
+        profiles.check_values({stem: state.steps[stem] for stem in left})
         for i, stem in enumerate(left):
             say(f"[{i + 1}/{len(left)}] {stem}{_time_left(left[i:])}")
             began = time.monotonic()

@@ -32,6 +32,15 @@ def test_a_plan_gives_each_notebook_what_it_has(shelf):
     }
 
 
+def test_a_folder_of_a_model_is_found_from_where_the_notebooks_run(tmp_path, monkeypatch):
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.chdir(tmp_path)
+    steps = study.plan(Profile("p", parameters={"model": "./my-model"}), study.notebooks(["03"]))
+    assert steps["03-batch"]["model"] == str(tmp_path / "my-model")
+    assert profile._whole("model", "gpt2") == "gpt2", "a preset stays one beside such a folder"
+
+
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
