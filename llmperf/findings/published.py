@@ -39,6 +39,8 @@ def measurements(**wanted) -> pd.DataFrame:
         rows = rows.astype(COLUMNS)
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"measurements.csv cannot be read: {error}") from None
+    if rows[list(COLUMNS)].isna().any(axis=None):
+        raise ValueError("measurements.csv has an empty cell")
     if not rows.model.isin(MODELS).all():
         raise ValueError(f"measurements.csv: the models are {', '.join(MODELS)}")
     for column, least in AT_LEAST.items():

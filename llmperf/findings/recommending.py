@@ -72,6 +72,7 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
         s.threads(*h) * max(1, s.processes(*h)) for s, h in zip(known, how, strict=True)
     ]
     found["joins"] = [s.joins for s in known]
+    found["served"] = [s.served for s in known]
     found["arriving"] = [bool(r.condition.get("arrivals")) for r in found.record]
     found["first_ms"] = (found.ttft_ms - found.queue_delay_ms.fillna(0)).clip(lower=0)
     return found.drop(columns="record")
@@ -156,8 +157,8 @@ def _nearest(found: pd.DataFrame, tokens: int) -> pd.DataFrame:
 def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tuple[float, float]:
     """(share of arriving requests within the limits, median ms of an answer with its waiting).
 
-    An option is `servers` queues; each takes up to `rows` requests at once. A batch that was not
-    measured under arrivals waits until it is full.
+    An option is `servers` queues; each takes up to `rows` requests at once. A batch begins when
+    it is full, unless a server groups what waits.
     """
     step_ms = o.tpot_ms if tokens > 1 else 0.0
     if o.first_ms != o.first_ms or step_ms != step_ms:
@@ -165,7 +166,7 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
     # Two tokens stand for the answer where nobody joins: its first, and all further ones at once.
     steps = tokens - 1 if not o.joins else 1
     curve = capacity.Curve((o.rows,), (o.first_ms / 1e3,), (step_ms * steps / 1e3,))
-    window_s = GROUP_WINDOW_S if o.arriving or o.rows == 1 else FOREVER_S
+    window_s = GROUP_WINDOW_S if o.arriving or o.served or o.rows == 1 else FOREVER_S
     requests = _arrivals(load_per_s, o.rows, tokens if o.joins else 2)
     how = {"cards": o.servers, "max_batch": o.rows, "window_s": window_s, "joins": o.joins}
     trace = capacity.simulate(requests, curve, **how)

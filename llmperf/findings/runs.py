@@ -89,18 +89,28 @@ def published_runs() -> list[Run]:
 
 
 def _files(path: Path) -> list[list[Path]]:
-    """Files that make one run each. Notebooks run by hand leave one file each in one folder."""
+    """Files that make one run each. Notebooks run by hand leave one file each in one folder; a
+    shared file is a run."""
     if not path.exists():
         raise ValueError(f"there is no run at {path}: name a folder under data/runs, or a file")
     if not path.is_dir():
         return [[path]]
     files = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS) and p.is_file())
+    files = [p for p in files if p.stat().st_size]
+    if own := [p for p in files if p.name.startswith("records.jsonl")][:1]:
+        return [own]
     if files:
-        return [[p for p in files if p.name.startswith("records.jsonl")][:1] or files]
-    below = [p for p in sorted(path.iterdir()) if p.is_dir() and any(p.rglob("*.jsonl*"))]
+        by_hand = [p for p in files if p.suffix != ".gz"]
+        return [[p] for p in files if p.suffix == ".gz"] + [by_hand] * bool(by_hand)
+    below = [p for p in sorted(path.iterdir()) if p.is_dir() and _has_records(p)]
     if not below:
         raise ValueError(f"{path} holds no records.jsonl: name a run's folder, or a shared file")
     return [files for p in below for files in _files(p)]
+
+
+def _has_records(folder: Path) -> bool:
+    """A study that was ended at once leaves an empty file."""
+    return any(p.name.endswith(ENDINGS) and p.stat().st_size for p in folder.rglob("*.jsonl*"))
 
 
 def _load(files: Sequence[Path]) -> Run:
@@ -125,7 +135,7 @@ def _doubts(records: Sequence[Record]) -> Iterator[str]:
     warned = Counter(str(r.warnings[0]) for r in measured if r.warnings)
     if warned:
         often = warned.most_common(1)[0][0]
-        yield f"{warned.total()} of {len(measured)} runs warn, most often: {often}"
+        yield f"warning on {warned.total()} of {len(measured)} runs, most often: {often}"
     if any(r.environment.get("on_battery") for r in measured):
         yield "on battery"
     if impossible := sum(not r.possible for r in measured):

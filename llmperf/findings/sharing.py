@@ -12,6 +12,7 @@ import yaml
 
 from llmperf import DATA
 from llmperf.findings.runs import Run, load_runs
+from llmperf.models import configs
 
 # A field that is added later stays on the machine until it is listed.
 LISTED = yaml.safe_load((DATA / "shared_fields.yaml").read_text(encoding="utf-8"))
@@ -72,5 +73,7 @@ def without_free_text(value, field: str = ""):
 
 def public_model(model: str) -> str:
     """A hub id or preset as it is; a folder, whose path may name its owner, without its name."""
-    local = re.match(r"[./~\\]|[A-Za-z]:", model) or model.count("/") > 1 or "\\" in model
-    return "<a local model>" if local else model
+    if configs.preset(model.partition(":")[0]) or model.startswith("<"):
+        return model
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not Path(model).exists()
+    return model if hub else "<a local model>"

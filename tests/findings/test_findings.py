@@ -406,6 +406,7 @@ def test_wsl2_batch_rows_do_not_support_about_25_percent():
         ("2.665", "fast", "fast"),
         ("2.665", "0", "seconds must be from"),
         ("GPT2", "GPT5", "the models are"),
+        ("RTX A2000 Laptop", "", "empty cell"),
     ],
 )
 def test_a_damaged_published_table_is_one_sentence(tmp_path, monkeypatch, old, new, sentence):

@@ -136,6 +136,13 @@ def test_another_engine_is_never_recommended():
     assert set(findings.options(ours + faster).variant) == {"batch"}
 
 
+def test_a_server_groups_what_waits_and_does_not_wait_until_it_is_full():
+    options = {"options": {"max_batch": 8}}
+    served = rec("dynamic", 8, 100, 10, asked=options)
+    assert recommend([served], 1.0).share > 0.9
+    assert recommend([rec("batch", 8, 100, 10)], 1.0).share < 0.9
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="no record has a speed"):
         recommend([], 1)

@@ -84,6 +84,33 @@ def test_files_folders_packs_and_folders_of_runs(tmp_path):
     assert len(only(notebooks).records) == 2
 
 
+def test_shared_files_are_runs_and_empty_ones_are_left_out(tmp_path):
+    """Not one run with the records of two machines; a study that was ended at once stops nobody."""
+    write(tmp_path / "a")
+    many = tmp_path / "many"
+    many.mkdir()
+    for name in ("x", "y"):
+        findings.share(tmp_path / "a", many / f"{name}.jsonl.gz")
+    assert [len(run.records) for run in findings.load_runs([many])] == [15, 15]
+    runs = tmp_path / "runs"
+    write(runs / "whole")
+    (runs / "ended").mkdir()
+    (runs / "ended" / "records.jsonl").touch()
+    assert len(only(runs).records) == 15
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [("gpt2", True), ("01-ai/Yi-6B-Chat", True), ("llama-3.1-70b:layers=4", True),
+     ("my-private-model", False), ("models/alice", False), ("/home/alice/m", False),
+     (r"C:\alice", False), ("~/m", False)],
+)  # fmt: skip
+def test_the_folder_of_a_model_is_not_named(tmp_path, monkeypatch, model, shown):
+    (tmp_path / "models" / "alice").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert sharing.public_model(model) == (model if shown else "<a local model>")
+
+
 def test_the_latest_run(tmp_path, monkeypatch):
     monkeypatch.setattr("llmperf.findings.runs.RUNS", tmp_path)
     monkeypatch.setattr("llmperf.findings.runs.REFERENCE", tmp_path / "kit")
@@ -126,7 +153,7 @@ def test_dirty_runs_are_marked(tmp_path):
     env = ENV | {"on_battery": True}
     run = only(write(tmp_path / "a", env=env, warnings=["unstable: others use 90 % of the CPU"]))
     said = " ".join(run.notes)
-    assert "15 of 15 runs warn" in said and "battery" in said
+    assert "warning on 15 of 15 runs" in said and "battery" in said
     false = only(write(tmp_path / "b", prediction={"plausible": False}))
     assert "faster than the machine can be" in false.notes[0] and not false.measured
     assert "note: on battery" in str(findings.compare_runs([run]))
