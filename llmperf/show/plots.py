@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -61,22 +62,21 @@ def levels(ax: Axes, values: Iterable[int]) -> None:
 
 
 def caption(
-    fig: Figure, frame: pd.DataFrame | None = None, note: str = "", simulated: bool = False
+    fig: Figure, frame: pd.DataFrame | None = None, note: str = "", origin: str = ""
 ) -> None:
     """Under the figure: machine, model, what was drawn, and whether a run was unstable.
 
-    `curve` and `bars` leave in the figure what they drew. A `simulated` figure names no machine.
+    `curve` and `bars` leave in the figure what they drew. `origin` stands in place of the machine
+    where nothing was measured on one.
     """
-    lines = [_machines(frame), note]
-    if simulated:
-        lines = ["simulated, on no machine", note]
-    elif frame is not None and len(frame):
+    lines = [origin or _machines(frame), note]
+    if not origin and frame is not None and len(frame):
         ok = frame[frame.status == "ok"]
         models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
         drawn = {a.get_gid() for ax in fig.axes for a in ax.get_children()} - {None}
         lines = [lines[0], "; ".join((models, *sorted(drawn))), note]
         if len(warned := ok.warnings[ok.warnings != ""]):
-            lines.append(f"{len(warned)} of {len(ok)} runs warn, first: {warned.iloc[0]}")
+            lines.append(f"warning on {len(warned)} of {len(ok)} runs: {warned.iloc[0]}")
         if len(failed := frame[frame.status != "ok"]):
             lines.append(f"left out: {len(failed)} runs, {failed.status.iloc[0]}")
     text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
@@ -214,8 +214,10 @@ def roofline(ax: Axes, limits: Mapping, points: pd.DataFrame) -> None:
     intensity = points.flops / points.bytes
     lowest, highest = intensity.min() / 3, intensity.max() * 8
     for i, dtype in enumerate(points["dtype"].drop_duplicates()):
-        peak = limits["flops_per_s"][dtype]["median"]
-        xs = [lowest, peak / bandwidth, max(highest, 3 * peak / bandwidth)]
+        measured = limits["flops_per_s"].get(dtype)  # None: only the slope is known
+        peak = measured["median"] if measured else math.inf
+        xs = [lowest, peak / bandwidth, 3 * peak / bandwidth] if measured else [lowest]
+        xs.append(max(highest, *xs))
         ys = [min(x * bandwidth, peak) / 1e9 for x in xs]
         ax.plot(xs, ys, "--" if i else "-", color=GREY, label=f"roof, {dtype}")
     for i, (x, row) in enumerate(zip(intensity, points.itertuples(), strict=True)):

@@ -1,21 +1,31 @@
-"""The memory calculator: a form that draws a predicted ledger, and the same figure without it."""
+"""Forms that draw again at every change, and their figures, which can be drawn without a form.
+
+The memory calculator; a step under the roofline; the draw of a token; a queue.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import wraps
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
 from llmperf import models, predict
+from llmperf.decoding.requests import Workload
+from llmperf.decoding.sampling import Sampling, filtered_logits
+from llmperf.measure import capacity, load, metrics
 from llmperf.predict import GIB
 from llmperf.show import plots
 
 ANSWER_SHARE = 4  # one token in four of a context is generated, the others are the prompt
 TEXT_COLUMNS = 110  # characters of a line under the figure
+TOKENS_SHOWN = 16
 QUANTIZATIONS = ["as stored", "none", "awq", "gptq", "gptq-8", "bnb-8", "bnb-4"]
 
 
@@ -72,28 +82,115 @@ def draw(question: Question) -> Figure:
     return fig
 
 
-def calculator() -> ipywidgets.Widget:
-    """The form. Every change redraws the figure, or says in one sentence what is wrong."""
-    w, q, late = ipywidgets, Question(), {"continuous_update": False}
+def draw_sampling(
+    logits, tokenizer, temperature: float = 1.0, top_k: int = 50, top_p: float = 0.9
+) -> Figure:
+    """The likeliest tokens of logits (1, vocabulary): before and after temperature, top-k, top-p.
 
+    `top_k` 0: no limit. Raises ValueError for values that cannot be.
+    """
+    kept = filtered_logits(logits, Sampling(False, temperature, top_k or None, top_p)).softmax(-1)
+    before, ids = logits.float().softmax(-1)[0].topk(TOKENS_SHOWN)
+    fig, ax = plots.figure(height=3)
+    words = [repr(tokenizer.decode([i])) for i in ids.tolist()]
+    ax.bar(words, before.tolist(), color=plots.GREY, alpha=0.5, label="of the model")
+    look = {"color": plots.COLORS[0], "label": "after temperature, top-k, top-p"}
+    ax.bar(words, kept[0, ids].tolist(), width=0.4, **look)
+    ax.set_ylabel("probability")
+    ax.tick_params(axis="x", rotation=60)
+    plots.legend(ax)
+    survivors = int((kept > 0).sum())
+    words = f"{survivors:,} token{'s' * (survivors > 1)} can be drawn"
+    ax.set_title(words, fontsize=10, loc="left")
+    return fig
+
+
+def draw_roofline(
+    shape: models.ModelShape, limits: Mapping, dtype: str, batch: int = 1, context: int = 64
+) -> Figure:
+    """Where a decode step of `batch` rows lies under the roof of a machine, and what it takes.
+
+    `limits` is what `ceilings.measure` gives.
+    """
+    flops = limits["flops_per_s"].get(dtype)
+    rates = limits["read_bytes_per_s"]["median"], flops and flops["median"]
+    steps = {
+        f"batch {n}": predict.decode_bound(predict.RunSpec(shape, dtype, rows=n), context, *rates)
+        for n in sorted({1, batch})
+    }
+    points = pd.DataFrame([{"name": n, "dtype": dtype, **asdict(s)} for n, s in steps.items()])
+    fig, ax = plots.figure(height=3.4)
+    plots.roofline(ax, limits, points)
+    least = steps[f"batch {batch}"]
+    words = f"at least {least.seconds * 1e3:.3g} ms a step, {least.limit} sets it: at most "
+    ax.set_title(words + f"{batch / least.seconds:,.0f} tokens/s", fontsize=10, loc="left")
+    return fig
+
+
+def draw_queue(
+    work: Workload,
+    curve: capacity.Curve,
+    slo: Mapping,
+    rate_per_s: float,
+    cards: int = 1,
+    max_batch: int = 8,
+    joins: bool = False,
+) -> Figure:
+    """When each simulated request had its first token, at a rate of Poisson arrivals.
+
+    `curve` and `joins` are those of `capacity.simulate`.
+    """
+    arriving = load.arriving(work, "poisson", rate_per_s=rate_per_s, seed=0)
+    trace = capacity.simulate(arriving, curve, cards=cards, max_batch=max_batch, joins=joins)
+    rows = metrics.per_request(trace, "scheduled")
+    waits = [row["ttft_ms"] / 1e3 for row in rows]
+    fig, ax = plots.figure(height=3)
+    ax.plot([r.scheduled_s for r in trace.requests], waits, ".", color=plots.COLORS[0])
+    if "ttft_ms" in slo:
+        ax.axhline(
+            slo["ttft_ms"] / 1e3, color=plots.GREY, ls=":", label="limit of the service level"
+        )
+        plots.legend(ax)
+    ax.set(xlabel="arrival (s)", ylabel="time to first token (s)", ylim=(0, None))
+    met = sum(metrics.meets(row, slo) for row in rows) / len(rows)
+    words = f"{rate_per_s:.3g} requests/s: {met:.0%} of the requests within every limit"
+    ax.set_title(words, fontsize=10, loc="left")
+    plots.caption(fig, note=f"{len(rows)} simulated requests, from the measured times of a batch")
+    return fig
+
+
+def explore(draw: Callable[..., Figure], **fields) -> ipywidgets.Widget:
+    """A form of these fields. Every change redraws, or says in one sentence what is wrong."""
+
+    @wraps(draw)  # a field takes its first value from the function
     def redraw(**values) -> None:
         try:
-            fig = draw(Question(**values))
+            fig = draw(**values)
         except ValueError as error:
             print(error)
         else:
             display(fig)
             plt.close(fig)  # a figure left open would be shown a second time
 
-    return w.interactive(
-        redraw,
-        model=w.Combobox(value=q.model, options=models.PRESETS, **late),
+    form = ipywidgets.interactive(redraw, **fields)
+    for field in form.children:
+        if hasattr(field, "continuous_update"):
+            field.continuous_update = False
+    return form
+
+
+def calculator() -> ipywidgets.Widget:
+    """The form of `draw`."""
+    w, q = ipywidgets, Question()
+    return explore(
+        lambda **values: draw(Question(**values)),
+        model=w.Combobox(value=q.model, options=models.PRESETS),
         dtype=["fp16", "bf16", "fp32"],
         quantization=QUANTIZATIONS,
-        card=w.Combobox(value=q.card, options=predict.card_names(), **late),
+        card=w.Combobox(value=q.card, options=predict.card_names()),
         card_gib=w.FloatText(value=q.card_gib),
         platform=["linux", "wsl2", "windows"],
-        batch=w.IntSlider(value=q.batch, min=1, max=64, **late),
-        context=w.IntSlider(value=q.context, min=64, max=8192, step=64, **late),
-        processes=w.IntSlider(value=q.processes, min=1, max=16, **late),
+        batch=w.IntSlider(value=q.batch, min=1, max=64),
+        context=w.IntSlider(value=q.context, min=64, max=8192, step=64),
+        processes=w.IntSlider(value=q.processes, min=1, max=16),
     )

@@ -73,7 +73,7 @@ def test_the_caption_names_model_machine_and_a_warning():
     rows.loc[8, ["status", "warnings"]] = ["oom", "unstable: a failed run's own"]
     text, _ = drawn(rows)
     assert text.startswith("a card\ngpt2 fp32; band: lowest to highest of 2; points are runs")
-    assert "2 of 8 runs warn, first: unstable: others use 50 % of the CPU" in text
+    assert "warning on 2 of 8 runs: unstable: others use 50 % of the CPU" in text
     assert "failed run's own" not in text and "left out: 1 runs, oom" in text
 
 
@@ -84,7 +84,7 @@ def test_long_captions_are_wrapped():
 
 def test_a_simulated_figure_names_no_machine():
     fig, _ = plots.figure()
-    plots.caption(fig, note="made up", simulated=True)
+    plots.caption(fig, note="made up", origin="simulated, on no machine")
     assert fig.get_supxlabel() == "simulated, on no machine\nmade up"
 
 

@@ -1,4 +1,4 @@
-"""The calculator: every change redraws, and what is wrong is said in one sentence."""
+"""The forms: every change redraws, and what is wrong is said in one sentence."""
 
 import matplotlib
 
@@ -6,8 +6,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
-from llmperf import predict
+from llmperf import models, predict
+from llmperf.decoding.requests import build
+from llmperf.measure import capacity
 from llmperf.show import widgets
 from llmperf.show.widgets import Question
 
@@ -79,3 +82,63 @@ def test_a_context_beyond_the_positions_is_noted():
 def test_context_counts_prompt_and_answer():
     run = Question(context=2048).spec()
     assert run.prompt_tokens + run.new_tokens == 2048
+
+
+LOGITS = torch.tensor([[1.0, 3.0, 2.0, 0.0] + [-9.0] * 252])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "survivors", "likeliest"),
+    [
+        (1.0, 50, 1.0, "50 tokens", 0.64),
+        (1.0, 0, 1.0, "256 tokens", 0.64),
+        (1.0, 1, 1.0, "1 token", 1.0),
+        (1.0, 50, 0.7, "2 tokens", 0.73),
+        (0.1, 50, 0.9, "1 token", 1.0),
+    ],
+)
+def test_the_draw_of_a_token_shows_what_survives(temperature, top_k, top_p, survivors, likeliest):
+    fig = widgets.draw_sampling(LOGITS, models.byte_tokenizer(), temperature, top_k, top_p)
+    assert fig.axes[0].get_title(loc="left") == f"{survivors} can be drawn"
+    before, after = fig.axes[0].containers
+    assert before[0].get_height() == pytest.approx(0.64, abs=0.01)
+    assert after[0].get_height() == pytest.approx(likeliest, abs=0.01)
+
+
+LIMITS = {"read_bytes_per_s": {"median": 1e11}, "flops_per_s": {"bf16": {"median": 1e12}}}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "limit"),
+    [("bf16", 1, "bandwidth"), ("bf16", 99, "arithmetic"), ("fp16", 99, "bandwidth")],
+)
+def test_a_step_lies_on_the_roof_of_the_machine(dtype, batch, limit):
+    """Where no rate of arithmetic was measured, only the slope is drawn."""
+    shape = models.shape_of("gpt2")
+    fig = widgets.draw_roofline(shape, LIMITS, dtype, batch)
+    spec = predict.RunSpec(shape, dtype, rows=batch)
+    flops = 1e12 if dtype == "bf16" else None
+    least = predict.decode_bound(spec, 64, 1e11, flops)
+    assert least.limit == limit and f"{limit} sets it" in fig.axes[0].get_title(loc="left")
+    dot = fig.axes[0].lines[-1]
+    assert dot.get_xdata()[0] == pytest.approx(least.flops / least.bytes)
+    assert dot.get_ydata()[0] == pytest.approx(least.flops / least.seconds / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("rate", "cards", "share"), [(1.0, 1, "100%"), (50.0, 1, "20%"), (50.0, 9, "100%")]
+)
+def test_the_queue_grows_with_the_rate_and_shrinks_with_cards(rate, cards, share):
+    curve = capacity.Curve((1,), (0.05,), (0.05,))  # 5 requests/s, one at a time
+    work = build(models.byte_tokenizer(), 20, 8, 3)
+    fig = widgets.draw_queue(work, curve, {"ttft_ms": 500.0}, rate, cards, 1)
+    assert share in fig.axes[0].get_title(loc="left")
+
+
+def test_a_form_takes_its_first_values_from_the_function():
+    drawn = []
+    form = widgets.explore(lambda rate=3.0: drawn.append(rate) or plt.figure(), rate=(1.0, 9.0))
+    slider, _output = form.children
+    assert slider.value == 3.0 and not slider.continuous_update
+    slider.value = 5.0
+    assert drawn[-1] == 5.0 and plt.get_fignums() == []
