@@ -1,5 +1,5 @@
 """Fixtures: the embedded model, a tiny random one; a skip with a reason where there is no GPU;
-fewer repeats in the notebooks that nbval runs."""
+long tests only when asked for; fewer repeats in the notebooks that nbval runs."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers that tests of several 
 FEWER = {"repeats": 2, "rounds": 1}  # a study runs the notebooks at their full repeats
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for cell in (item.cell for item in items if hasattr(item, "cell")):  # of nbval
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "".join(
@@ -20,6 +20,10 @@ def pytest_collection_modifyitems(items):
                 for name, count in FEWER.items()
                 if f"\n{name}: " in cell.source
             )
+    long = pytest.mark.skip(reason="takes minutes: run it with pytest -m long")
+    for item in items:
+        if item.get_closest_marker("long") and "long" not in config.option.markexpr:
+            item.add_marker(long)
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
