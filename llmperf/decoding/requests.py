@@ -68,12 +68,6 @@ class Workload:
         if not self.requests:
             raise ValueError("a workload needs at least one request")
 
-    def take(self, n: int) -> "Workload":
-        """The first `n` requests, so that a smaller load is a part of the larger one."""
-        if not 1 <= n <= len(self.requests):
-            raise ValueError(f"this workload has {len(self.requests)} requests: cannot take {n}")
-        return replace(self, requests=self.requests[:n])
-
 
 def check_fits(workload: Workload, max_positions: int) -> None:
     """Raise ValueError when a request is longer than the model has positions."""

@@ -14,7 +14,7 @@ from llmperf.machine import GIB
 HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 LEAST_RANGE = 3  # repeats on each side from which full separation has a chance of at most 1 in 20
 EQUAL_STEPS = 1.25  # memory steps of equal processes; the published ones are rounded to 0.1 GB
-USUAL = {"stream": "default", "variant": "blocking", "weights": "own", "max_batch": 8}
+DEFAULT_OPTIONS = {"stream": "default", "variant": "blocking", "weights": "own", "max_batch": 8}
 Row = Mapping[str, object]
 
 
@@ -125,9 +125,9 @@ def _nearest(rows: Sequence[Row], wanted: Mapping) -> list[Row]:
     variants: dict[tuple, list[Row]] = {}
     for r in rows:
         given = {k.removeprefix("option_"): v for k, v in r.items() if k.startswith("option_")}
-        if all(given.get(k, USUAL.get(k)) == v for k, v in wanted.items()):
+        if all(given.get(k, DEFAULT_OPTIONS.get(k)) == v for k, v in wanted.items()):
             further = given.keys() - wanted.keys() - {"intra_op"}
-            changed = sum(given[k] != USUAL.get(k) for k in further)
+            changed = sum(given[k] != DEFAULT_OPTIONS.get(k) for k in further)
             # torch gives an operator all cores, so the largest number is the default
             place = (changed, -given.get("intra_op", 0), r["variant"])
             variants.setdefault(place, []).append(r)

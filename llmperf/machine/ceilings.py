@@ -28,7 +28,7 @@ def cached(device: str = "cpu") -> dict:
 
     What was measured on a busy machine is measured again when it is idle.
     """
-    return description.kept("ceilings", device, measure)
+    return description.cached_measurement("ceilings", device, measure)
 
 
 def this_minute(limits: dict, device: str = "cpu") -> dict:
@@ -53,6 +53,6 @@ def now(device: str = "cpu") -> dict:
     known = cached(device)
     found = this_minute(known, device)
     if found["read_bytes_per_s"]["median"] > known["read_bytes_per_s"]["median"]:
-        description.keep("ceilings", device, found)
+        description.store_measurement("ceilings", device, found)
         return found
     return {**found, "read_bytes_per_s": known["read_bytes_per_s"]}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from llmperf.machine import gpu
 from llmperf.machine.probes import PROBES, ask
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
@@ -49,7 +50,7 @@ def save_whole(file: Path, text: str) -> None:
     part.replace(file)
 
 
-def kept(kind: str, device: str, measured: Callable[[str], dict]) -> dict:
+def cached_measurement(kind: str, device: str, measured: Callable[[str], dict]) -> dict:
     """`measured(device)`, kept in the user's cache for this machine, driver and these versions.
 
     A result with a `warning` is measured again when the machine is idle; one with a `reason`, why
@@ -61,12 +62,12 @@ def kept(kind: str, device: str, measured: Callable[[str], dict]) -> dict:
             return found
     result = measured(device)
     if not result.get("reason"):
-        keep(kind, device, result)
+        store_measurement(kind, device, result)
     return result
 
 
-def keep(kind: str, device: str, result: dict) -> None:
-    """Put a result where `kept` finds it. A read-only cache costs time, not the answer."""
+def store_measurement(kind: str, device: str, result: dict) -> None:
+    """Put a result into the user's cache. A read-only one costs time, not the answer."""
     with contextlib.suppress(OSError):
         save_whole(_kept_file(kind, device), json.dumps(result))
 
@@ -183,8 +184,7 @@ def busy(device: str = "cpu") -> str | None:
     time.sleep(NVML_WINDOW_S)
     index = int(device.partition(":")[2] or 0)
     cards = [dict(card) for card in (ask(PROBES["gpus"])[0] or [])[index : index + 1]]
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
+    if gpu.torch_in_use():
         for card in cards:
             if our_pids.isdisjoint(p["pid"] for p in card["processes"] or []):
                 card["processes"] = None

@@ -1,6 +1,7 @@
 """NVIDIA cards as NVML shows them, field by field. Only queries: no setting is changed."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -10,6 +11,12 @@ from pynvml import NVMLError
 from llmperf.machine.units import Unknown
 
 DRIVER_MODELS = {0: "WDDM", 1: "TCC", 2: "MCDM"}  # nvmlDriverModel_t
+
+
+def torch_in_use():
+    """torch where this process has used a card with it, else None; never imports it."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ STAGE_S = 120.0  # a cold disk takes this long to read torch's libraries, not lo
 
 def cached(device: str = "cpu") -> dict:
     """`overhead(device)`, kept in the user's cache."""
-    return description.kept("overhead", device, overhead)
+    return description.cached_measurement("overhead", device, overhead)
 
 
 def overhead(device: str = "cpu") -> dict:

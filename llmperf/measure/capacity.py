@@ -58,7 +58,7 @@ class _Card:
         self.done: list[RequestTrace] = []
         self.free_s = 0.0  # when the last step has ended
 
-    def advance(self, now: float) -> None:
+    def run_steps_until(self, now: float) -> None:
         """Make every step that begins before `now`."""
         while (self.running or self.waiting) and (start := self._next_start()) < now:
             room = self.max_batch - len(self.running) if self.joins or not self.running else 0
@@ -112,10 +112,10 @@ def simulate(
     found = [_Card(curve, max_batch, window_s, joins) for _ in range(cards)]
     for request in sorted(work.requests, key=lambda r: r.arrival_s):
         for card in found:
-            card.advance(request.arrival_s)
+            card.run_steps_until(request.arrival_s)
         min(found, key=lambda c: c.unanswered(request.arrival_s)).waiting.append(request)
     for card in found:
-        card.advance(math.inf)
+        card.run_steps_until(math.inf)
     done = sorted((r for card in found for r in card.done), key=lambda r: r.id)
     end = max(r.token_s[-1] for r in done)
     return Trace(tuple(done), end, {"simulated": True, "cards": cards})

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from llmperf import decoding, machine, strategies
 from llmperf.decoding.trace import Trace, agreement
 from llmperf.machine import ceilings
+from llmperf.machine.gpu import torch_in_use
 from llmperf.measure import prediction, records, results
 from llmperf.measure.condition import Condition
 from llmperf.measure.prediction import DoesNotFit, predict_run
@@ -126,8 +127,7 @@ class _Session:
             return record
         self.failed.add(i)
         gc.collect()  # here, where no exception holds the failed run's tensors any more
-        torch = sys.modules.get("torch")
-        if torch and torch.cuda.is_available():
+        if torch := torch_in_use():
             torch.cuda.empty_cache()
         return replace(record, kind="failed")
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from llmperf.machine.child import Child, ChildDied
+from llmperf.machine.gpu import torch_in_use
 from llmperf.memory.channels import CHANNELS, summary
 
 INTERVAL_S = 0.02
@@ -61,7 +62,7 @@ class Sampler:
             self._child.end()
             self._child = self._start()
         give_back()
-        if torch := _torch_on_gpu():
+        if torch := torch_in_use():
             torch.cuda.empty_cache()  # else a small run shows what a large one before it reserved
             torch.cuda.reset_peak_memory_stats(self._device)
         self._windows += 1
@@ -81,7 +82,7 @@ class Sampler:
         window |= {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
 
     def _allocator(self) -> dict:
-        torch = _torch_on_gpu()
+        torch = torch_in_use()
         return torch.cuda.memory_stats(self._device) if torch else {}
 
     def _answer(self, **message) -> tuple[dict, str | None]:
@@ -93,12 +94,6 @@ class Sampler:
             return answer["channels"], None
         except ChildDied as error:
             return {}, f"the sampler died: {error}"
-
-
-def _torch_on_gpu():
-    """torch when it has initialised CUDA; importing it here would be part of what is measured."""
-    torch = sys.modules.get("torch")
-    return torch if torch and torch.cuda.is_initialized() else None
 
 
 def _uuid(device: str) -> str:

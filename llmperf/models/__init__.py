@@ -6,7 +6,7 @@ __getattr__, __all__ = lazy_face(
     __name__,
     {
         "configs": "PRESETS WEIGHTS config_of shape_of",
-        "loading": "EMBEDDED LoadSpec Model byte_tokenizer front load load_spec other_models",
+        "loading": "EMBEDDED LoadSpec Model byte_tokenizer load load_spec other_models",
         "embedded": "ModelUnavailable",
         "quantization": "CHECKPOINT QUANTIZATIONS converted scheme stored",
         "quantize": "layer",

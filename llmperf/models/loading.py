@@ -112,7 +112,9 @@ def load(
         spec = replace(spec, quantization=word)
     _loaded[module] = (shape, spec.dtype, word), spec.device
     load_s = time.perf_counter() - start
-    return _model(module, folder, shape, spec, load_s)
+    word = None if spec.quantization == "none" else spec.quantization
+    how = (spec.dtype, spec.device, spec.weights, word, load_s, spec)
+    return Model(spec.name, module, _tokenizer(folder), shape, *how)
 
 
 def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
@@ -136,20 +138,6 @@ def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
 
 def load_spec(source: LoadSpec) -> Model:
     return load(*astuple(source))
-
-
-def front(source: LoadSpec | str) -> Model:
-    """A Model without its weights (`module` is None), for a process that only tokenises."""
-    if isinstance(source, str):
-        source = LoadSpec(source, "auto", "auto", "auto")
-    spec, folder = _found(source)
-    return _model(None, folder, configs.shape_of(spec.name, name=spec.name), spec, 0.0)
-
-
-def _model(module, folder: str | None, shape: ModelShape, spec: LoadSpec, load_s: float) -> Model:
-    word = None if spec.quantization == "none" else spec.quantization
-    how = (spec.dtype, spec.device, spec.weights, word, load_s, spec)
-    return Model(spec.name, module, _tokenizer(folder), shape, *how)
 
 
 def _tokenizer(folder: str | None):

@@ -9,7 +9,7 @@ __getattr__, __all__ = lazy_face(
         " published_groups roofline stacked strategies_figure",
         "replaying": "replay replay_svg",
         "sentences": "agreement_sentence check loops_sentence ratio_sentence value_sentence",
-        "widgets": "Question calculator draw draw_queue draw_roofline draw_sampling explore",
+        "widgets": "Question calculator draw_memory draw_queue draw_roofline draw_sampling explore",
         "anatomy": "PHASES split",
         "profiling": "STEP profile_steps shares",
         "other_tools": "METRICS TOOLS score_as",

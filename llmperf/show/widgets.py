@@ -60,7 +60,7 @@ class Question:
         )
 
 
-def draw(question: Question) -> Figure:
+def draw_memory(question: Question) -> Figure:
     """The ledger as a bar against the card's size, with the verdict and what would fit.
 
     Raises ValueError, one sentence, for a card or model that is not known.
@@ -180,10 +180,10 @@ def explore(draw: Callable[..., Figure], **fields) -> ipywidgets.Widget:
 
 
 def calculator() -> ipywidgets.Widget:
-    """The form of `draw`."""
+    """The form of `draw_memory`."""
     w, q = ipywidgets, Question()
     return explore(
-        lambda **values: draw(Question(**values)),
+        lambda **values: draw_memory(Question(**values)),
         model=w.Combobox(value=q.model, options=models.PRESETS),
         dtype=["fp16", "bf16", "fp32"],
         quantization=QUANTIZATIONS,

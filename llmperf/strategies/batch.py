@@ -7,7 +7,7 @@ from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.strategy import COUNT, Strategy, at_most, in_words
+from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, in_words
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -29,8 +29,8 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 STRATEGY = Strategy(
     "batch",
     run,
-    in_words("batches of {n}", count=at_most("batch_size")),
+    in_words("batches of {n}", count=capped_by_level("batch_size")),
     style=0,
     options={"batch_size": COUNT},
-    rows_per_step=at_most("batch_size"),
+    rows_per_step=capped_by_level("batch_size"),
 )

@@ -13,7 +13,7 @@ from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.strategy import COUNT, Strategy, at_most, choice, in_words
+from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, choice, in_words
 
 IN_THE_LOOP = ("blocking", "yielding")
 BEAT_S = 0.01  # the heartbeat task asks for its turn this often
@@ -103,7 +103,7 @@ def _threads(level: int, options: Mapping) -> int:
 STRATEGY = Strategy(
     "coroutine",
     run,
-    in_words("{n} coroutines", "variant", single="1 coroutine", count=at_most("workers")),
+    in_words("{n} coroutines", "variant", single="1 coroutine", count=capped_by_level("workers")),
     style=4,
     options={"variant": choice(*IN_THE_LOOP, "to_thread"), "workers": COUNT},
     threads=_threads,

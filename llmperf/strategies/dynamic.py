@@ -9,7 +9,7 @@ from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Trace
 from llmperf.models import Model
 from llmperf.strategies import served
-from llmperf.strategies.strategy import COUNT, Strategy, at_most, in_words, number
+from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, in_words, number
 
 MAX_BATCH = 8
 OPTIONS = {
@@ -33,7 +33,7 @@ STRATEGY = Strategy(
     in_words("dynamic batching", *OPTIONS, "window_s"),
     style=3,
     options=OPTIONS | {"window_s": number(0, 59)},
-    rows_per_step=at_most("max_batch", MAX_BATCH),
+    rows_per_step=capped_by_level("max_batch", MAX_BATCH),
     processes=lambda level, options: options.get("processes", 1),
     served=True,
 )

@@ -16,6 +16,7 @@ from llmperf import decoding
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
 from llmperf.machine import Parent, first_line
+from llmperf.machine.gpu import torch_in_use
 
 
 class Grouped:
@@ -124,7 +125,7 @@ class Work:
             self._slots, self._shape = None, None  # its memory is free before new is taken
             self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)
             most = how["rows"]
-            for rows in decoding.warm_sizes(most) if _on_gpu() else sorted({1, most}):
+            for rows in decoding.warm_sizes(most) if torch_in_use() else sorted({1, most}):
                 self._warm_up(rows, prompt_tokens, new_tokens)
             self._shape = prompt_tokens, new_tokens, how
         self._sampling = Sampling(**{**sampling, "suppress": tuple(sampling["suppress"])})
@@ -158,7 +159,7 @@ class Work:
             found["uss_bytes"] = process.memory_full_info().uss
         except psutil.AccessDenied:
             found["uss_bytes"] = None
-        if torch := _on_gpu():
+        if torch := torch_in_use():
             found["allocated_bytes"] = torch.cuda.max_memory_allocated()
             found["reserved_bytes"] = torch.cuda.max_memory_reserved()
         return found
@@ -181,18 +182,12 @@ class Work:
                 self._slots.drop(key)
             self._parent.send(event="failed", keys=list(self._running), reason=_sentence(error))
             self._running.clear()
-            if torch := _on_gpu():
+            if torch := torch_in_use():
                 torch.cuda.empty_cache()
             return
         if tokens:
             self._parent.send(event="tokens", tokens=tokens)
         self._running -= {key for key, _, last in tokens if last}
-
-
-def _on_gpu():
-    """torch where it is loaded and has used a card, else None."""
-    torch = sys.modules.get("torch")
-    return torch if torch and torch.cuda.is_initialized() else None
 
 
 def _sentence(error: Exception) -> str:

@@ -7,9 +7,9 @@ from llmperf.decoding.trace import Trace
 from llmperf.machine import PROBES, ask
 from llmperf.models import Model
 from llmperf.strategies import served
-from llmperf.strategies.strategy import COUNT, Strategy, at_most, choice, in_words, weights
+from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, choice, in_words, weights
 
-_workers = at_most("workers")
+_workers = capped_by_level("workers")
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:

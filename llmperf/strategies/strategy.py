@@ -83,7 +83,7 @@ def number(low: float, high: float) -> Check:
     return (lambda v: type(v) in (int, float) and low <= v <= high), f"{low:g} to {high:g}"
 
 
-def at_most(option: str, default: int | None = None) -> Count:
+def capped_by_level(option: str, default: int | None = None) -> Count:
     """A count: the value of `option` (default: the level), never more than the level."""
     return lambda level, options: min(options.get(option, default or level), level)
 

@@ -18,7 +18,7 @@ from llmperf.decoding.trace import Recorder, Trace
 from llmperf.machine import SLICE_S
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.strategy import COUNT, Strategy, at_most, choice, in_words
+from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, choice, in_words
 
 try:
     import gilknocker
@@ -150,7 +150,9 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
 STRATEGY = Strategy(
     "threads",
     run,
-    in_words("{n} threads", "intra_op", "stream", single="1 thread", count=at_most("workers")),
+    in_words(
+        "{n} threads", "intra_op", "stream", single="1 thread", count=capped_by_level("workers")
+    ),
     style=1,
     options={
         "workers": COUNT,
@@ -158,5 +160,5 @@ STRATEGY = Strategy(
         "stream": choice("default", "own"),
     },
     refuse=_refuse,
-    threads=at_most("workers"),
+    threads=capped_by_level("workers"),
 )

@@ -159,7 +159,7 @@ def test_now_takes_the_higher_bandwidth_of_a_processor_and_measures_none_of_a_ca
     fresh = iter((3.0, 1.0))
     monkeypatch.setattr(ceilings, "cached", lambda device: rate(2.0))
     kept = []
-    monkeypatch.setattr(ceilings.description, "keep", lambda *args: kept.append(args))
+    monkeypatch.setattr(ceilings.description, "store_measurement", lambda *args: kept.append(args))
     read = lambda device, repeats: {"median": next(fresh)}  # noqa: E731
     monkeypatch.setattr(ceilings.rates, "read_bandwidth", read)
     assert [ceilings.now("cpu")["read_bytes_per_s"]["median"] for _ in range(2)] == [3.0, 2.0]

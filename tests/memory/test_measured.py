@@ -4,6 +4,7 @@ import pytest
 from tiny_models import CONFIGS, build
 
 from llmperf import memory, predict
+from llmperf.decoding.batch import with_cache
 from llmperf.memory import CHANNELS, ledger, summary
 from llmperf.models import shape_of
 
@@ -55,7 +56,7 @@ def test_a_static_cache_is_held_whole():
     module, config = build("llama")
     cache = StaticCache(config=config, max_cache_len=40)
     with torch.inference_mode():
-        module(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
+        module(torch.ones(2, 5, dtype=torch.long), **with_cache(module, cache))
     shape = shape_of(config)
     expected = predict.kv_bytes(shape, 2, 40, "fp32")
     # the static layers also count their tokens, in a tensor of one or a few integers

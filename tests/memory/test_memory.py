@@ -301,7 +301,7 @@ def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampl
         reset_peak_memory_stats=lambda device: calls.append("reset"),
         memory_stats=lambda device: dict(zip(names, next(stats), strict=True)),
     )
-    monkeypatch.setattr(sampler_file, "_torch_on_gpu", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(sampler_file, "torch_in_use", lambda: SimpleNamespace(cuda=cuda))
     with sampler.window() as window:
         pass
     seen = {n: [window[n][k] for k in ("first", "max", "last")] for n in ("allocated", "reserved")}

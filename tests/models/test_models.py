@@ -201,7 +201,6 @@ def test_a_folder_with_an_adapter_is_refused(tiny_folder, tmp_path):
 def test_auto_on_a_folder_with_only_a_configuration_takes_random_weights(tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "config.json", tmp_path)
     assert models.load(str(tmp_path), device="cpu").weights == "random"
-    assert models.front(str(tmp_path)).weights == "random"
     with pytest.raises(ModelUnavailable, match="are neither here nor"):
         models.load(str(tmp_path), device="cpu", weights="trained")
 
@@ -214,13 +213,6 @@ def test_a_model_that_cannot_be_held_is_refused_before_it_is_built():
 def test_random_weights_of_a_quantised_checkpoint_are_refused_by_their_own_bits():
     with pytest.raises(ValueError, match="with 4 bits a weight"):  # the checkpoint has 8
         models.load("deepseek-v3", dtype="bf16", device="cpu", weights="random")
-
-
-def test_a_front_is_the_model_without_its_weights(tiny_folder):
-    front = models.front(str(tiny_folder))
-    assert (front.module, front.weights) == (None, "trained")
-    again = models.load_spec(front.source)
-    assert again.shape == front.shape
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

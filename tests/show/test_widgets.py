@@ -35,7 +35,9 @@ def form():
 )  # fmt: skip
 def test_every_field_redraws(form, field, value, monkeypatch):
     asked = []
-    monkeypatch.setattr(widgets, "draw", lambda question: asked.append(question) or plt.figure())
+    monkeypatch.setattr(
+        widgets, "draw_memory", lambda question: asked.append(question) or plt.figure()
+    )
     form[field].value = value
     assert asked == [Question(**{field: value})]
     assert plt.get_fignums() == [], "a figure left open is shown a second time"
@@ -56,7 +58,7 @@ def test_an_unknown_model_names_the_presets(form, capsys):
 
 
 def test_one_look_answers_the_question_of_yi_34b():
-    fig = widgets.draw(Question())
+    fig = widgets.draw_memory(Question())
     assert fig.axes[0].get_title(loc="left") == (
         "yi-34b-chat-4bits, batch 4, 2,048 tokens on RTX 3090: might fit"
     )
@@ -66,17 +68,17 @@ def test_one_look_answers_the_question_of_yi_34b():
 
 
 def test_the_bar_adds_up_to_the_ledger():
-    fig = widgets.draw(Question())
+    fig = widgets.draw_memory(Question())
     widest = max(bar.get_x() + bar.get_width() for bar in fig.axes[0].patches)
     assert widest == pytest.approx(predict.memory(Question().spec()).high / predict.GIB)
 
 
 def test_a_context_beyond_the_positions_is_noted():
     assert "beyond the 1024 positions" in " ".join(
-        widgets.draw(Question(model="gpt2", context=4096)).get_supxlabel().split()
+        widgets.draw_memory(Question(model="gpt2", context=4096)).get_supxlabel().split()
     )
     with pytest.raises(ValueError, match="context is 1: give 2"):
-        widgets.draw(Question(context=1))
+        widgets.draw_memory(Question(context=1))
 
 
 def test_context_counts_prompt_and_answer():
