@@ -110,6 +110,21 @@ def test_the_ledger_predicts_the_allocators_peak_within_two_percent(gpt2, batch)
     assert low * 0.98 <= measured <= high * 1.02, (low / MIB, measured / MIB, high / MIB)
 
 
+def test_a_small_batch_does_not_hold_the_memory_of_a_large_one(gpt2, tmp_path):
+    small, large = (
+        Condition(gpt2, "batch", n, "compiled", prompt_tokens=16, new_tokens=16) for n in (1, 32)
+    )
+    peaks = {}
+    for name, conditions in {"alone": [small], "both": [large, small]}.items():
+        found = measure("x", conditions, Store(tmp_path / f"{name}.jsonl"), repeats=2)
+        peaks[name] = [
+            r.memory["allocated"]["max"]
+            for r in found.records
+            if r.kind == "measure" and r.condition["level"] == 1
+        ]
+    assert max(peaks["both"]) <= 1.02 * max(peaks["alone"])
+
+
 def test_out_of_memory_is_a_record_and_the_next_condition_runs(gpt2, tmp_path):
     """A cap inside torch stands for a full card; nothing of the card itself is changed."""
     total = torch.cuda.get_device_properties(0).total_memory

@@ -12,6 +12,6 @@ __getattr__, __all__ = lazy_face(
         "batch": "Batch last_column pad positions",
         "loops": "Prepared check_loop prepare",
         "generate": "decode run steps",
-        "slots": "Slots warm_sizes warm_up",
+        "slots": "Slots warm_up",
     },
 )

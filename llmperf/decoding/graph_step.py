@@ -74,6 +74,10 @@ class GraphStep:
         self.function = _fused(forward)
         self.kept: dict[tuple[int, int], list] = {}  # (rows, length) → buffers that nobody uses
 
+    def keep_only(self, sizes: set[tuple[int, int]]) -> None:
+        """Free the buffers of other sizes: a small batch must not hold a large one's memory."""
+        self.kept = {size: kept for size, kept in self.kept.items() if size in sizes}
+
     @property
     def module(self):
         """The model's; a step is kept with it (see `loops`), and must not keep it alive."""
@@ -90,6 +94,11 @@ def _fused(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def size(rows: int, length: int) -> tuple[int, int]:
+    """Rows and length of the buffers that so many rows of such a length use."""
+    return 1 << (rows - 1).bit_length(), max(256, 1 << (length - 1).bit_length())
+
+
 class GraphRows:
     """Static keys and values of `rows` slots, and a graph for each power of two of rows.
 
@@ -98,15 +107,14 @@ class GraphRows:
 
     def __init__(self, model, step: GraphStep, rows: int, max_length: int):
         self._model, self._step = model, step
-        self._rows = 1 << (rows - 1).bit_length()
-        self._length = max(256, 1 << (max_length - 1).bit_length())
+        self._rows, self._length = size(rows, max_length)
         kept = step.kept.setdefault((self._rows, self._length), [])
         self.keys, self.values, self._graphs = kept.pop() if kept else (None, None, {})
         self._prompts: dict[int, DynamicCache] = {}
 
     def __del__(self):
         if self.keys is not None:  # graphs read these buffers, so both are kept together
-            kept = self._step.kept[self._rows, self._length]
+            kept = self._step.kept.setdefault((self._rows, self._length), [])
             kept.append((self.keys, self.values, self._graphs))
 
     def forward(self, pieces) -> torch.Tensor:

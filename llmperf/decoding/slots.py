@@ -6,7 +6,8 @@ prompt enters in pieces, so that requests that already decode do not wait for al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -212,17 +213,17 @@ class _EagerRows:
         return out.logits[:, -1]
 
 
-def warm_sizes(rows: int) -> list[int]:
-    """The batches up to `rows` that have a graph each on a GPU: the powers of two, and `rows`."""
-    return sorted({rows, *(1 << i for i in range(rows.bit_length()))})
-
-
-def warm_up(model, rows: int, length: int) -> None:
-    """On a GPU, make the buffers and graphs of each batch up to `rows` with room for `length`
-    tokens, so that none is made while a run is measured. A step on a CPU has no sizes."""
-    if not isinstance(prepare(model).step, graph_step.GraphStep):
+def warm_up(model, rows: int, lengths: Iterable[int]) -> None:
+    """On a GPU, make the buffers and graphs of each batch up to `rows` with room for so many
+    tokens, so that none is made while a run is measured, and free those of other sizes. A step on
+    a CPU has no sizes."""
+    step = prepare(model).step
+    if not isinstance(step, graph_step.GraphStep):
         return
-    for count in warm_sizes(rows):
+    sizes = {graph_step.size(rows, length): length for length in lengths}
+    step.keep_only(set(sizes))
+    counts = {rows, *(1 << i for i in range(rows.bit_length()))}  # that have a graph each
+    for length, count in itertools.product(sizes.values(), sorted(counts)):
         slots = Slots(model, rows, length)
         for key in range(count):
             slots.admit(key, Request(key, (0,), 2), Sampling(), Stop())

@@ -113,6 +113,7 @@ class _Session:
         condition = self.conditions[i]
         try:
             self.prepare(i)
+            _make_graphs(condition)
             predicted = predict_run(condition, self.expect, self.limits)
             with sampler.window(without=condition.ready()) as window:
                 trace = condition.run()
@@ -155,10 +156,6 @@ class _Session:
         condition = self.conditions[i]
         prediction.check_fits(condition)
         self.reference(condition)
-        elsewhere = condition.runner.served or condition.runner.foreign
-        if condition.loop == "compiled" and not elsewhere:
-            lengths = (len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests)
-            decoding.warm_up(condition.model, condition.rows_per_step, max(lengths))
         short, times = condition.shortened(WARMUP_TOKENS), []
         for _ in range(WARMUP_RUNS):
             trace = condition.run(short)
@@ -206,6 +203,13 @@ class _Session:
         keys = {c.key for c in self.conditions}
         every = (r for r in self.store.read() if r.experiment == self.experiment)
         return [r for r in every if condition_key(r) in keys]
+
+
+def _make_graphs(condition: Condition) -> None:
+    """On a GPU, before each run of `compiled`: a condition of another size has freed the graphs."""
+    if condition.loop == "compiled" and not (condition.runner.served or condition.runner.foreign):
+        lengths = {len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests}
+        decoding.warm_up(condition.model, condition.rows_per_step, lengths)
 
 
 def _raise_interrupt(error: BaseException | None) -> None:

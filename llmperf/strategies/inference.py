@@ -12,7 +12,6 @@ from queue import Empty, Queue
 
 import psutil
 
-from llmperf import decoding
 from llmperf.decoding.requests import Request, Stop
 from llmperf.decoding.sampling import Sampling
 from llmperf.machine import Parent, first_line
@@ -124,8 +123,7 @@ class Work:
         if (prompt_tokens, new_tokens, how) != self._shape:
             self._slots, self._shape = None, None  # its memory is free before new is taken
             self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)
-            most = how["rows"]
-            for rows in decoding.warm_sizes(most) if torch_in_use() else sorted({1, most}):
+            for rows in sorted({1, how["rows"]}):
                 self._warm_up(rows, prompt_tokens, new_tokens)
             self._shape = prompt_tokens, new_tokens, how
         self._sampling = Sampling(**{**sampling, "suppress": tuple(sampling["suppress"])})

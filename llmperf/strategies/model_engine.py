@@ -28,6 +28,8 @@ def load(config: dict) -> Callable:
         torch.set_num_threads(threads or all_threads)  # a run before may have had fewer
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
+        if loop == "compiled":
+            decoding.warm_up(model, rows, [max_length])
         if batching == "slots":
             return decoding.Slots(model, rows, max_length, loop=loop)
 

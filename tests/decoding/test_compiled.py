@@ -383,8 +383,10 @@ def test_every_batch_of_a_graph_runs_once_before_a_measurement(monkeypatch):
     run = graph_step.GraphRows._run
     seen = lambda self, ids, place: rows.append(len(place)) or run(self, ids, place)  # noqa: E731
     monkeypatch.setattr(graph_step.GraphRows, "_run", seen)
-    decoding.warm_up(model, 6, 300)
-    assert set(rows) == {1, 2, 4, 8} and set(graph.kept) == {(8, 512)}
+    decoding.warm_up(model, 6, {300, 40})
+    assert set(rows) == {1, 2, 4, 8} and set(graph.kept) == {(8, 512), (8, 256)}
+    decoding.warm_up(model, 1, {40})
+    assert set(graph.kept) == {(1, 256)}, "a small batch holds the memory of a large one"
 
 
 def test_models_that_need_more_than_static_keys_are_refused_on_a_gpu():
