@@ -84,7 +84,8 @@ def _wait(ready, seconds: float, otherwise: str) -> None:
 
 
 def _save(page) -> None:
-    page.locator('.jp-NotebookPanel-toolbar [data-command="docmanager:save"]').first.click()
+    with page.expect_response(lambda answer: answer.request.method == "PUT"):
+        page.locator('.jp-NotebookPanel-toolbar [data-command="docmanager:save"]').first.click()
     _wait(lambda: not page.locator(".jp-mod-dirty").count(), 20, "it was not saved")
 
 
