@@ -11,6 +11,7 @@ import psutil
 from llmperf import decoding, machine, models, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
+from llmperf.machine.probes import ram_available
 from llmperf.measure import step_time
 from llmperf.measure.condition import Condition
 from llmperf.models import Model
@@ -151,8 +152,7 @@ def memory(model: Model) -> tuple[int, int]:
     below 0), and bytes that this process holds. Raises ValueError when others leave nothing."""
     device, platform = model.device, machine.platform_word(model.device)
     if device == "cpu":
-        free, total = machine.ask(machine.PROBES["ram_available_bytes"])[0], 0
-        held = psutil.Process().memory_info().rss
+        free, total, held = ram_available(), 0, psutil.Process().memory_info().rss
     else:
         import torch
 

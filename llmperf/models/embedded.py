@@ -34,7 +34,7 @@ def folder() -> Path:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{kept}.lock"):  # two notebooks may begin at the same time
-        return kept if kept.exists() else _made(kept)
+        return kept if (kept / "config.json").exists() else _made(kept)
 
 
 def _made(kept: Path) -> Path:

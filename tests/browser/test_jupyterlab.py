@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -117,7 +118,10 @@ def test_a_notebook_runs_in_jupyterlab_and_its_forms_redraw(lab, stem):
     waiting = page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[*]")
     waiting.first.wait_for()
     _wait(lambda: not waiting.count(), RUN_S, "it did not come to its end")
-    for form in page.locator(".widget-interact").all():
+    forms = page.locator(".widget-interact").all()
+    calls = re.findall(r"widgets\.(?:explore|calculator)\(", file.read_text(encoding="utf-8"))
+    assert len(forms) == len(calls), "a form is not shown"
+    for form in forms:
         form.scroll_into_view_if_needed()
         before = form.locator("img").last.get_attribute("src")
         form.locator(".noUi-handle").first.press("ArrowRight")

@@ -463,3 +463,14 @@ def test_arms_run_in_turn_and_the_first_round_is_not_counted():
 def test_memory_is_watched(points, store):
     found = run(points[:1], store, repeats=1, sampler=None)
     assert found.frame.max_rss_bytes.iloc[0] > 50e6
+
+
+@pytest.mark.parametrize(("home", "shown"), [("/home/ann", "no ~/x"), ("/", "no /home/ann/x")])
+def test_a_reason_names_no_home_and_keeps_its_slashes(points, store, monkeypatch, home, shown):
+    def fail(*_, **__):
+        raise OSError("no /home/ann/x")
+
+    monkeypatch.setattr(Path, "home", lambda: Path(home))
+    monkeypatch.setattr(Condition, "run", fail)
+    found = run(points[:1], store, repeats=1)
+    assert found.records[-1].reason == f"OSError: {shown}"

@@ -152,10 +152,11 @@ def test_a_closed_loop_has_so_many_in_flight():
         assert flying <= 2
 
 
-def test_a_run_that_its_caller_ends_leaves_no_token_for_the_next():
-    def fail(id, token):
-        raise KeyError("the caller failed")
+def fail(id, token):
+    raise KeyError("the caller failed")
 
+
+def test_a_run_that_its_caller_ends_leaves_no_token_for_the_next():
     with stub() as running:
         with pytest.raises(KeyError):
             running.run(made(4, 100), on_token=fail)
@@ -164,9 +165,6 @@ def test_a_run_that_its_caller_ends_leaves_no_token_for_the_next():
 
 
 def test_a_run_that_its_caller_ends_leaves_no_place_taken():
-    def fail(id, token):
-        raise KeyError("the caller failed")
-
     with stub() as running:
         with pytest.raises(KeyError):
             running.run(made(4, 100), on_token=fail)

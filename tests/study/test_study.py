@@ -64,6 +64,26 @@ def test_resume_runs_only_what_is_left(shelf, tmp_path):
     assert {r.experiment for r in records(folder)} == {"03-third"}
 
 
+def test_a_run_is_read_when_its_model_has_moved_and_runs_on_only_with_it(tmp_path):
+    asked = Profile("p", parameters={"model": "gpt2"})
+    folder = study.start(asked, ["03"], out=tmp_path / "run")
+    state = study.load_state(folder)
+    state.steps["03-batch"]["model"] = str(tmp_path / "moved")
+    state.save(folder)
+    assert study.write_report(folder).exists()
+    with pytest.raises(ValueError, match="moved"):
+        study.run(folder)
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(shelf, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr("llmperf.study.cli.study.run", full)
+    assert main(["run", "--out", str(tmp_path / "run")]) == 1
+    assert "llmperf: No space left on device: report.html" in capsys.readouterr().err
+
+
 def test_resume_measures_again_what_failed_in_a_notebook_that_ended(shelf, tmp_path):
     body = """
 from pathlib import Path
