@@ -85,7 +85,8 @@ def _wait(ready, seconds: float, otherwise: str) -> None:
 
 
 def _save(page) -> None:
-    with page.expect_response(lambda answer: answer.request.method == "PUT"):
+    saved = lambda a: a.request.method == "PUT" and "/api/contents/" in a.url  # noqa: E731
+    with page.expect_response(saved):
         page.locator('.jp-NotebookPanel-toolbar [data-command="docmanager:save"]').first.click()
     _wait(lambda: not page.locator(".jp-mod-dirty").count(), 20, "it was not saved")
 
