@@ -9,7 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # helpers that tests of several rooms use
 
 
-FEWER = {"repeats": 2, "rounds": 1}  # a study runs the notebooks at their full repeats
+# A study runs the notebooks as they are; nbval with at most so much of each.
+FEWER = {"repeats": 2, "rounds": 1, "runs": 6, "pairs": 4, "requests": 20, "new_tokens": 8}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -68,9 +68,7 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     how = [(r.condition["level"], r.condition.get("options") or {}) for r in found.record]
     known = [STRATEGIES[r.condition["strategy"]] for r in found.record]
     found["rows"] = [s.rows_per_step(*h) for s, h in zip(known, how, strict=True)]
-    found["servers"] = [
-        s.threads(*h) * max(1, s.processes(*h)) for s, h in zip(known, how, strict=True)
-    ]
+    found["servers"] = [s.servers(*h) for s, h in zip(known, how, strict=True)]
     found["joins"] = [s.joins for s in known]
     found["served"] = [s.served for s in known]
     found["arriving"] = [bool(r.condition.get("arrivals")) for r in found.record]

@@ -50,6 +50,10 @@ class Strategy:
         if self.refuse:
             self.refuse(model, level, options)
 
+    def servers(self, level: int, options: Mapping) -> int:
+        """Steps that are computed at the same time, here or in the kept server."""
+        return self.threads(level, options) * max(1, self.processes(level, options))
+
     def ready(self, model: Model, level: int, options: Mapping) -> list[int]:
         """Start what a run needs, so that no measurement sees it being started.
 

@@ -288,6 +288,24 @@ def test_warmup_and_reference_are_kept_and_never_counted(tiny, store):
             assert len(r.to_trace().requests) == REFERENCE_REQUESTS
 
 
+@pytest.mark.parametrize(
+    ("strategy", "lengths", "options", "requests"),
+    [
+        ("sequential", 4, {}, 2),
+        ("sequential", (4, 5), {}, 6),  # each length may need a buffer or a graph
+        ("coroutine", 4, {}, 2),
+        ("coroutine", 4, {"variant": "to_thread"}, 6),
+        ("threads", 4, {"workers": 3}, 3),
+        ("batch", 4, {"batch_size": 4}, 4),
+    ],
+)
+def test_a_warmup_runs_what_runs_at_the_same_time(tiny, strategy, lengths, options, requests):
+    condition = Condition(tiny, strategy, 6, prompt_tokens=lengths, options=options)
+    short = condition.shortened(2).requests
+    assert len(short) == requests
+    assert {r.max_new_tokens for r in short} == {2}
+
+
 @pytest.mark.parametrize(("seconds", "runs"), [([1.0], 2), ([1.0, 0.8], 3), ([1.0, 2.0, 3.0], 3)])
 def test_warmup_ends_when_times_settle(tiny, store, monkeypatch, seconds, runs):
     stand_in(monkeypatch, "batch", made_up(seconds))
