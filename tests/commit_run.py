@@ -76,7 +76,8 @@ def commit(run: Path, name: str | None = None) -> None:
     findings.share(run, target)
     if name:  # a second run of a machine comes without notebooks
         return
-    shutil.copy(run / "card.png", folder)
+    for file in ("card.png", "run.yaml"):  # the first study's time left rests on run.yaml
+        shutil.copy(run / file, folder)
     replayed = next(nb for p, nb in zip(paths, executed, strict=True) if p.stem == REPLAYED)
     (REFERENCE / "replay.svg").write_bytes(replay_of(replayed))
     mark = stamp(target, state.started)

@@ -8,6 +8,7 @@ import datetime
 import inspect
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from llmperf import RUNS
+from llmperf import REFERENCE, RUNS
 from llmperf.study import profile as profiles
 from llmperf.study.profile import Profile
 
@@ -94,8 +95,9 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
             failed = {r.experiment for r in answer.failures(answer.load(folder).records)}
         left = [s for s in state.steps if state.done.get(s) != "ok" or s in failed]
         profiles.check_values({stem: state.steps[stem] for stem in left})
+        past = _past_seconds()
         for i, stem in enumerate(left):
-            say(f"[{i + 1}/{len(left)}] {stem}{_time_left(left[i:])}")
+            say(f"[{i + 1}/{len(left)}] {stem}{_time_left(left[i:], state.seconds, past)}")
             began = time.monotonic()
             state.done[stem] = _run_one(folder, stem, state, use_notebooks)
             took = time.monotonic() - began
@@ -110,15 +112,25 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
     return state
 
 
-def _time_left(stems: list[str]) -> str:
-    """By the last run under data/runs that has each notebook; nothing where one never ran here."""
+def _past_seconds() -> dict[str, float]:
+    """Notebook → how long it took in the last run under data/runs, else in a shipped one."""
     past: dict[str, float] = {}
-    for path in sorted(RUNS.glob("*/run.yaml")):
-        with suppress(ValueError):
-            past |= load_state(path.parent).seconds
+    for folder in (REFERENCE / "runs", RUNS):
+        for path in sorted(folder.glob("*/run.yaml")):
+            with suppress(ValueError):
+                past |= load_state(path.parent).seconds
+    return past
+
+
+def _time_left(stems: list[str], taken: Mapping, past: Mapping) -> str:
+    """By past runs, at the pace of the notebooks that this run has `taken`; nothing for a notebook
+    that never ran."""
     if not past.keys() >= set(stems):
         return ""
-    return f", about {sum(past[stem] for stem in stems) / 60:.1f} min left"
+    both = taken.keys() & past.keys()
+    known = sum(past[s] for s in both)
+    pace = sum(taken[s] for s in both) / known if known else 1.0
+    return f", about {pace * sum(past[s] for s in stems) / 60:.1f} min left"
 
 
 def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
@@ -129,7 +141,8 @@ def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
             import papermill
 
             target = folder / "notebooks" / source.name
-            how = {"cwd": source.parent, "kernel_name": "python3", "progress_bar": False}
+            bar = sys.stderr.isatty() and {"desc": "    ", "leave": False}
+            how = {"cwd": source.parent, "kernel_name": "python3", "progress_bar": bar}
             how["execution_timeout"] = state.timeout_s
             how["extra_arguments"] = ["--log-level=CRITICAL"]  # no "TCP without encryption"
             papermill.execute_notebook(source, target, parameters, **how)

@@ -167,7 +167,17 @@ def test_a_line_a_notebook_with_the_time_left_by_past_runs(shelf, tmp_path, monk
     said.clear()
     study.run(study.start(Profile("p"), out=tmp_path / "b"), use_notebooks=False, say=said.append)
     assert said[0] == "[1/2] 00-first, about 2.2 min left"
-    assert said[2] == "[2/2] 03-third, about 0.5 min left"
+    pace = study.load_state(tmp_path / "b").seconds["00-first"] / 100  # faster than the past run
+    assert said[2] == f"[2/2] 03-third, about {pace * 0.5:.1f} min left"
+
+
+def test_the_first_study_knows_the_time_left_by_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmperf.study.study.RUNS", tmp_path)
+    said = []
+    monkeypatch.setattr("llmperf.study.study._run_one", lambda *_: "ok")
+    folder = study.start(study.load_profile("quick"), out=tmp_path / "run")
+    study.run(folder, use_notebooks=False, say=said.append)
+    assert all(line.endswith(" min left") for line in said[::2])
 
 
 # Within `exec` of a string, as where a dataclass is made: once a plain KeyboardInterrupt has passed
