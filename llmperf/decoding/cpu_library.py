@@ -1,7 +1,5 @@
 """The C source of the step, compiled once a machine and loaded."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

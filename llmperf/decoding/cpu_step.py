@@ -5,8 +5,6 @@ absent, or a model whose logits then differ from the eager ones, is `Unsupported
 runs `cached`.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 import weakref

@@ -1,7 +1,5 @@
 """Generate tokens for a batch of requests with any loop, and record when each came."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

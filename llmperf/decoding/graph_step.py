@@ -4,8 +4,6 @@ Row r of the step is slot r. Rows that hold no request write at position 0 of a 
 reads. Prompts go through the model eagerly, and their keys and values are then copied in.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@
 Python between its operations: plain C on a CPU, a CUDA graph on a GPU. All give the same tokens.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 import weakref

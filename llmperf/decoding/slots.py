@@ -4,8 +4,6 @@ A batch that starts together, dynamic batching and continuous batching fill the 
 prompt enters in pieces, so that requests that already decode do not wait for all of it.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

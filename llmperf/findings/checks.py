@@ -1,7 +1,5 @@
 """The check shapes: what rows of one setting say of one check of a claim."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Runs against each other: what differs, then ratios of equal conditions on one hardware."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

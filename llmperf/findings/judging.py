@@ -1,7 +1,5 @@
 """The published claims, each judged at its own level, platform, device and length."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

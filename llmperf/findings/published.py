@@ -1,7 +1,5 @@
 """The published study as tables and records, audited, its memory predicted. GB means GiB."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pandas as pd

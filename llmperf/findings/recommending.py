@@ -1,7 +1,5 @@
 """What to run: every measured option side by side, and for an arriving load the one to choose."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Runs: the records of one machine, from a file (.jsonl, .jsonl.gz) or a folder with one."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """One run as one small file that can be given away: figures and listed words, no free text."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """The one data frame of records, from which findings, comparison and figures select."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 

@@ -4,8 +4,6 @@ An open loop sends at its scheduled times whether or not answers have come; its 
 these times. A closed loop sends when an answer has come, and so hides the queue that it causes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The prediction of a run, made before it: bound, expected step, memory, and whether it fits."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The store of records, one JSON line a run, and its one reader."""
 
-from __future__ import annotations
-
 import datetime
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """What the records of one measurement show together."""
 
-from __future__ import annotations
-
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """measure(): conditions × repeats in a seeded, interleaved order; each run becomes a Record."""
 
-from __future__ import annotations
-
 import datetime
 import gc
 import random

@@ -3,8 +3,6 @@
 What a level holds beyond the rows before it is a row with a name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

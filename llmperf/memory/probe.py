@@ -1,7 +1,5 @@
 """The sampling process: `python -m llmperf.memory.probe PID INTERVAL_S [GPU_UUID]`."""
 
-from __future__ import annotations
-
 import os
 import queue
 import sys

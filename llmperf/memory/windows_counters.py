@@ -4,8 +4,6 @@ Under WDDM the driver does not tell NVML what a process holds; Windows tells it 
 counters, without elevation.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 

@@ -4,8 +4,6 @@ A shape is read from the module once (`meta`), then kept as JSON in the user's c
 configuration's hash, so that a prediction needs no torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

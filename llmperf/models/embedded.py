@@ -1,7 +1,5 @@
 """The embedded model: fetched once, checked, converted once, offline from then on."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import subprocess

@@ -3,8 +3,6 @@
 Only safetensors files and the embedded GGUF are read; code of a hub repository is never run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

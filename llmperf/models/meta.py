@@ -3,8 +3,6 @@
 Three short forward passes without data show what its cache holds and count the FLOPs.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Give a model quantised linear layers: torch's tensors kernels, or bitsandbytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

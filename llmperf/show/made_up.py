@@ -1,7 +1,5 @@
 """Simulated machines on a simulated clock for notebook 02: exact and repeatable."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 All leave failed requests out, and time from the send.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 
 from llmperf.decoding.trace import OK, Trace

@@ -1,7 +1,5 @@
 """Functions that draw data with its spread on an Axes, and captions that name the machine."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the processor does during a few decode steps, by torch.profiler."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

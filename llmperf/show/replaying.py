@@ -1,7 +1,5 @@
 """A replay: the same requests under several strategies, each text appearing as its user saw it."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Mapping
 from xml.sax.saxutils import escape, quoteattr

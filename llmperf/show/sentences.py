@@ -1,7 +1,5 @@
 """What the numbers of this run say, in words; and whether a reader's answer is right."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -3,8 +3,6 @@
 The memory calculator; a step under the roofline; the draw of a token; a queue.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """N asyncio tasks around the blocking loop: the publication's "Coroutine Inference"."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

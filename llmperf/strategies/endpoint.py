@@ -3,8 +3,6 @@
 The key is read from the environment and goes into one header, never into a record.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Server-sent events of an OpenAI-compatible stream, with everything that may be wrong in them."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """An inference process: it owns a model and a device, and streams tokens to the server."""
 
-from __future__ import annotations
-
 import importlib
 import shutil
 import sys

@@ -1,8 +1,6 @@
 """llama.cpp as an engine of `peer`: the embedded model's weights as F32 or BF16, one request at a
 time. Needs the optional extra `llamacpp`."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """The model in an inference process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

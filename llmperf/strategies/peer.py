@@ -5,8 +5,6 @@
 another. When sampling, each has its own random numbers, and the notes say so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

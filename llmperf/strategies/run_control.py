@@ -1,7 +1,5 @@
 """What every run in this process needs: the queue, arrivals, an end from outside, an event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -3,8 +3,6 @@
 Starting it is never part of a run's time.
 """
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What others must know of a strategy: each strategy's file declares one `Strategy`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

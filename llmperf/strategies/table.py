@@ -1,7 +1,5 @@
 """The table of strategies: to add one, write its file and list it here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from llmperf.models import Model

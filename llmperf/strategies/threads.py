@@ -1,7 +1,5 @@
 """N threads, one model: the publication's "Multithreading Inference"."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """transformers' continuous batching, as an engine of `peer`: its own cache, scheduler and draws."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """The answer of a study in five lines, every number from its records; and as a card to share."""
 
-from __future__ import annotations
-
 import html
 import textwrap
 from collections import Counter

@@ -1,7 +1,5 @@
 """The command line: parsing, and calls into the package."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

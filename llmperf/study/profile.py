@@ -1,7 +1,5 @@
 """Profiles: papermill parameters as plain data, checked before anything runs."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

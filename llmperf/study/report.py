@@ -2,8 +2,6 @@
 names are escaped, outputs are cleaned, and no script runs.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

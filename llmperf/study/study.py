@@ -1,7 +1,5 @@
 """A study: notebooks run one after another through papermill into a folder, and resumed."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import datetime
