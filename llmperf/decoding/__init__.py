@@ -5,7 +5,7 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     {
-        "requests": "DEFAULT_LOOP LOOPS WINDOW Request Stop Workload build prompts"
+        "requests": "DEFAULT_LOOP LOOPS WINDOW Request Stop Workload build graph_size prompts"
         " published_sampling published_stop",
         "sampling": "GREEDY PUBLISHED Sampling",
         "trace": "Agreement Recorder RequestTrace Trace agreement",
@@ -13,5 +13,6 @@ __getattr__, __all__ = lazy_face(
         "loops": "Prepared check_loop prepare",
         "generate": "decode run steps",
         "slots": "Slots warm_up",
+        "graph_step": "free_graphs",
     },
 )

@@ -59,6 +59,29 @@ def with_cache(module, cache) -> dict:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Tokens of one slot that go through the model together; `last`: their logits are asked for."""
+
+    slot: int
+    ids: Sequence[int]
+    start: int  # position of the first of them
+    last: bool
+
+
+def run_piece(module, piece: Piece, caches: dict[int, DynamicCache]) -> torch.Tensor:
+    """Run a piece alone over its slot's cache, which the first piece makes: (1, vocabulary)."""
+    if piece.start == 0:
+        caches[piece.slot] = DynamicCache(config=module.config)
+    ids = torch.tensor([list(piece.ids)], device=module.device)
+    place = torch.arange(piece.start, piece.start + len(piece.ids), device=ids.device)
+    out = module(
+        input_ids=ids, position_ids=place[None], logits_to_keep=last_column(ids),
+        **with_cache(module, caches[piece.slot]),
+    )  # fmt: skip
+    return out.logits[:, -1]
+
+
+@dataclass(frozen=True)
 class Draw:
     """Chooses the next tokens of a batch, each row from its request's random stream."""
 

@@ -21,19 +21,21 @@ def decode(
     loop: str = DEFAULT_LOOP,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
+    room: tuple[int, int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Generate for `requests` as one batch; yields one list a step, None for rows that ended.
 
     A step is yielded when its tokens have reached the processor, so its time is the time at which
-    a caller could read them.
+    a caller could read them. `room`: rows and tokens of the buffers (default: what the requests
+    need), so that a smaller batch uses those of the others.
     """
     sampling, stop = sampling or Sampling(), stop or Stop()
     chosen = prepare(model, loop)
     if chosen.step is None:
         yield from _eager(model, requests, chosen.loop, sampling, stop)
         return
-    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-    slots = Slots(model, len(requests), longest)
+    need = len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+    slots = Slots(model, *(room or need))
     for place, request in enumerate(requests):
         slots.admit(place, request, sampling, stop)
     while slots.busy:
@@ -89,12 +91,14 @@ def steps(
     sampling: Sampling | None = None,
     stop: Stop | None = None,
     worker: str = "0",
+    room: tuple[int, int] | None = None,
 ) -> Iterator[None]:
     """As `run`, for a caller that wants the processor back after each step."""
     chosen = prepare(model, loop)
     recorder.started([r.id for r in requests], worker)
     recorder.ran(chosen.loop, chosen.reason)
-    for row in decode(model, requests, loop=chosen.loop, sampling=sampling, stop=stop):
+    how = {"sampling": sampling, "stop": stop, "room": room}
+    for row in decode(model, requests, loop=chosen.loop, **how):
         now = recorder.now()
         for request, token in zip(requests, row, strict=True):
             if token is not None:

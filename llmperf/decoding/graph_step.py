@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from llmperf.decoding.batch import last_column, with_cache
+from llmperf.decoding.batch import run_piece, with_cache
+from llmperf.decoding.requests import graph_size
 
+_steps: weakref.WeakSet = weakref.WeakSet()  # of every model
 MOST_SHAPES = 256  # that torch compiles the step for: one for each (rows, length), of all models
 
 
@@ -71,15 +73,22 @@ class GraphStep:
         self._module, self.device = weakref.ref(model.module), model.torch_device
         self.function = _fused(forward)
         self.kept: dict[tuple[int, int], list] = {}  # (rows, length) → buffers that nobody uses
-
-    def keep_only(self, sizes: set[tuple[int, int]]) -> None:
-        """Free the buffers of other sizes: a small batch must not hold a large one's memory."""
-        self.kept = {size: kept for size, kept in self.kept.items() if size in sizes}
+        _steps.add(self)
 
     @property
     def module(self):
         """The model's; a step is kept with it (see `loops`), and must not keep it alive."""
         return self._module()
+
+
+def free_graphs() -> None:
+    """Free the buffers and graphs of every model: a run must not hold what another one used.
+
+    All at once, since torch frees the cuBLAS workspace of a graph's stream with the graph, and a
+    graph that lives on may have been captured on that stream: there are 32 in turn.
+    """
+    for step in _steps:
+        step.kept.clear()
 
 
 def _fused(function):
@@ -92,11 +101,6 @@ def _fused(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def size(rows: int, length: int) -> tuple[int, int]:
-    """Rows and length of the buffers that so many rows of such a length use."""
-    return 1 << (rows - 1).bit_length(), max(256, 1 << (length - 1).bit_length())
-
-
 class GraphRows:
     """Static keys and values of `rows` slots, and a graph for each power of two of rows.
 
@@ -105,7 +109,7 @@ class GraphRows:
 
     def __init__(self, model, step: GraphStep, rows: int, max_length: int):
         self._model, self._step = model, step
-        self._rows, self._length = size(rows, max_length)
+        self._rows, self._length = graph_size(rows, max_length)
         kept = step.kept.setdefault((self._rows, self._length), [])
         self.keys, self.values, self._graphs = kept.pop() if kept else (None, None, {})
         self._prompts: dict[int, DynamicCache] = {}
@@ -129,18 +133,10 @@ class GraphRows:
         return torch.cat(wanted) if wanted else torch.empty(0, device=self._step.device)
 
     def _prefill(self, piece) -> torch.Tensor:
-        if piece.start == 0:
-            self._prompts[piece.slot] = DynamicCache(config=self._step.module.config)
-        cache, device = self._prompts[piece.slot], self._step.device
-        place = torch.arange(piece.start, piece.start + len(piece.ids), device=device)
-        ids = torch.tensor([list(piece.ids)], device=device)
-        out = self._step.module(
-            input_ids=ids, position_ids=place[None], logits_to_keep=last_column(ids),
-            **with_cache(self._step.module, cache),
-        )  # fmt: skip
+        logits = run_piece(self._step.module, piece, self._prompts)
         if piece.last:
             self._copy(piece.slot, self._prompts.pop(piece.slot))
-        return out.logits[:, -1]
+        return logits
 
     def _copy(self, slot: int, cache: DynamicCache) -> None:
         if self.keys is None:
@@ -181,8 +177,7 @@ class GraphRows:
     def _capture(self, rows: int):
         """Warm up on a side stream, then record; inputs and logits are read and written in place.
 
-        Positions are 0 meanwhile, which for a row in use is written before it is read: it is put
-        back afterwards.
+        Both write column 0 of every row: it is put back afterwards.
         """
         device = self._step.device
         ids = torch.zeros(rows, 1, dtype=torch.long, device=device)

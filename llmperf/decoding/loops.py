@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from llmperf.decoding import cpu_step, graph_step, sampling
+from llmperf.decoding.batch import Piece
 from llmperf.decoding.requests import DEFAULT_LOOP, LOOPS
 from llmperf.machine import first_line
 
@@ -66,9 +67,7 @@ def _prepare(model, on_gpu: bool) -> Prepared:
     start = time.perf_counter()
     try:
         if on_gpu:
-            if reason := graph_step.obstacle(model.module):
-                raise cpu_step.Unsupported(reason)
-            step = graph_step.GraphStep(model)
+            step = _graph_step(model)
         else:
             step = cpu_step.CpuStep(model)
             _check(model, step)
@@ -78,11 +77,36 @@ def _prepare(model, on_gpu: bool) -> Prepared:
     return Prepared("compiled", None, time.perf_counter() - start, step)
 
 
+def _graph_step(model) -> graph_step.GraphStep:
+    """Captured and checked once. Fused by Triton, else plain: it may be there without the C
+    compiler that it needs."""
+    if reason := graph_step.obstacle(model.module):
+        raise cpu_step.Unsupported(reason)
+    step = graph_step.GraphStep(model)
+    try:
+        _check_graph(model, step)
+    except Exception:  # what Triton, torch's compiler and the driver raise is of any kind
+        step.kept.clear()
+        step.function = graph_step.forward
+        _check_graph(model, step)
+    return step
+
+
+def _check_graph(model, step: graph_step.GraphStep) -> None:
+    """Compare a prompt of three tokens and two steps with the eager model."""
+    pieces = [Piece(0, ids, start, True) for ids, start in (((1, 2, 3), 0), ((4,), 3), ((5,), 4))]
+    with torch.no_grad():
+        tokens = torch.tensor([[1, 2, 3, 4, 5]], device=model.torch_device)
+        expected = model.module(tokens, use_cache=False).logits[0, 2:].float()
+        rows = graph_step.GraphRows(model, step, 1, 5)
+        found = torch.cat([rows.forward([piece]) for piece in pieces]).float()
+    _compare(model, found, expected)
+
+
 def _check(model, step: cpu_step.CpuStep) -> None:
     """Compare with the eager model, the first half as a prompt and the rest token by token.
 
-    The text is longer than any sliding window that fits. In bf16 the median over positions counts,
-    since single positions of the eager model are off by more through its own rounding.
+    The text is longer than any sliding window that fits.
     """
     config = model.module.config.get_text_config()
     room = getattr(config, "max_position_embeddings", MOST_CHECK_TOKENS)
@@ -99,7 +123,13 @@ def _check(model, step: cpu_step.CpuStep) -> None:
         places = list(range(start, end))
         call = (ids[start:end], [1] * len(places), places, list(range(len(places))))
         parts.append(step(*call, cache, scratch))
-    found = torch.cat(parts)
+    _compare(model, torch.cat(parts), expected)
+
+
+def _compare(model, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise Unsupported when logits (positions, vocabulary) are too far from the eager ones. In
+    bf16 the median over positions counts, since single positions of the eager model are off by
+    more through its own rounding."""
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     error = (errors.max() if model.dtype == "fp32" else errors.median()).item()
     lowest = QUANTISED_TOLERANCE if model.quantization else 0.0

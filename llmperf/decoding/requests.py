@@ -13,6 +13,11 @@ DEFAULT_LOOP = "compiled"
 WINDOW = 200  # tokens that the published loop looks back
 
 
+def graph_size(rows: int, length: int) -> tuple[int, int]:
+    """Rows and tokens that the static buffers of a CUDA graph have for so many."""
+    return 1 << (rows - 1).bit_length(), max(256, 1 << (length - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Stop:
     """When a request ends.

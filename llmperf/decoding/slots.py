@@ -4,30 +4,18 @@ A batch that starts together, dynamic batching and continuous batching fill the 
 prompt enters in pieces, so that requests that already decode do not wait for all of it.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from llmperf.decoding import cpu_step, graph_step
-from llmperf.decoding.batch import last_column, with_cache
+from llmperf.decoding.batch import Piece, run_piece
 from llmperf.decoding.loops import prepare
-from llmperf.decoding.requests import Request, Stop
+from llmperf.decoding.requests import Request, Stop, graph_size
 from llmperf.decoding.sampling import Sampling, uniforms
 
 PREFILL_TOKENS = 64  # of prompts in one step while other requests decode
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens of one slot that go through the model together; `last`: their logits are asked for."""
-
-    slot: int
-    ids: Sequence[int]
-    start: int  # position of the first of them
-    last: bool
 
 
 @dataclass
@@ -60,7 +48,7 @@ class Slots:
         self.model, self.max_length, self.prefill_tokens = model, max_length, prefill_tokens
         self.loop, self.reason = chosen.loop, chosen.reason
         self._engine = (
-            _EagerRows(model, rows)
+            _EagerRows(model)
             if chosen.step is None
             else graph_step.GraphRows(model, chosen.step, rows, max_length)
             if isinstance(chosen.step, graph_step.GraphStep)
@@ -190,40 +178,31 @@ class _CpuRows:
 class _EagerRows:
     """What runs where no step is compiled: each slot with its own cache, one after another."""
 
-    def __init__(self, model, rows: int):
-        self._model, self._caches = model, [None] * rows
+    def __init__(self, model):
+        self._model, self._caches = model, {}
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Logits (pieces with `last`, vocabulary)."""
-        found = [self._one(piece) for piece in pieces]
+        found = [run_piece(self._model.module, p, self._caches) for p in pieces]
         wanted = [logits for piece, logits in zip(pieces, found, strict=True) if piece.last]
         return torch.cat(wanted) if wanted else torch.empty(0)
 
-    def _one(self, piece: Piece) -> torch.Tensor:
-        if piece.start == 0:
-            self._caches[piece.slot] = DynamicCache(config=self._model.module.config)
-        ids = torch.tensor([list(piece.ids)], device=self._model.torch_device)
-        place = torch.arange(piece.start, piece.start + len(piece.ids), device=ids.device)
-        out = self._model.module(
-            input_ids=ids, position_ids=place[None], logits_to_keep=last_column(ids),
-            **with_cache(self._model.module, self._caches[piece.slot]),
-        )  # fmt: skip
-        return out.logits[:, -1]
 
-
-def warm_up(model, rows: int, lengths: Iterable[int]) -> None:
+def warm_up(model, rows: int, lengths: Iterable[int], copies: int = 1) -> None:
     """On a GPU, make the buffers and graphs of each batch up to `rows` with room for so many
-    tokens, so that none is made while a run is measured, and free those of other sizes. A step on
-    a CPU has no sizes."""
+    tokens, so that none is made while a run is measured; `copies` of them for batches that are
+    decoded in turn. All others are freed. A step on a CPU has no sizes."""
     step = prepare(model).step
     if not isinstance(step, graph_step.GraphStep):
         return
-    sizes = {graph_step.size(rows, length): length for length in lengths}
-    step.keep_only(set(sizes))
+    sizes = {graph_size(rows, length): length for length in lengths}
+    if {size: len(kept) for size, kept in step.kept.items()} != dict.fromkeys(sizes, copies):
+        graph_step.free_graphs()
     counts = {rows, *(1 << i for i in range(rows.bit_length()))}  # that have a graph each
-    for length, count in itertools.product(sizes.values(), sorted(counts)):
-        slots = Slots(model, rows, length)
-        for key in range(count):
-            slots.admit(key, Request(key, (0,), 2), Sampling(), Stop())
-        while slots.busy:
-            slots.step()
+    for length in sizes.values():
+        for slots in [Slots(model, rows, length) for _ in range(copies)]:
+            for count in sorted(counts):
+                for key in range(count):
+                    slots.admit(key, Request(key, (0,), 2), Sampling(), Stop())
+                while slots.busy:
+                    slots.step()

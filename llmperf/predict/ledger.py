@@ -78,7 +78,7 @@ def memory(
     s = spec
     weights = sizes.weights_bytes(s.shape, s.dtype, s.quantization) * s.processes
     buffers = sizes.buffers_bytes(s.shape, s.dtype, s.masks) * s.processes
-    cached = 0 if s.loop == "recompute" else kv_bytes(s.shape, s.rows, s.length, s.dtype)
+    cached = 0 if s.loop == "recompute" else kv_bytes(s.shape, *s.cache_room, s.dtype)
     cached *= s.concurrent * s.processes
     kept = [
         Line("weights", "allocated", weights, weights),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llmperf.decoding.requests import LOOPS, WINDOW
+from llmperf.decoding.requests import LOOPS, WINDOW, graph_size
 from llmperf.machine import DTYPE_BYTES
 from llmperf.models import ModelShape
 
@@ -50,6 +50,12 @@ class RunSpec:
     def length(self) -> int:
         """Tokens of a row that the cache holds at the end; a static one has room for all."""
         return self.prompt_tokens + self.new_tokens - (self.loop != "compiled")
+
+    @property
+    def cache_room(self) -> tuple[int, int]:
+        """Rows and tokens that the cache has room for at the end."""
+        graph = self.loop == "compiled" and self.platform != "cpu"
+        return graph_size(self.rows, self.length) if graph else (self.rows, self.length)
 
     @property
     def seen(self) -> int:

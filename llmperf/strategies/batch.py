@@ -19,6 +19,8 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     recorder = Recorder(workload.requests)
     requests = tuple(run_control.in_order(workload.requests))
     size = options.get("batch_size", len(requests))
+    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+    how["room"] = min(size, len(requests)), longest  # of all batches, the last one too
     for start in range(0, len(requests), size):
         rows = requests[start : start + size]
         run_control.wait_for_arrival(rows[-1], recorder)  # the last one to arrive

@@ -98,6 +98,10 @@ def _threads(level: int, options: Mapping) -> int:
     return 1 if in_loop else min(options.get("workers", level), level)
 
 
+def _in_turn(level: int, options: Mapping) -> int:
+    return min(options.get("workers", level), level) if options.get("variant") == "yielding" else 1
+
+
 STRATEGY = Strategy(
     "coroutine",
     run,
@@ -105,4 +109,5 @@ STRATEGY = Strategy(
     style=4,
     options={"variant": choice(*IN_THE_LOOP, "to_thread"), "workers": COUNT},
     threads=_threads,
+    in_turn=_in_turn,
 )

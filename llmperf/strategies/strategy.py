@@ -30,6 +30,7 @@ class Strategy:
     rows_per_step: Count = lambda level, options: 1  # in one pass over the weights
     processes: Count = lambda level, options: 1  # that hold the model here; 0: another machine
     threads: Count = lambda level, options: 1  # that decode at the same time in one process
+    in_turn: Count = lambda level, options: 1  # batches that take turns, each with its own buffers
     foreign: bool = False  # another engine: its decoding loop and random numbers are its own
     joins: bool = False  # a request enters the running batch at its next step
     served: bool = False  # inference runs in the kept server's processes
