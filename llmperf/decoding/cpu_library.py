@@ -50,16 +50,21 @@ def library():
 
 
 def _compiler() -> tuple[str, ...]:
-    """$CC, else a C compiler on the search path, else zig's (the optional extra `compiler`)."""
+    """$CC, else a C compiler on the search path, else zig's (the optional extra `compiler`).
+
+    On Windows not gcc: it spills wide vectors to a stack that is not aligned for them (GCC PR
+    54412), and the process dies.
+    """
     if named := os.environ.get("CC"):
         return (named,) if shutil.which(named) else tuple(named.split())
-    for name in ("cc", "gcc", "clang"):
+    for name in ("clang",) if sys.platform == "win32" else ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return (found,)
     if importlib.util.find_spec("ziglang"):
         return (sys.executable, "-m", "ziglang", "cc")
     raise Unsupported(
-        "there is no C compiler: install gcc or clang, or pip install 'llmperf-study[compiler]'"
+        "there is no C compiler: install clang (on Linux gcc does too), or"
+        " pip install 'llmperf-study[compiler]'"
     )
 
 
@@ -75,7 +80,11 @@ def _build(compiler: tuple[str, ...], target: Path) -> None:
     command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
     try:
         how = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
-        done = subprocess.run(command, timeout=300, **how)
+        # In an inference process a thread reads standard input, which would hold a child back that
+        # inherits it (cpython#78961).
+        how |= {"stdin": subprocess.DEVNULL, "timeout": 300}
+        how["creationflags"] = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        done = subprocess.run(command, **how)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unsupported(f"the C compiler {compiler[0]} did not run ({error})") from None
     if done.returncode:

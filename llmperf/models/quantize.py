@@ -87,7 +87,8 @@ def _bitsandbytes(weight, bias, word: str):
         made.weight = bnb.nn.Params4bit(weight, False, **form).to(device)
     else:
         made = bnb.nn.Linear8bitLt(columns, rows, has_fp16_weights=False, threshold=6.0, **how)
-        made.weight = bnb.nn.Int8Params(weight, False, has_fp16_weights=False).to(device)
+        int8 = bnb.nn.Int8Params(weight.cpu(), False, has_fp16_weights=False)
+        made.weight = int8.to(device)  # moved from a GPU it would stay as it is
     made.bias = bias if bias is None else torch.nn.Parameter(bias.data, False)
     return made
 
