@@ -7,6 +7,7 @@ import pandas as pd
 
 from llmperf import machine
 from llmperf.measure.records import PLACE, WORK, Record, as_number, key
+from llmperf.memory.channels import GPU_CHANNELS
 from llmperf.strategies import STRATEGIES
 
 
@@ -96,7 +97,9 @@ def _measured(r: Record) -> dict:
         if name not in ("reasons", "slo", "clock"):
             row[name] = as_number(value.get("median") if isinstance(value, Mapping) else value)
     row |= {k: v for k, v in r.prediction.items() if not isinstance(v, dict | list)}
-    for name, channel in r.memory.items():
+    on_cpu = r.condition.get("device") == "cpu"  # then a card that is there was not used
+    watched = {k: v for k, v in r.memory.items() if not (on_cpu and k in GPU_CHANNELS)}
+    for name, channel in watched.items():
         for statistic in ("max", "mean", "first"):
             row[f"{statistic}_{name}_{channel.get('unit')}"] = as_number(channel.get(statistic))
     for group, notes in ((r.trace or {}).get("notes") or {}).items():

@@ -4,19 +4,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import psutil
-
 from llmperf import decoding, machine, models, predict
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
-from llmperf.machine.probes import ram_available
 from llmperf.measure import step_time
 from llmperf.measure.condition import Condition
-from llmperf.models import Model
 from llmperf.strategies import served
 from llmperf.strategies.strategy import weights
-
-SPILLS = ("windows", "wsl2")  # a full card takes system memory there instead of failing
 
 
 class DoesNotFit(ValueError):
@@ -98,7 +92,7 @@ def check_fits(condition: Condition) -> None:
     if not _processes(condition):
         return
     spec = _longest(condition)
-    free, held = memory(m)
+    free, held = predict.free_and_held(m)
     if known.served:  # their memory comes on top of this process's; what kept ones hold is theirs
         spec = replace(spec, processes=1) if weights(condition.options) == "shared" else spec
         single = predict.memory(replace(spec, processes=1), idle_bytes=0).low
@@ -130,35 +124,6 @@ def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
         threads=threads if threads > 1 else 0,
         platform=machine.platform_word(m.device),
     )
-
-
-def cap_allocator(model: Model) -> float | None:
-    """Where a full card spills, let this process's allocator fail before that; the share set."""
-    device = model.device
-    if device == "cpu" or machine.platform_word(device) not in SPILLS:
-        return None
-    import torch
-
-    most = max(0, memory(model)[0]) + torch.cuda.memory_reserved(device)
-    share = min(1.0, most / torch.cuda.mem_get_info(device)[1])
-    torch.cuda.set_per_process_memory_fraction(share, device)
-    return share
-
-
-def memory(model: Model) -> tuple[int, int]:
-    """Bytes that a run may take further (a margin less where a full card spills: then it may be
-    below 0), and bytes that this process holds. Raises ValueError when others leave nothing."""
-    device, platform = model.device, machine.platform_word(model.device)
-    if device == "cpu":
-        free, total, held = ram_available(), 0, psutil.Process().memory_info().rss
-    else:
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        # The context is there as well; its low bound, so that nothing is refused for it.
-        context = predict.memory(predict.RunSpec(model.shape, platform=platform))
-        held = torch.cuda.memory_reserved(device) + context.line("context and libraries").low
-    return predict.budget(platform, free + held, total) - held, held
 
 
 def _processes(condition: Condition) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from llmperf import decoding, machine, strategies
+from llmperf import decoding, machine, predict, strategies
 from llmperf.decoding.trace import Trace, agreement
 from llmperf.machine import ceilings
 from llmperf.machine.gpu import torch_in_use
@@ -22,6 +22,7 @@ from llmperf.measure.prediction import DoesNotFit, predict_run
 from llmperf.measure.records import NotWritten, Record, Store
 from llmperf.measure.results import Results, condition_key
 from llmperf.memory import Sampler
+from llmperf.memory.channels import summary
 
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 WARMUP_RUNS = 3  # at most; fewer when two in a row take the same time
@@ -59,7 +60,7 @@ def measure(
     fresh = expect and not limits  # a step is expected at the bandwidth of its own round
     session = _Session(experiment, conditions, store, expect, limits or ceilings.now(device))
     slots = [(i, "measure") for i in range(len(conditions))] + [(0, "twin")] * twin
-    prediction.cap_allocator(conditions[0].model)
+    predict.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
     bar = tqdm(total=len(slots) * repeats, desc=experiment, leave=False, disable=not wanted)
     with sampler or Sampler(device=device) as watching, strategies.session(), bar:
@@ -77,7 +78,15 @@ def environment(device: str = "cpu") -> dict:
     return {**found, "gpus": [*cards[index : index + 1], *cards[:index], *cards[index + 1 :]]}
 
 
-_described = cache(machine.describe)
+@cache
+def _described() -> dict:
+    """The machine; memory of its cards that this process's allocator holds is not in use."""
+    found = machine.describe()
+    if torch := torch_in_use():
+        for i, card in enumerate(found["gpus"]):
+            if used := card["memory_used_bytes"]:
+                card["memory_used_bytes"] = max(0, used - torch.cuda.memory_reserved(i))
+    return found
 
 
 class _Session:
@@ -190,7 +199,7 @@ class _Session:
             status="error" if failed else "ok",
             reason=failed[0] if failed else None,
             metrics=condition.summarize(trace),
-            memory=window,
+            memory=window | _memory_of_workers(condition, trace),
             prediction=prediction.audit(condition, predicted, trace),
             agreement=asdict(agreement(trace, self.reference(condition))),
             warnings=warnings,
@@ -204,10 +213,24 @@ class _Session:
 
 
 def _make_graphs(condition: Condition) -> None:
-    """On a GPU, before each run of `compiled`: a condition of another size has freed the graphs."""
-    if condition.loop == "compiled" and not (condition.runner.served or condition.runner.foreign):
-        lengths = {len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests}
-        decoding.warm_up(condition.model, condition.rows_per_step, lengths)
+    """On a GPU, before each run: the graphs that it uses, and none of another condition."""
+    runner = condition.runner
+    if condition.loop != "compiled" or runner.served or runner.foreign:
+        decoding.free_graphs()
+        return
+    lengths = {len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests}
+    copies = runner.in_turn(condition.level, condition.options)
+    decoding.warm_up(condition.model, condition.rows_per_step, lengths, copies)
+
+
+def _memory_of_workers(condition: Condition, trace: Trace) -> dict:
+    """On a GPU, what the allocators of inference processes held: this process's holds no run."""
+    if not condition.runner.served or condition.model.device == "cpu":
+        return {}
+    workers, names = trace.notes["workers"], ("allocated", "reserved")
+    held = {name: [w.get(f"{name}_bytes") for w in workers] for name in names}
+    why = "an inference process did not report it"
+    return {n: summary(n, [sum(v)] if None not in v else (), why) for n, v in held.items()}
 
 
 def _raise_interrupt(error: BaseException | None) -> None:

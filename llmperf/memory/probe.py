@@ -49,8 +49,11 @@ class Probe:
 
     def slow(self) -> dict[str, float]:
         """Child processes, looked for anew; the unique set size and the clock, which take long."""
-        found, values = self.root.children(recursive=True), {}
-        self.tree = [self.root, *(c for c in found if c.pid not in self.without)]
+        values, self.tree = {}, [self.root]
+        for child in self.root.children(recursive=True):
+            # In a virtual environment on Windows a process is the child of its launcher.
+            if self.without.isdisjoint([child.pid, *self._parents(child)]):
+                self.tree.append(child)
         try:
             values["cpu_clock"] = max(core.current for core in psutil.cpu_freq(percpu=True))
         except (AttributeError, NotImplementedError, OSError, TypeError, ValueError):
@@ -60,6 +63,12 @@ class Probe:
         except psutil.AccessDenied:
             self.reasons["uss"] = "the operating system does not let this user read it"
         return values
+
+    def _parents(self, process: psutil.Process) -> list[int]:
+        try:
+            return [parent.pid for parent in process.parents()]
+        except psutil.NoSuchProcess:
+            return []
 
     def _each(self, read) -> list[int]:
         values = []

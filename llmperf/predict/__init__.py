@@ -11,6 +11,7 @@ __getattr__, __all__ = lazy_face(
         "cards": "Card card card_names",
         "costs": "Cost attention_flops forward matmul_shapes",
         "fits": "advise budget judge knee largest",
+        "free_memory": "cap_allocator free_and_held",
         "ledger": "LEVELS Ledger Line at_rest memory",
         "roofline": "Audit audit bound decode_bound",
         "sizes": "buffers_bytes kv_bytes weights_bytes weights_read",

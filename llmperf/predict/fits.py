@@ -9,6 +9,7 @@ from llmperf.predict.cards import Card
 from llmperf.predict.ledger import Ledger, memory
 from llmperf.predict.spec import RunSpec
 
+SPILLS = ("windows", "wsl2")  # a full card takes system memory there instead of failing
 MARGIN = 0.05  # of the card, where it must never run full
 LEAST_MARGIN_GIB = 0.5
 KNEE_DROP = 0.25  # of the best throughput
@@ -36,8 +37,8 @@ def budget(platform: str, free_bytes: int, total_bytes: int) -> int:
 
     A full card spills into system memory there, or takes the host down.
     """
-    careful = platform in ("windows", "wsl2")
-    margin = max(MARGIN * total_bytes, LEAST_MARGIN_GIB * GIB) if careful else 0
+    spills = platform in SPILLS
+    margin = max(MARGIN * total_bytes, LEAST_MARGIN_GIB * GIB) if spills else 0
     if free_bytes <= margin:
         raise ValueError(
             f"{free_bytes / GIB:.2f} GiB free less a margin of {margin / GIB:.2f} GiB leaves "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llmperf import decoding, models
+from llmperf import decoding, models, predict
 from llmperf.models import mapped
 from llmperf.strategies.inference import Grouped
 
@@ -23,6 +23,7 @@ def load(config: dict) -> Callable:
     all_threads = torch.get_num_threads()
 
     def slots(batching: str, rows: int, max_length: int, loop: str, threads: int | None):
+        predict.cap_allocator(model)
         torch.set_num_threads(threads or all_threads)  # a run before may have had fewer
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
@@ -32,7 +33,8 @@ def load(config: dict) -> Callable:
             return decoding.Slots(model, rows, max_length, loop=loop)
 
         def decode(requests, sampling, stop):
-            return decoding.decode(model, requests, loop=loop, sampling=sampling, stop=stop)
+            how = {"loop": loop, "sampling": sampling, "stop": stop, "room": (rows, max_length)}
+            return decoding.decode(model, requests, **how)
 
         prepared = decoding.prepare(model, loop)
         return Grouped(decode, rows, prepared.loop, prepared.reason)

@@ -284,6 +284,14 @@ def test_a_notebook_alone_gets_a_file_of_its_own(tmp_path, monkeypatch):
     assert alone.path.name.startswith("03-batch-")
 
 
+def test_a_card_that_is_only_there_is_not_shown_for_a_run_on_the_processor():
+    card = {"device_used": {"unit": "bytes", "max": 5.0}, "rss": {"unit": "bytes", "max": 3.0}}
+    for device, shown in (("cpu", False), ("cuda", True)):
+        condition = {"strategy": "batch", "level": 1, "device": device}
+        table = frame([Record("x", condition, 0, memory=card)])
+        assert ("max_device_used_bytes" in table) == shown and "max_rss_bytes" in table
+
+
 def test_a_frame_is_flat_and_unknown_is_missing():
     known = replace(
         FIRST,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llmperf import machine, strategies
 from llmperf.decoding.trace import RequestTrace, Trace
@@ -408,6 +409,26 @@ def test_the_same_condition_twice_is_compared_and_never_counted(tiny, store, mon
     assert len(found.frame) == 16 and len([r for r in found.records if r.kind == "twin"]) == 8
     twin = found.twin()
     assert twin.n == (8, 8) and twin.verdict == "cannot tell" and twin.low is not None
+
+
+def test_memory_of_a_card_that_this_process_holds_is_not_in_use(monkeypatch):
+    card = {"name": "RTX 4070", "memory_used_bytes": 5 * 2**30}
+    monkeypatch.setattr(session.machine, "describe", lambda: {"gpus": [dict(card)]})
+    monkeypatch.setattr(session, "torch_in_use", lambda: torch)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 3 * 2**30)
+    found = session._described.__wrapped__()
+    assert found["gpus"][0]["memory_used_bytes"] == 2 * 2**30
+
+
+def test_on_a_gpu_the_memory_of_a_served_run_is_that_of_its_workers(tiny):
+    on_card = Condition(replace(tiny, device="cuda:0"), "processes", 2)
+    held = {"allocated_bytes": 5, "reserved_bytes": 7}
+    trace = Trace((), 1.0, {"workers": [held, held]})
+    found = session._memory_of_workers(on_card, trace)
+    assert (found["allocated"]["max"], found["reserved"]["max"]) == (10, 14)
+    unknown = session._memory_of_workers(on_card, Trace((), 1.0, {"workers": [held, {}]}))
+    assert unknown["allocated"]["status"] == "unavailable"
+    assert session._memory_of_workers(Condition(tiny, "processes", 2), trace) == {}
 
 
 def test_a_busy_machine_is_noted_in_the_record_and_the_frame(points, store, monkeypatch):

@@ -115,6 +115,28 @@ def test_the_children_count_from_when_they_start_and_the_sampler_does_not(sample
     assert abs(alone - psutil.Process().memory_info().rss) < 5 * MB, "the sampler is not in it"
 
 
+PARENT_OF_A_CHILD = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+print(child.pid, flush=True)
+input()
+child.communicate()
+"""
+
+
+def test_a_process_that_is_left_out_takes_its_children_with_it():
+    """On Windows the worker is the child of the launcher in its virtual environment."""
+    watched, launcher = Probe(os.getpid()), child(PARENT_OF_A_CHILD)
+    worker = int(launcher.stdout.readline())
+    watched.without = set()  # but for this process, which here is the parent too
+    watched.slow()
+    assert {launcher.pid, worker} <= {p.pid for p in watched.tree}
+    watched.without = {launcher.pid}
+    watched.slow()
+    assert not {launcher.pid, worker} & {p.pid for p in watched.tree}
+    launcher.communicate("")
+
+
 def test_it_samples_while_the_window_is_open(sampler):
     with sampler.window() as window:
         time.sleep(0.2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import llmperf
-from llmperf import machine, models, strategies
+from llmperf import machine, models, predict, strategies
 from llmperf.decoding import requests as workload
 from llmperf.decoding.sampling import GREEDY, Sampling
 from llmperf.decoding.trace import agreement
@@ -331,7 +331,7 @@ def test_shared_weights_are_refused_on_a_gpu(small):
 
 def test_more_processes_than_memory_are_refused_with_the_arithmetic(small, monkeypatch):
     """Ten copies of 0.06 GiB and ten interpreters do not fit 1 GiB."""
-    monkeypatch.setattr(prediction, "memory", lambda model: (2**30, 0))
+    monkeypatch.setattr(predict, "free_and_held", lambda model: (2**30, 0))
     ten = Condition(small, "processes", 10)
     with pytest.raises(prediction.DoesNotFit, match="does not fit in 1.00 GiB"):
         prediction.check_fits(ten)
