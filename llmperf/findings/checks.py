@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import inf
 from statistics import median
 
-from llmperf import models, predict, stats
+from llmperf import machine, models, predict, stats
 from llmperf.machine import GIB
 
 HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
@@ -80,7 +80,8 @@ def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
             first.get("quantization"),
             prompt_tokens=int(first["prompt_tokens"]),
             new_tokens=int(first["new_tokens"]),
-            platform={"Windows": "windows", "WSL2": "wsl2"}.get(first["os"], "linux"),
+            loop=first.get("loop", "cached"),
+            platform=machine.platform_word("cuda", str(first["os"])),
         )
     except (ValueError, KeyError):  # a model that no preset names, or several lengths
         return None

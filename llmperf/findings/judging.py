@@ -88,6 +88,8 @@ def judge_all(records: Iterable[Record], of: Sequence[Claim] = ()) -> list[Verdi
         card = (r.environment.get("gpus") or [{}])[0]
         row["card_bytes"] = card.get("memory_total_bytes")
         row["card_used_bytes"] = card.get("memory_used_bytes")
+        ran = ((r.trace or {}).get("notes") or {}).get("loop")  # not always the one asked for
+        row["loop"] = ran if isinstance(ran, str) else row.get("loop")
         if not row["foreign"]:
             rows.append({k: v for k, v in row.items() if v is not None and v == v})
     return [_judge(claim, rows) for claim in of or claims()]

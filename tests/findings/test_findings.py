@@ -72,8 +72,8 @@ def held(gib, allocated=0.484):
 
 
 def used(device, idle=0.3, inside=0.58):
-    memory = {"device_used": {"first": idle * GIB, "max": device * GIB}, "reserved": inside * GIB}
-    return {"memory": memory}
+    idle = {"device_idle": idle * GIB} if idle else {}
+    return {"memory": {"device_used": device * GIB, "reserved": inside * GIB, **idle}}
 
 
 def both(many, windows, wsl2):
@@ -231,6 +231,13 @@ def steps(*gib, **more):
 
 
 CPU = {"gpu": None}
+
+
+def on_cpu_steps(*gib):
+    used = [{"memory": {"uss": x * GIB}} for x in gib]
+    return [run("processes", n, 3, **CPU, **x) for n, x in enumerate(used, 1)]
+
+
 # What was once judged decisively, though it is not the claim: (claim, records).
 PROBES = {
     "threads on Linux": ("threads-windows", in_a_row(os="Linux")),
@@ -246,7 +253,7 @@ PROBES = {
     "eight tokens": (
         "batch-time", [run("batch", n, 2, os="Windows", tokens=8) for n in (1, 10)]),
     "batch on another page": ("batch-time", [run("batch", n, 2, os="WSL2") for n in (1, 10)]),
-    "steps on a processor": ("processes-memory", steps(1.8, 2.4, 3.0, **CPU)),
+    "steps on a processor": ("processes-memory", on_cpu_steps(1.8, 2.4, 3.0)),
     "one rival": ("batching-preferred", [arriving("dynamic", 3), arriving("sequential", 1)]),
     "reserved alone": (
         "batch-reserved",
@@ -268,6 +275,25 @@ def test_a_fifth_of_the_utilisation_that_is_claimed_does_not_hold():
     assert verdict(
         "threads-utilisation", utilised("batch", 20), utilised("threads", 5)
     ).verdict == (FAILS)
+
+
+def test_our_own_runs_do_not_show_what_the_first_process_takes():
+    """Its context and weights are on the card before the window opens."""
+    groups = [run("processes", n, 3, **used(u, idle=0)) for n, u in ((1, 1.8), (2, 2.4), (3, 3.0))]
+    found = verdict("processes-memory", *groups)
+    assert found.verdict == CANNOT_TELL and "what the first takes alone" in found.figures
+
+
+def test_threads_that_ran_another_loop_are_not_compared_with_the_compiled_one():
+    fallback = {"asked": {"loop": "compiled"}, "notes": {"loop": "cached", "fallback": "a thread"}}
+    threads = run("threads", 3, 7, **fallback)
+    processes = {"asked": {"loop": "compiled"}, "notes": {"loop": "compiled"}}
+    found = verdict("processes-beat-threads", run("processes", 3, 5, **processes), threads)
+    assert found.verdict == findings.NOT_TESTABLE
+    alike = {"asked": {"loop": "cached"}, "notes": {"loop": "cached"}}
+    assert (
+        verdict("processes-beat-threads", run("processes", 3, 5, **alike), threads).verdict == HOLDS
+    )
 
 
 def test_unequal_steps_say_nothing_of_one_process():
