@@ -98,8 +98,9 @@ def _measured(r: Record) -> dict:
             row[name] = as_number(value.get("median") if isinstance(value, Mapping) else value)
     row |= {k: v for k, v in r.prediction.items() if not isinstance(v, dict | list)}
     on_cpu = r.condition.get("device") == "cpu"  # then a card that is there was not used
-    watched = {k: v for k, v in r.memory.items() if not (on_cpu and k in GPU_CHANNELS)}
-    for name, channel in watched.items():
+    for name, channel in r.memory.items():
+        if on_cpu and name in GPU_CHANNELS:
+            channel = {"unit": channel.get("unit")}
         for statistic in ("max", "mean", "first"):
             row[f"{statistic}_{name}_{channel.get('unit')}"] = as_number(channel.get(statistic))
     for group, notes in ((r.trace or {}).get("notes") or {}).items():
