@@ -5,7 +5,7 @@ stats, machine, models, decoding, memory, predict, strategies, measure, findings
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +19,7 @@ RUNS = DATA / "runs"
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts cards as NVML does
 
 
-def lazy_face(room: str, files: Mapping[str, str]) -> tuple[Callable[[str], object], list[str]]:
+def lazy_face(room: str, /, **files: str) -> tuple[Callable[[str], object], list[str]]:
     """`__getattr__` and `__all__` of a room's `__init__.py`, from file → the names it gives.
 
     A file is imported when one of its names is first used, so that `import llmperf.models` does

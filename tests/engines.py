@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from llmperf import models
-from llmperf.strategies.inference import Grouped
+from llmperf.strategies.inference import GroupedSlots
 
 # The byte tokenizer gives "!" the id 0, so these ids spell a text.
 TEXT = [ord(c) - ord("!") for c in "all-cats-are-grey-in-the-dark."]
@@ -15,7 +15,7 @@ def engine(decode):
     """What `inference` asks for: slots of this decoding loop, in groups or joining."""
 
     def slots(batching, rows, max_length, loop, threads):
-        kind = Joining if batching == "slots" else Grouped
+        kind = Joining if batching == "slots" else GroupedSlots
         return kind(decode, rows, loop)
 
     return slots
@@ -33,7 +33,7 @@ class Joining:
         return self._rows - len(self._groups)
 
     def admit(self, key, request, sampling, stop):
-        self._groups[key] = Grouped(self._decode, 1)
+        self._groups[key] = GroupedSlots(self._decode, 1)
         self._groups[key].admit(key, request, sampling, stop)
 
     def drop(self, key):

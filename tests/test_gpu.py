@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmperf import decoding, machine, models, predict
+from llmperf.decoding import graph_step
 from llmperf.decoding import requests as workload
 from llmperf.decoding.sampling import GREEDY
 from llmperf.decoding.trace import agreement
@@ -143,3 +144,47 @@ def test_out_of_memory_is_a_record_and_the_next_condition_runs(gpt2, tmp_path):
 def test_the_mps_daemon_is_noticed_or_ruled_out():
     env = machine.describe()
     assert env["mps_daemon"] in (True, False) or env["reasons"]["mps_daemon"]
+
+
+def test_a_size_has_one_set_of_buffers_and_freeing_gives_it_back(gpt2):
+    decoding.free_graphs()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    decoding.warm_up(gpt2, 8, [72])
+    held = torch.cuda.memory_allocated() - before
+    one = predict.kv_bytes(gpt2.shape, *decoding.graph_size(8, 72), gpt2.dtype)
+    assert one <= held < 1.5 * one, (held / MIB, one / MIB)
+    decoding.free_graphs()
+    assert torch.cuda.memory_allocated() - before < 0.1 * one
+
+
+@pytest.mark.parametrize("variant", ["yielding", "blocking"])
+def test_no_graph_is_captured_in_the_clock(gpt2, tmp_path, monkeypatch, variant):
+    work = {"level": 3, "loop": "compiled", "prompt_tokens": (9, 24), "new_tokens": 24}
+    coroutines = Condition(gpt2, "coroutine", options={"variant": variant}, **work)
+    batches = Condition(gpt2, "batch", options={"batch_size": 2}, **work)
+    captured, capture = [], graph_step.GraphRows._capture
+    note = lambda self, rows: captured.append(running[-1]) or capture(self, rows)  # noqa: E731
+    monkeypatch.setattr(graph_step.GraphRows, "_capture", note)
+    running, once = [False], Condition.run
+
+    def timed(self, *rest):
+        # a warm-up has a workload of its own; the reference, one after another, is not timed
+        running.append(not rest and self.strategy != "sequential")
+        try:
+            return once(self, *rest)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(Condition, "run", timed)
+    measure("x", [coroutines, batches], Store(tmp_path / "r.jsonl"), repeats=2)
+    assert captured and not any(captured)
+
+
+def test_a_free_graph_leaves_those_of_other_models_alone(gpt2):
+    """The cuBLAS workspace of a graph's stream is freed with it."""
+    other = models.load("gpt2", dtype="bf16", device="cuda", weights="random")
+    for _ in range(20):  # more captures than torch has streams
+        for llm, rows in ((gpt2, 16), (other, 4), (gpt2, 1)):
+            decoding.warm_up(llm, rows, [48])
+    assert agreement(run(gpt2, "batch", loop="compiled"), run(gpt2, "batch")).agree == 3

@@ -4,15 +4,12 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "requests": "DEFAULT_LOOP LOOPS WINDOW Request Stop Workload build graph_size prompts"
-        " published_sampling published_stop",
-        "sampling": "GREEDY PUBLISHED Sampling",
-        "trace": "Agreement Recorder RequestTrace Trace agreement",
-        "batch": "Batch last_column pad positions",
-        "loops": "Prepared check_loop prepare",
-        "generate": "decode run steps",
-        "slots": "Slots warm_up",
-        "graph_step": "free_graphs",
-    },
+    requests="DEFAULT_LOOP GREEDY LOOPS PUBLISHED WINDOW Request Sampling Stop Workload build"
+    " graph_size prompts published_sampling published_stop",
+    trace="Agreement Recorder RequestTrace Trace agreement",
+    batch="Batch last_column pad positions",
+    loops="Prepared check_loop prepare",
+    generate="decode run steps",
+    slots="Slots warm_up",
+    graph_step="free_graphs",
 )

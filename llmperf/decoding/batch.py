@@ -1,16 +1,13 @@
 """The eager loops over one left-padded batch: `recompute`, as published, and `cached`."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
 from llmperf.decoding.requests import WINDOW, Request
-from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
-from llmperf.models import cache_argument
+from llmperf.models import with_cache
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ def last_column(ids: torch.Tensor) -> int | torch.Tensor:
     return 1 if columns == 1 else torch.tensor([columns - 1], device=ids.device)
 
 
-def with_cache(module, cache) -> dict:
-    """The arguments that hand a cache to `module`, by the name that it has there."""
-    return {cache_argument(module): cache, "use_cache": True}
-
-
 @dataclass(frozen=True)
 class Piece:
     """Tokens of one slot that go through the model together; `last`: their logits are asked for."""
@@ -81,20 +73,8 @@ def run_piece(module, piece: Piece, caches: dict[int, DynamicCache]) -> torch.Te
     return out.logits[:, -1]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Chooses the next tokens of a batch, each row from its request's random stream."""
-
-    sampling: Sampling
-    uniforms: torch.Tensor  # (rows, steps)
-
-    @classmethod
-    def of(cls, requests: Sequence[Request], sampling: Sampling, steps: int, device) -> Draw:
-        return cls(sampling, uniforms([r.seed for r in requests], steps).to(device))
-
-    def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
-        """Logits (rows, vocabulary) of one step → ids (rows,)."""
-        return next_tokens(logits, self.sampling, self.uniforms[:, step])
+# Logits (rows, vocabulary) and the number of the step → ids (rows,).
+Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def recompute(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:

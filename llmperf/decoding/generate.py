@@ -7,7 +7,7 @@ import torch
 from llmperf.decoding import batch as eager
 from llmperf.decoding.loops import prepare
 from llmperf.decoding.requests import DEFAULT_LOOP, Request, Stop
-from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
 from llmperf.decoding.slots import Slots
 from llmperf.decoding.trace import Recorder
 
@@ -49,7 +49,8 @@ def _eager(model, requests, loop: str, sampling: Sampling, stop: Stop) -> Iterat
     """A row that has ended is computed on until the last one ends, as in `model.generate`."""
     device = model.torch_device
     batch = eager.pad(requests, device)
-    draw = eager.Draw.of(requests, sampling, batch.steps, device)
+    streams = uniforms([r.seed for r in requests], batch.steps).to(device)  # (rows, steps)
+    draw = lambda logits, step: next_tokens(logits, sampling, streams[:, step])  # noqa: E731
     left = [r.max_new_tokens for r in requests]
     tokens_of_steps = EAGER[loop](model, batch, draw)
     for step in range(1, batch.steps + 1):

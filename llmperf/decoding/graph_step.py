@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from llmperf.decoding.batch import run_piece, with_cache
+from llmperf.decoding.batch import run_piece
 from llmperf.decoding.requests import graph_size
+from llmperf.models import with_cache
 
 _steps: weakref.WeakSet = weakref.WeakSet()  # of every model
 MOST_SHAPES = 256  # that torch compiles the step for: one for each (rows, length), of all models

@@ -1,4 +1,4 @@
-"""The same seeded requests for every strategy."""
+"""The same seeded requests for every strategy, and how their tokens are drawn. Without torch."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmperf import DATA
-from llmperf.decoding.sampling import PUBLISHED, Sampling
 
 LOOPS = ("recompute", "cached", "compiled")
 DEFAULT_LOOP = "compiled"
@@ -16,6 +15,35 @@ WINDOW = 200  # tokens that the published loop looks back
 def graph_size(rows: int, length: int) -> tuple[int, int]:
     """Rows and tokens that the static buffers of a CUDA graph have for so many."""
     return 1 << (rows - 1).bit_length(), max(256, 1 << (length - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults are greedy off, full distribution.
+
+    Order of the publication and of transformers' processors: temperature, suppress, top-k, top-p.
+    """
+
+    greedy: bool = False
+    temperature: float = 1.0  # 1: the model's own distribution
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # of those, the smallest set that holds this much probability
+    suppress: tuple[int, ...] = ()  # never drawn; the publication suppresses the unknown token
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}: it must be above 0 (greedy=True takes the"
+                " likeliest token)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: it must be at least 1, or None for no limit")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+GREEDY = Sampling(greedy=True)
+PUBLISHED = Sampling(temperature=1.0, top_k=50, top_p=0.9)  # the study's loop; its values unprinted
 
 
 @dataclass(frozen=True)
@@ -74,7 +102,7 @@ class Workload:
             raise ValueError("a workload needs at least one request")
 
 
-def check_fits(workload: Workload, max_positions: int) -> None:
+def check_lengths(workload: Workload, max_positions: int) -> None:
     """Raise ValueError when a request is longer than the model has positions."""
     for r in workload.requests:
         total = len(r.prompt_ids) + r.max_new_tokens

@@ -2,46 +2,14 @@
 
 The draw inverts the cumulative distribution at one uniform number. Each request has its own
 seeded row of uniform numbers, so its tokens do not depend on the batch, thread or process that it
-runs in. torch is imported when the first function runs, so that importing this costs nothing.
+runs in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The defaults are greedy off, full distribution.
-
-    Order of the publication and of transformers' processors: temperature, suppress, top-k, top-p.
-    """
-
-    greedy: bool = False
-    temperature: float = 1.0  # 1: the model's own distribution
-    top_k: int | None = None  # keep the k likeliest tokens
-    top_p: float | None = None  # of those, the smallest set that holds this much probability
-    suppress: tuple[int, ...] = ()  # never drawn; the publication suppresses the unknown token
-
-    def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}: it must be above 0 (greedy=True takes the"
-                " likeliest token)"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: it must be at least 1, or None for no limit")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-
-
-GREEDY = Sampling(greedy=True)
-PUBLISHED = Sampling(temperature=1.0, top_k=50, top_p=0.9)  # the study's loop; its values unprinted
+from llmperf.decoding.requests import GREEDY, PUBLISHED, Sampling  # noqa: F401
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> torch.Tensor:
@@ -49,8 +17,6 @@ def uniforms(seeds: Sequence[int], steps: int) -> torch.Tensor:
 
     Row r depends on `seeds[r]` alone: this is the row's random stream.
     """
-    import torch
-
     rows = torch.empty(len(seeds), steps, dtype=torch.float64)
     for row, seed in zip(rows, seeds, strict=True):
         row.uniform_(generator=torch.Generator().manual_seed(seed))
@@ -63,8 +29,6 @@ def survivors(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, t
     logits (rows, vocabulary) → scaled logits and ids, each (rows, kept); a token that top-p
     removes has -inf. With a top-k only k columns are sorted and summed, not the vocabulary.
     """
-    import torch
-
     scores = logits.float() / sampling.temperature
     if sampling.suppress:
         scores[:, list(sampling.suppress)] = -torch.inf
@@ -79,8 +43,6 @@ def survivors(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, t
 
 def filtered_logits(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """As transformers' processors give them: (rows, vocabulary), removed tokens at -inf."""
-    import torch
-
     scores, ids = survivors(logits, sampling)
     return torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter(-1, ids, scores)
 
@@ -92,8 +54,6 @@ def next_tokens(
 
     Greedy needs no `uniform`. Suppressed ids apply to both.
     """
-    import torch
-
     if sampling.greedy:
         if sampling.suppress:
             logits = logits.index_fill(

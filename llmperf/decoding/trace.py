@@ -6,7 +6,7 @@ one clock for all processes of a machine.
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 OK, ERROR, REJECTED, EXPIRED = "ok", "error", "rejected", "expired"
@@ -67,11 +67,12 @@ class Trace:
     @classmethod
     def from_dict(cls, data: dict) -> "Trace":
         """The inverse of `to_dict`."""
-        requests = tuple(
-            RequestTrace(**{**r, "token_s": tuple(r["token_s"]), "tokens": tuple(r["tokens"])})
-            for r in data["requests"]
-        )
+        requests = tuple(map(_request, data["requests"]))
         return cls(requests, data["duration_s"], data.get("notes", {}))
+
+
+def _request(row: Mapping) -> RequestTrace:
+    return RequestTrace(**{**row, "token_s": tuple(row["token_s"]), "tokens": tuple(row["tokens"])})
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,8 @@ class Recorder:
         self.origin = clock()
         self._loops: dict[str, str | None] = {}
         self._rows = {
-            r.id: {
-                "id": r.id,
-                "prompt_tokens": len(r.prompt_ids),
-                "scheduled_s": r.arrival_s,
-                "submitted_s": r.arrival_s,
-                "started_s": None,
-                "token_s": [],
-                "tokens": [],
-                "status": OK,
-                "reason": None,
-                "worker": "0",
-            }
+            r.id: asdict(RequestTrace(r.id, len(r.prompt_ids), r.arrival_s, r.arrival_s))
+            | {"token_s": [], "tokens": []}
             for r in requests
         }
 
@@ -167,8 +158,4 @@ class Recorder:
             notes["loop"] = " and ".join(sorted(self._loops))
         if reason := next(filter(None, self._loops.values()), None):
             notes["fallback"] = reason
-        requests = tuple(
-            RequestTrace(**{**r, "token_s": tuple(r["token_s"]), "tokens": tuple(r["tokens"])})
-            for r in self._rows.values()
-        )
-        return Trace(requests, duration, notes)
+        return Trace(tuple(map(_request, self._rows.values())), duration, notes)

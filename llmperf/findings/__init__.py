@@ -4,13 +4,11 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "checks": "CANNOT_TELL FAILS HOLDS",
-        "judging": "NOT_TESTABLE Claim Verdict claims judge_all published_verdicts scorecard",
-        "published": "published_records",
-        "runs": "Run latest load_runs published_runs shipped_runs",
-        "comparing": "Pair RunComparison compare_runs",
-        "sharing": "public_model share",
-        "recommending": "Recommendation headline options recommend",
-    },
+    checks="CANNOT_TELL FAILS HOLDS",
+    judging="NOT_TESTABLE Claim Verdict claims judge_all published_verdicts scorecard",
+    published="published_records",
+    runs="Run latest load_runs published_runs shipped_runs",
+    comparing="Pair RunComparison compare_runs",
+    sharing="public_model share",
+    recommending="Recommendation headline options recommend",
 )

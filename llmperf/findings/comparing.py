@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from llmperf import machine, stats
 from llmperf.findings.runs import Run
-from llmperf.measure.frames import described
+from llmperf.measure import frame
 
 RUN_TO_RUN = 0.10  # without A/A data: two launches of one machine may differ by as much
 LEAST_MARGIN = 0.05
@@ -112,15 +112,8 @@ def _values(run: Run, quantity: str) -> pd.DataFrame:
     """The runs and twins that have the quantity, one a row."""
     kinds = ("measure", "twin")
     ok = (r for r in run.records if r.kind in kinds and r.status == "ok" and r.possible)
-    found = [(r, value) for r in ok if (value := r.metric(quantity))]
-    conditions = {id(r.condition): r.condition for r, _ in found}
-    known = {key: described(condition, {}) for key, condition in conditions.items()}
-    names = ["condition", "variant", "level", "work"]
-    rows = [
-        [*map(known[id(r.condition)].get, names), r.experiment, r.kind, value, r]
-        for r, value in found
-    ]
-    return pd.DataFrame(rows, columns=[*names, "experiment", "kind", "value", "record"])
+    found = [r for r in ok if r.metric(quantity)]
+    return frame(found).assign(value=[r.metric(quantity) for r in found], record=found)
 
 
 def _side_by_side(values: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -88,7 +88,7 @@ def judge_all(records: Iterable[Record], of: Sequence[Claim] = ()) -> list[Verdi
         card = (r.environment.get("gpus") or [{}])[0]
         row["card_bytes"] = card.get("memory_total_bytes")
         row["card_used_bytes"] = card.get("memory_used_bytes")
-        ran = ((r.trace or {}).get("notes") or {}).get("loop")  # not always the one asked for
+        ran = r.notes.get("loop")  # not always the one asked for
         row["loop"] = ran if isinstance(ran, str) else row.get("loop")
         if not row["foreign"]:
             rows.append({k: v for k, v in row.items() if v is not None and v == v})
@@ -148,7 +148,8 @@ def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
 
 
 def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
-    """All checks of a claim over one setting, at its level (not strict: at the highest below)."""
+    """All checks of a claim over one setting, at the claim's level; if not `strict`, at the highest
+    measured one up to it."""
     levels = {r["level"] for r in rows if 1 < r["level"] <= (claim.level or r["level"])}
     if not claim.level:
         levels |= {1}  # a claim of one process has no level above it

@@ -159,7 +159,7 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
     step_ms = o.tpot_ms if tokens > 1 else 0.0
     if o.first_ms != o.first_ms or step_ms != step_ms:
         return 0.0, inf
-    # Two tokens stand for the answer where nobody joins: its first, and all further ones at once.
+    # Where nobody joins, an answer is modelled as two steps: its first token, then all the others.
     steps = tokens - 1 if not o.joins else 1
     curve = capacity.Curve((o.rows,), (o.first_ms / 1e3,), (step_ms * steps / 1e3,))
     window_s = GROUP_WINDOW_S if o.arriving or o.served or o.rows == 1 else FOREVER_S

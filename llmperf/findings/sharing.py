@@ -41,7 +41,7 @@ def share(source: Path | str, target: Path | str | None = None) -> Path:
 
 def _lines(run: Run) -> Iterator[str]:
     for r in run.records:
-        notes = (r.trace or {}).get("notes") or {}
+        notes = r.notes
         kept = _picked(vars(r), "record") | {
             "condition": _picked(r.condition, "condition"),
             "environment": _picked(r.environment, "environment"),

@@ -37,15 +37,17 @@ def this_minute(limits: dict, device: str = "cpu") -> dict:
 
     On a card they stay as they are: the buffer would stay in torch's allocator.
     """
-    known = limits["read_bytes_per_s"]
-    most = limits.get("most_read_bytes_per_s") or max(known.get("samples", [known["median"]]))
+    known, most = limits["read_bytes_per_s"], highest_read(limits)
     if device == "cpu":
         known = rates.read_bandwidth(device, repeats=3)
-    return {
-        **limits,
-        "read_bytes_per_s": known,
-        "most_read_bytes_per_s": max(most, *known.get("samples", [known["median"]])),
-    }
+        most = max(most, *known["samples"])
+    return {**limits, "read_bytes_per_s": known, "most_read_bytes_per_s": most}
+
+
+def highest_read(limits: dict) -> float:
+    """The highest sample of the bandwidth, of this minute or before."""
+    known = limits["read_bytes_per_s"]
+    return limits.get("most_read_bytes_per_s") or max(known.get("samples", [known["median"]]))
 
 
 def now(device: str = "cpu") -> dict:

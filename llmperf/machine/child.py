@@ -168,7 +168,7 @@ class Parent:
         """Read messages in this thread, until the parent closes the pipe or ends."""
         return map(json.loads, iter(sys.stdin.buffer.readline, b""))
 
-    def listen(self, take: Callable[[dict], None], at_end: Callable[[], None] = int) -> None:
+    def listen(self, take: Callable[[dict], None], at_end: Callable | None = None) -> None:
         """Read messages in a thread from now on; end this process when the parent ends.
 
         Only after numpy, torch and NVML were imported: on Windows a thread that waits for standard
@@ -180,7 +180,8 @@ class Parent:
                 for message in self.messages():
                     take(message)
             finally:
-                at_end()
+                if at_end:
+                    at_end()
                 os._exit(0)  # in the middle of its work too
 
         threading.Thread(target=read, daemon=True).start()

@@ -19,7 +19,7 @@ from llmperf.machine.probes import PROBES, ask
 
 BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
 BUSY_GPU_PERCENT = 10.0
-NVML_WINDOW_S = 1.0  # its utilisation is that of as long at most: our own work must be older
+NVML_WINDOW_S = 1.0  # it averages over at most that long: wait until our own work has left it
 SCHEMA = 2  # of kept measurements; 2: read from huge pages, as the weights are
 KEY_PROBES = (
     "os", "cpu_model", "cores_logical", "cores_allowed", "cores_quota", "power_plan", "on_battery",

@@ -12,10 +12,10 @@ class Unknown(Exception):
     """A probe has no answer; its text says why."""
 
 
-def first_line(text: object, most: int = 200) -> str:
+def first_line(text: object) -> str:
     """The first line of an exception's text, for a sentence; or the exception's class."""
     lines = str(text).strip().splitlines()
-    return lines[0][:most] if lines else type(text).__name__
+    return lines[0][:200] if lines else type(text).__name__
 
 
 def spread(samples: Sequence[float]) -> dict:

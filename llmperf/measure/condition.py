@@ -8,8 +8,7 @@ from functools import cached_property
 
 from llmperf import decoding, strategies
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import Stop, Workload
-from llmperf.decoding.sampling import PUBLISHED, Sampling
+from llmperf.decoding.requests import PUBLISHED, Sampling, Stop, Workload
 from llmperf.decoding.trace import Trace
 from llmperf.measure import load, metrics, records
 from llmperf.models import Model
@@ -35,7 +34,7 @@ class Condition:
     def __post_init__(self):
         strategies.check(self.strategy, self.model, self.level, self.options)
         decoding.check_loop(self.loop)
-        workload.check_fits(self.workload, self.model.shape.max_positions)
+        workload.check_lengths(self.workload, self.model.shape.max_positions)
 
     @cached_property
     def workload(self) -> Workload:
@@ -75,7 +74,7 @@ class Condition:
     @cached_property
     def key(self) -> str:
         """A short digest of `describe()`, equal for conditions that are the same."""
-        return records.key("", "", self.describe(), 0)
+        return records.digest(self.describe())
 
     @property
     def runner(self) -> strategies.Strategy:

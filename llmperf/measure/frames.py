@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import pandas as pd
 
 from llmperf import machine
-from llmperf.measure.records import PLACE, WORK, Record, as_number, key
+from llmperf.measure.records import PLACE, WORK, Record, as_number, digest
 from llmperf.memory.channels import GPU_CHANNELS
 from llmperf.strategies import STRATEGIES
 
@@ -24,17 +25,19 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     settings: dict[str, str] = {}
     rows = []
     for r in records:
-        same = key("", r.environment, r.condition, 0)
+        same = digest(r.environment, r.condition)
         if same not in known:
             row = known[same] = described(r.condition, r.environment)
             place = {k: row.get(k) for k in (*WORK, *PLACE)}
             name = f"{row['work']}, {row['hardware']}, {row['os']}"
-            digest = key("", "", place, 0)
             twins = sum(text.startswith(name) for text in settings.values())
-            row["setting"] = settings.setdefault(digest, name + f" ({twins + 1})" * (twins > 0))
+            name += f" ({twins + 1})" * (twins > 0)
+            row["setting"] = settings.setdefault(digest(place), name)
             strategy = STRATEGIES.get(row["strategy"])
             options = r.condition.get("options") or {}
-            row["label"] = strategy.words(row["level"], options) if strategy else row["variant"]
+            row["label"] = row["variant"]
+            with suppress(AttributeError, KeyError, TypeError):  # options of another form
+                row["label"] = strategy.words(row["level"], options)
             row["foreign"] = not strategy or strategy.foreign  # one of a newer version too
         rows.append(known[same] | _measured(r))
     return pd.DataFrame(rows)
@@ -48,7 +51,7 @@ def described(condition: Mapping, environment: Mapping) -> dict:
     card = cards[0].get("name") if cards else None
     hardware = environment.get("cpu_model") if c.get("device") == "cpu" else card
     return row | {f"option_{k}": v for k, v in options.items()} | {
-        "condition": key("", "", c, 0),
+        "condition": digest(c),
         "machine": machine_in_words(environment),
         "hardware": hardware or "unknown hardware",
         "os": environment.get("os") or "unknown system",
@@ -57,10 +60,10 @@ def described(condition: Mapping, environment: Mapping) -> dict:
     }  # fmt: skip
 
 
-def machine_in_words(environment: Mapping, words=machine.caption) -> str | None:
+def machine_in_words(environment: Mapping, describe=machine.caption) -> str | None:
     """The machine of a record; None where its environment is missing or of another form."""
     try:
-        return words(dict(environment)) if environment else None
+        return describe(dict(environment)) if environment else None
     except (KeyError, TypeError, AttributeError, IndexError):
         return None
 
@@ -103,7 +106,7 @@ def _measured(r: Record) -> dict:
             channel = {"unit": channel.get("unit")}
         for statistic in ("max", "mean", "first"):
             row[f"{statistic}_{name}_{channel.get('unit')}"] = as_number(channel.get(statistic))
-    for group, notes in ((r.trace or {}).get("notes") or {}).items():
+    for group, notes in r.notes.items():
         for name, value in notes.items() if isinstance(notes, Mapping) else ():
             if (number := as_number(value)) is not None:
                 row[f"note_{group}_{name}"] = number

@@ -38,8 +38,7 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
     found = {
         "read_bytes_per_s": bandwidth,
         "flops_per_s": flops,
-        "most_read_bytes_per_s": limits.get("most_read_bytes_per_s")
-        or max(limits["read_bytes_per_s"].get("samples", [bandwidth])),
+        "most_read_bytes_per_s": ceilings.highest_read(limits),
         "bound_s": whole.seconds,
         "limit": whole.limit,
         "bound_tpot_ms": step.seconds * 1e3,

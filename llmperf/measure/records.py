@@ -52,7 +52,7 @@ class Record:
     @property
     def key(self) -> str:
         """Equal for records of the same experiment, kind, condition and repeat."""
-        return key(self.experiment, self.kind, self.condition, self.repeat)
+        return digest(self.experiment, self.kind, self.condition, self.repeat)
 
     @property
     def possible(self) -> bool:
@@ -64,6 +64,12 @@ class Record:
         """Whether the run was measured, ended ok, and is possible."""
         measured = self.kind == "measure" and self.status == "ok"
         return measured and self.possible and bool(self.metrics or self.memory)
+
+    @property
+    def notes(self) -> Mapping:
+        """What the strategy noted of the run."""
+        notes = (self.trace or {}).get("notes")
+        return notes if isinstance(notes, Mapping) else {}
 
     def metric(self, quantity: str) -> float | None:
         """A number in the metrics: `output_tokens_per_s`, `ttft_ms.median`."""
@@ -87,9 +93,9 @@ def as_number(value) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def key(experiment: str, kind: str, condition: Mapping, repeat: int) -> str:
-    """A short digest; equal for equal conditions in any order of their entries."""
-    text = orjson.dumps([experiment, kind, condition, repeat], option=orjson.OPT_SORT_KEYS)
+def digest(*parts: str | int | Mapping) -> str:
+    """A short digest; equal for equal parts, whatever the order of a mapping's entries."""
+    text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(text).hexdigest()[:16]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from llmperf import stats
 from llmperf.decoding.trace import Trace
-from llmperf.measure import frames, records
-from llmperf.measure.records import Record
+from llmperf.measure import frames
+from llmperf.measure.records import Record, digest
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Results:
         Of runs measured with `twin=True`.
         """
         second = [replace(r, kind="measure") for r in self.records if r.kind == "twin"]
-        keys = {condition_key(r) for r in second}
-        first = [r for r in self.records if _counted(r) and condition_key(r) in keys]
+        twins = {digest(r.condition) for r in second}
+        first = [r for r in self.records if _counted(r) and digest(r.condition) in twins]
         return stats.compare_speeds(first, second, quantity)
 
 
@@ -61,11 +61,6 @@ def paired(
     return {name: values[1:] for name, values in speeds.items()}
 
 
-def condition_key(record: Record) -> str:
-    """`Condition.key` of the condition that a record describes."""
-    return records.key("", "", record.condition, 0)
-
-
 def _counted(record: Record) -> bool:
     return record.counts and bool(record.metrics.get("output_tokens_per_s"))
 
@@ -75,9 +70,8 @@ def with_warnings(found: Sequence[Record]) -> list[Record]:
     together. The store is never rewritten: call this on what is read."""
     series = defaultdict(list)  # condition → tokens/s of its counted runs, in order of time
     for r in filter(_counted, found):
-        series[records.key(r.experiment, r.run_id, r.condition, 0)].append(
-            r.metrics["output_tokens_per_s"]
-        )
+        place = digest(r.experiment, r.run_id, r.condition)
+        series[place].append(r.metrics["output_tokens_per_s"])
     text = stats.drift(list(series.values()))
     if not text:
         return list(found)

@@ -20,7 +20,7 @@ from llmperf.measure import prediction, records, results
 from llmperf.measure.condition import Condition
 from llmperf.measure.prediction import DoesNotFit, predict_run
 from llmperf.measure.records import NotWritten, Record, Store
-from llmperf.measure.results import Results, condition_key
+from llmperf.measure.results import Results
 from llmperf.memory import Sampler
 from llmperf.memory.channels import summary
 
@@ -104,7 +104,7 @@ class _Session:
         """Every condition once, in this order; what the store holds is not run again."""
         missing = []
         for i, kind in slots:
-            key = records.key(self.experiment, kind, self.conditions[i].describe(), repeat)
+            key = records.digest(self.experiment, kind, self.conditions[i].describe(), repeat)
             if key not in self.store and i not in self.failed:
                 missing.append((i, kind))
         bar.update(len(slots) - len(missing))
@@ -209,7 +209,7 @@ class _Session:
         """The records of these conditions, of every kind, from the store."""
         keys = {c.key for c in self.conditions}
         every = (r for r in self.store.read() if r.experiment == self.experiment)
-        return [r for r in every if condition_key(r) in keys]
+        return [r for r in every if records.digest(r.condition) in keys]
 
 
 def _make_graphs(condition: Condition) -> None:

@@ -13,21 +13,19 @@ Left out: elementwise work on long inputs, and on a GPU whatever keeps kernels f
 bandwidth. `RANGE` says how far off a step on an idle machine may be.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
 from statistics import median
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from llmperf import decoding, predict
-from llmperf.decoding.sampling import Sampling
-from llmperf.machine import DTYPE_BYTES, DTYPES, rates
-from llmperf.models import CHECKPOINT, Model, quantize
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from llmperf.measure.condition import Condition
+from llmperf import decoding, predict
+from llmperf.decoding.requests import Sampling
+from llmperf.machine import DTYPE_BYTES, DTYPES, rates
+from llmperf.measure.condition import Condition
+from llmperf.models import CHECKPOINT, Model, quantize
 
 RANGE = (0.75, 1.5)  # measured over expected
 TINY = 16  # width of the tensors on which the overhead of an operation is measured
@@ -65,23 +63,32 @@ def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits
     return {"expected_tpot_ms": (low + high) / 2, **found}
 
 
-_arithmetic: WeakKeyDictionary = WeakKeyDictionary()  # module → rows and position → seconds
+def once_a_model(measured: Callable) -> Callable:
+    """Keep each result of `measured(model, *rest)` as long as the model's module lives."""
+    known: WeakKeyDictionary = WeakKeyDictionary()  # module → rest → result
+
+    @wraps(measured)
+    def kept(model: Model, *rest):
+        results = known.setdefault(model.module, {})
+        if rest not in results:
+            results[rest] = measured(model, *rest)
+        return results[rest]
+
+    return kept
 
 
+@once_a_model
 def arithmetic_s(model: Model, rows: int, position: int) -> tuple[float, float]:
     """Seconds of the matrix products of a compiled step on a processor, and of all the rest of it,
     without reading the weights from memory.
 
     Every layer reads the first one's weights; the output layer is added by its share of them.
     """
-    known = _arithmetic.setdefault(model.module, {})
-    if (rows, position) not in known:
-        step = decoding.prepare(model, "compiled").step
-        head = model.shape.vocab * model.shape.hidden
-        layers = predict.weights_read(model.shape, model.dtype) / DTYPE_BYTES[model.dtype] - head
-        whole, rest = (median(step.first_layer_seconds(rows, position, p)) for p in (True, False))
-        known[rows, position] = max(0.0, whole - rest) * (1 + head / layers), rest
-    return known[rows, position]
+    step = decoding.prepare(model, "compiled").step
+    head = model.shape.vocab * model.shape.hidden
+    layers = predict.weights_read(model.shape, model.dtype) / DTYPE_BYTES[model.dtype] - head
+    whole, rest = (median(step.first_layer_seconds(rows, position, p)) for p in (True, False))
+    return max(0.0, whole - rest) * (1 + head / layers), rest
 
 
 @cache
@@ -93,34 +100,26 @@ def products_s(shape, dtype: str, quantization: str | None, rows: int) -> float:
     return sum(times * seconds[weight] for weight, times in counts.items())
 
 
-_counted: WeakKeyDictionary = WeakKeyDictionary()  # module → operations
+class _Counter(TorchDispatchMode):
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
 
 
+@once_a_model
 def operations(model: Model) -> int:
     """Operations that one eager step of the module hands to torch, views included."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counter(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen += 1
-            return func(*args, **(kwargs or {}))
-
-    if model.module not in _counted:
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.torch_device)
-        with torch.inference_mode(), Counter() as counter:
-            model.module(input_ids=ids, use_cache=True, logits_to_keep=1)
-        _counted[model.module] = counter.seen
-    return _counted[model.module]
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.torch_device)
+    with torch.inference_mode(), _Counter() as counter:
+        model.module(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return counter.seen
 
 
 @cache
 def operation_s() -> float:
     """Seconds that one small eager operation keeps the processor, Python included."""
-    import torch
-
     layer = torch.nn.Sequential(torch.nn.Linear(TINY, TINY), torch.nn.SiLU(), torch.nn.Identity())
     x = torch.zeros(1, TINY)
 
@@ -133,24 +132,13 @@ def operation_s() -> float:
         return median(rates.seconds_of(run, lambda: None, 9)) / 300  # linear, SiLU and the sum
 
 
-_drawn: WeakKeyDictionary = WeakKeyDictionary()  # module → (loop, rows, sampling) → seconds
-
-
+@once_a_model
 def sampling_s(model: Model, loop: str, rows: int, sampling: Sampling) -> float:
     """Median seconds from logits (rows, vocabulary) to tokens that the processor can read."""
-    known, key = _drawn.setdefault(model.module, {}), (loop, rows, sampling)
-    if key not in known:
-        known[key] = median(_draw_seconds(model, *key))
-    return known[key]
-
-
-def _draw_seconds(model: Model, loop: str, rows: int, sampling: Sampling) -> list[float]:
-    import torch
-
     draw, device = decoding.prepare(model, loop).next_tokens, model.torch_device
     plain = loop == "compiled" and model.device == "cpu"  # its logits are fp32
     dtype = torch.float32 if plain else getattr(torch, DTYPES[model.dtype])
     logits = torch.randn(rows, model.shape.vocab, device=device).to(dtype)
     uniform = torch.rand(rows, dtype=torch.float64, device=device)
     run = lambda: draw(logits, sampling, uniform)  # noqa: E731
-    return rates.seconds_of(run, rates.waiter(model.device), 9)
+    return median(rates.seconds_of(run, rates.waiter(model.device), 9))

@@ -4,9 +4,7 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "channels": "CHANNELS GPU_CHANNELS summary",
-        "sampler": "INTERVAL_S Sampler",
-        "measured": "Row ledger",
-    },
+    channels="CHANNELS GPU_CHANNELS summary",
+    sampler="INTERVAL_S Sampler",
+    measured="Row ledger",
 )

@@ -61,7 +61,7 @@ class Sampler:
         if not self._child.alive:
             self._child.end()
             self._child = self._start()
-        give_back()
+        trim_heap()
         if torch := torch_in_use():
             torch.cuda.empty_cache()  # else a small run shows what a large one before it reserved
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -102,7 +102,7 @@ def _uuid(device: str) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return freed memory to the operating system, where the C library can (glibc on Linux).
 
     Else a small run after a large one shows the large one's resident set. Young garbage only is

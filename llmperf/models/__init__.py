@@ -4,13 +4,11 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "configs": "PRESETS WEIGHTS config_of shape_of",
-        "loading": "EMBEDDED LoadSpec Model byte_tokenizer load load_spec other_models",
-        "embedded": "ModelUnavailable",
-        "quantization": "CHECKPOINT QUANTIZATIONS converted scheme stored",
-        "quantize": "layer",
-        "meta": "cache_argument cached_tensors",
-        "shape": "CacheLayer ModelShape Tensor",
-    },
+    configs="PRESETS WEIGHTS config_of shape_of",
+    loading="EMBEDDED LoadSpec Model byte_tokenizer load other_models",
+    embedded="ModelUnavailable",
+    quantization="CHECKPOINT QUANTIZATIONS converted scheme stored",
+    quantize="layer",
+    meta="cached_tensors with_cache",
+    shape="CacheLayer ModelShape Tensor",
 )

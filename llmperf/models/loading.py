@@ -6,7 +6,7 @@ Only safetensors files and the embedded GGUF are read; code of a hub repository 
 import json
 import os
 import time
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -80,7 +80,7 @@ def load(
     for unknown words and wrong tensors, ModelUnavailable when the model cannot be had.
     """
     spec, folder = _found(LoadSpec(name, dtype, device, weights, quantization))
-    # kept from run to run; unasked, transformers has torch choose a temporary folder while it loads
+    # compiled code is kept between processes; by default it goes to a temporary folder
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
     words.check(quantization, spec.dtype, spec.device)
@@ -134,15 +134,12 @@ def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
     return [sizes for sizes, device in others if device == model.device]
 
 
-def load_spec(source: LoadSpec) -> Model:
-    return load(*astuple(source))
-
-
 def _tokenizer(folder: str | None):
     if not folder:
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # unasked, it asks
+        # without trust_remote_code it would ask the user
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is of any kind
         name, why = Path(folder).name, first_line(error)
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {why}") from error
@@ -266,7 +263,7 @@ def _random(spec: LoadSpec):
     plain.pop("quantization_config", None)
     word = None if spec.quantization == "none" else spec.quantization
     config, dtype = configs.as_object(plain), getattr(torch, DTYPES[spec.dtype])
-    return quantize.random_module(config, word, dtype, spec.device, seed=0), word
+    return quantize.random_module(config, word, dtype, spec.device), word
 
 
 def byte_tokenizer():

@@ -20,7 +20,7 @@ from llmperf.machine import first_line
 from llmperf.models.shape import CacheLayer, ModelShape, Tensor
 
 ROWS = 3  # of the passes; a dimension of the cache that is this long is the batch
-FOLLOWS = torch.bfloat16  # the dtype of the passes: tensors that have it follow the model's dtype
+PASS_DTYPE = torch.bfloat16  # tensors that have it after the passes follow the model's dtype
 ROLES = (  # of a parameter by its path in the module; the first that is found
     ("router", r"router|shared_expert_gate|(^|\.)gate$"),
     ("expert", r"(^|\.)experts(\.|$)"),
@@ -82,7 +82,7 @@ def _read(config, name, quantization, unquantized) -> ModelShape:
 def _module_of(config):
     with torch.device("meta"), initialisation.no_init_weights():
         module = AutoModelForCausalLM.from_config(
-            config, dtype=FOLLOWS, experts_implementation="batched_mm"
+            config, dtype=PASS_DTYPE, experts_implementation="batched_mm"
         )
     for part in (config, config.get_text_config(decoder=True)):
         vars(part)["pad_token_id"] = None  # else some look for padding in data that is not there
@@ -90,9 +90,12 @@ def _module_of(config):
     return module.eval()
 
 
-def cache_argument(module) -> str:
-    """What the forward pass calls its cache. Raises ValueError for a model that takes none."""
-    return _cache_argument(type(module))
+def with_cache(module, cache) -> dict:
+    """The arguments that hand a cache to the forward pass, by the name that it has there.
+
+    Raises ValueError for a model that takes none.
+    """
+    return {_cache_argument(type(module)): cache, "use_cache": True}
 
 
 @functools.cache
@@ -136,7 +139,7 @@ def _item_bytes(module, name: str, tensor: torch.Tensor) -> int:
     """Bytes of an element; 0 where it has the model's dtype."""
     if stays_fp32(module, name):
         return 4
-    return 0 if tensor.dtype == FOLLOWS else tensor.element_size()
+    return 0 if tensor.dtype == PASS_DTYPE else tensor.element_size()
 
 
 def stays_fp32(module, name: str) -> bool:
@@ -150,7 +153,7 @@ def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], li
     cache, flops, seen = DynamicCache(config=config), [], []
     for new, past in ((2, 0), (1, 2), (1, 3)):
         ids = torch.zeros(ROWS, new, dtype=torch.long, device="meta")
-        inputs = {"input_ids": ids, cache_argument(module): cache, "use_cache": True}
+        inputs = {"input_ids": ids, **with_cache(module, cache)}
         inputs |= {"position_ids": (torch.arange(new, device="meta") + past).expand(ROWS, new)}
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter, warnings.catch_warnings():
@@ -177,7 +180,7 @@ def _cache_layer(layer, before: dict, after: dict) -> CacheLayer:
     """From the cached tensors at three and at four tokens."""
     token, row, once = [0, 0], [0, 0], 0
     for name, tensor in after.items():
-        fixed = tensor.dtype != FOLLOWS
+        fixed = tensor.dtype != PASS_DTYPE
         size = tensor.element_size() if fixed else 1
         grown = tensor.numel() - before[name].numel()
         if grown:

@@ -35,8 +35,8 @@ def _segment(size: int) -> int:
 def place(sizes: Iterable[int]) -> Placed:
     """Place tensors of these sizes in bytes, one after another, none freed in between.
 
-    Each is rounded and takes the smallest free block of its pool that holds it; what is not worth
-    splitting off counts as allocated.
+    Each is rounded and takes the smallest free block of its pool that holds it. A remainder that is
+    too small to split off stays part of the block.
     """
     free: dict[bool, list[int]] = {True: [], False: []}  # sorted sizes of the free blocks, by pool
     requested = allocated = reserved = 0

@@ -2,7 +2,8 @@
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from llmperf import REFERENCE
 
@@ -19,13 +20,14 @@ class Card:
     bandwidth_bytes_s: float | None = None
 
 
-def _rows() -> list[dict]:
+@cache
+def known_cards() -> tuple[Card, ...]:
+    """The cards of `data/reference/gpu_specs.csv`."""
     with (REFERENCE / "gpu_specs.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def card_names() -> tuple[str, ...]:
-    return tuple(row["gpu"] for row in _rows())
+        return tuple(
+            Card(row["gpu"], float(row["memory_gb"]), float(row["bandwidth_gb_s"]) * 1e9)
+            for row in csv.DictReader(file)
+        )
 
 
 def _words(name: str) -> frozenset[str]:
@@ -38,13 +40,12 @@ def card(name: str, memory_gib: float | None = None) -> Card:
 
     An unknown card needs its `memory_gib`; without it, ValueError names the known ones.
     """
-    for row in _rows():
-        if _words(row["gpu"]) == _words(name):
-            size = memory_gib or float(row["memory_gb"])
-            return Card(row["gpu"], size, float(row["bandwidth_gb_s"]) * 1e9)
+    for known in known_cards():
+        if _words(known.name) == _words(name):
+            return replace(known, memory_gib=memory_gib or known.memory_gib)
     if memory_gib:
         return Card(name, memory_gib)
     raise ValueError(
         f"unknown card {name!r}: give its memory in GiB as memory_gib=..., or one of "
-        f"{', '.join(card_names())}"
+        f"{', '.join(known.name for known in known_cards())}"
     )

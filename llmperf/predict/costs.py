@@ -24,10 +24,6 @@ class Cost:
         return Cost(self.bytes * times, self.flops * times, self.steps * times)
 
 
-def _head_flops(shape: ModelShape) -> int:
-    return 2 * shape.vocab * shape.hidden
-
-
 def attention_flops(shape: ModelShape, new: int, past: int) -> float:
     """FLOPs of causal attention for `new` tokens of one row after `past` cached ones."""
     windows = Counter(shape.windows)
@@ -48,8 +44,8 @@ def forward(spec: RunSpec, new: int, past: int = 0, logits: int = 1) -> Cost:
     if spec.loop != "recompute":
         moved += kv_bytes(shape, rows, past, spec.dtype)
         moved += rows * new * token_bytes(shape, spec.dtype)
-    row = new * shape.token_flops + attention_flops(shape, new, past)
-    return Cost(moved, rows * (row + past * shape.past_flops + logits * _head_flops(shape)))
+    row = new * shape.token_flops + attention_flops(shape, new, past) + past * shape.past_flops
+    return Cost(moved, rows * (row + logits * 2 * shape.vocab * shape.hidden))
 
 
 def step(spec: RunSpec, context: int) -> Cost:

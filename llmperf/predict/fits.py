@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmperf.machine import GIB
-from llmperf.predict import cards
-from llmperf.predict.cards import Card
+from llmperf.predict.cards import Card, known_cards
 from llmperf.predict.ledger import Ledger, memory
 from llmperf.predict.spec import RunSpec
 
@@ -97,8 +96,7 @@ def advise(spec: RunSpec, card: Card) -> list[str]:
         for word in ("bnb-8", "awq"):
             smaller = judge(memory(replace(spec, quantization=word)), size)
             said.append(f"With {word} weights: {smaller.sentence}.")
-    known = [cards.card(name) for name in cards.card_names()]
-    enough = [c for c in known if c.memory_gib * GIB >= book.high]
+    enough = [c for c in known_cards() if c.memory_gib * GIB >= book.high]
     if smallest := min(enough, key=lambda c: c.memory_gib, default=None):
         said.append(f"{smallest.name} ({smallest.memory_gib:g} GiB) surely holds it.")
     return said

@@ -4,14 +4,12 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "plots": "COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels"
-        " published_groups roofline stacked strategies_figure",
-        "replaying": "replay replay_svg",
-        "sentences": "agreement_sentence check loops_sentence ratio_sentence value_sentence",
-        "widgets": "Question calculator draw_memory draw_queue draw_roofline draw_sampling explore",
-        "anatomy": "PHASES split",
-        "profiling": "STEP profile_steps shares",
-        "other_tools": "METRICS TOOLS score_as",
-    },
+    plots="COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels"
+    " published_groups roofline stacked strategies_figure",
+    replaying="replay replay_svg",
+    sentences="agreement_sentence check loops_sentence ratio_sentence value_sentence",
+    widgets="Question calculator draw_memory draw_queue draw_roofline draw_sampling explore",
+    anatomy="PHASES split",
+    profiling="STEP profile_steps shares",
+    other_tools="METRICS TOOLS score_as",
 )

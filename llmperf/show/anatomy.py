@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from llmperf.decoding import last_column, pad, positions
 from llmperf.decoding.requests import Request
 from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
-from llmperf.models import Model, cache_argument
+from llmperf.models import Model, with_cache
 
 PHASES = ("tokenise", "prefill", "decode", "sampling", "detokenise")
 
@@ -47,12 +47,12 @@ def split(model: Model, text: str, new_tokens: int, sampling: Sampling, seed: in
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     batch = pad([Request(0, tuple(ids), new_tokens, seed)], model.torch_device)
     draws = uniforms([seed], new_tokens).to(model.torch_device)
-    cache = {cache_argument(model.module): DynamicCache(config=model.module.config)}
+    cache = with_cache(model.module, DynamicCache(config=model.module.config))
     column, position, out = batch.ids, positions(batch.mask), []
     for step in range(new_tokens):
         with watch.phase("decode" if step else "prefill"):
             last = last_column(column)
-            known = {"position_ids": position, "use_cache": True, "logits_to_keep": last}
+            known = {"position_ids": position, "logits_to_keep": last}
             logits = model.module(input_ids=column, **known, **cache).logits[:, -1]
         with watch.phase("sampling"):
             token = next_tokens(logits, sampling, draws[:, step])

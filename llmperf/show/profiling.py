@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import pandas as pd
 
 from llmperf import decoding
-from llmperf.decoding.requests import Request
-from llmperf.decoding.sampling import GREEDY
+from llmperf.decoding.requests import GREEDY, Request
 from llmperf.models import Model
 
 KINDS = {

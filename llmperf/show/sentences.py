@@ -89,8 +89,7 @@ def loops_sentence(records: Iterable[Record]) -> str:
     """Which decoding loop was asked for and which one ran, and why another."""
     found = {}  # a dictionary keeps the order
     for r in records:
-        notes = (r.trace or {}).get("notes") or {}
-        asked, ran, why = r.condition.get("loop"), notes.get("loop"), notes.get("fallback")
+        asked, ran, why = r.condition.get("loop"), r.notes.get("loop"), r.notes.get("fallback")
         if r.status == "ok" and ran:
             other = f"{asked} ran as {ran} ({why or 'no reason is noted'})"
             found[f"{ran} ran as asked" if ran == asked else other] = None

@@ -185,7 +185,7 @@ def calculator() -> ipywidgets.Widget:
         model=w.Combobox(value=q.model, options=models.PRESETS),
         dtype=["fp16", "bf16", "fp32"],
         quantization=QUANTIZATIONS,
-        card=w.Combobox(value=q.card, options=predict.card_names()),
+        card=w.Combobox(value=q.card, options=[card.name for card in predict.known_cards()]),
         card_gib=w.FloatText(value=q.card_gib),
         platform=["linux", "wsl2", "windows"],
         batch=w.IntSlider(value=q.batch, min=1, max=64),

@@ -25,13 +25,6 @@ class SpeedComparison:
     n: tuple[int, int]
     reason: str | None = None  # why there is no interval
 
-    def __str__(self) -> str:
-        shown = "no ratio" if self.ratio is None else f"{self.ratio:.3f} ×"
-        if self.low is not None:
-            shown += f" [{self.low:.3f}, {self.high:.3f}]"
-        why = f"; {self.reason}" if self.reason else ""
-        return f"{self.verdict}: {self.quantity} {shown}, n = {self.n[0]} and {self.n[1]}{why}"
-
 
 def compare_speeds(
     a_records: Iterable,

@@ -4,11 +4,9 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "strategy": "Strategy",
-        "table": "STRATEGIES check",
-        "served": "session",
-        "server": "Server ServerFailed",
-        "threads": "gil_watch",
-    },
+    strategy="Strategy",
+    table="STRATEGIES check",
+    served="session",
+    server="Server ServerFailed",
+    threads="gil_watch",
 )

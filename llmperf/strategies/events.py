@@ -1,9 +1,10 @@
 """Server-sent events of an OpenAI-compatible stream, with everything that may be wrong in them."""
 
-import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+
+import orjson
 
 LONGEST_EVENT = 1 << 20  # bytes: no honest event is longer
 CHARACTERS_PER_TOKEN = 64  # of the longest plausible answer, so that memory stays bounded
@@ -49,8 +50,8 @@ async def read_chunks(stream: AsyncIterator[bytes], max_new_tokens: int) -> Asyn
 def _parse(data: str, at: float) -> tuple[Chunk, bool]:
     """The chunk and whether it is the last with text, from one event."""
     try:
-        event = json.loads(data, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        event = orjson.loads(data)  # NaN, Infinity and lone surrogates are none either
+    except ValueError:
         raise BrokenStream(f"the server sent an event that is not JSON: {data!r}") from None
     try:
         if error := event.get("error"):
@@ -58,14 +59,9 @@ def _parse(data: str, at: float) -> tuple[Chunk, bool]:
             raise BrokenStream(f"the server reported an error: {said}")
         choice = (event.get("choices") or [{}])[0]
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        text.encode()  # a lone surrogate is no text
         tokens = (event.get("usage") or {}).get("completion_tokens")
         if tokens is not None and not (type(tokens) is int and 0 <= tokens <= MOST_TOKENS):
             raise TypeError
         return Chunk(text, at, tokens), choice.get("finish_reason") is not None
-    except (AttributeError, TypeError, LookupError, UnicodeError):
+    except (AttributeError, TypeError, LookupError):
         raise BrokenStream(f"the server sent an event of another form: {data!r}") from None
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(word)  # NaN and Infinity are not JSON

@@ -10,13 +10,12 @@ from queue import Empty, Queue
 
 import psutil
 
-from llmperf.decoding.requests import Request, Stop
-from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.requests import Request, Sampling, Stop
 from llmperf.machine import Parent, first_line
 from llmperf.machine.gpu import torch_in_use
 
 
-class Grouped:
+class GroupedSlots:
     """A group of up to `rows` requests is one batch of `decode`; the next one waits for its end.
 
     It has the methods of `decoding.Slots`. `decode(requests, sampling, stop)` gives one list of
@@ -64,7 +63,7 @@ class Grouped:
         return found
 
 
-class Work:
+class InferenceLoop:
     """Everything after loading: prepare for a run, step, answer, report."""
 
     def __init__(self, parent: Parent, inbox: Queue, make_slots: Callable):
@@ -204,7 +203,7 @@ def main() -> None:
     # The weights' file goes with the last process when nobody else is left to remove it.
     parent.listen(inbox.put, lambda: folder and shutil.rmtree(folder, ignore_errors=True))
     parent.send(event="reply", load_s=time.perf_counter() - start)
-    Work(parent, inbox, make_slots).forever()
+    InferenceLoop(parent, inbox, make_slots).forever()
 
 
 if __name__ == "__main__":

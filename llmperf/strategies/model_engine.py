@@ -7,7 +7,7 @@ import torch
 
 from llmperf import decoding, models, predict
 from llmperf.models import mapped
-from llmperf.strategies.inference import Grouped
+from llmperf.strategies.inference import GroupedSlots
 
 
 def load(config: dict) -> Callable:
@@ -16,10 +16,9 @@ def load(config: dict) -> Callable:
     Returns `slots(batching, rows, max_length, loop, threads)`: something with the methods of
     `decoding.Slots`, one group at a time for `groups`.
     """
-    spec = models.LoadSpec(**config["spec"])
-    folder = config["folder"]
-    model = mapped.load(Path(folder), spec) if folder else models.load_spec(spec)
-
+    spec, folder = config["spec"], config["folder"]
+    mapped_to = folder and mapped.load(Path(folder), models.LoadSpec(**spec))
+    model = mapped_to or models.load(**spec)
     all_threads = torch.get_num_threads()
 
     def slots(batching: str, rows: int, max_length: int, loop: str, threads: int | None):
@@ -37,6 +36,6 @@ def load(config: dict) -> Callable:
             return decoding.decode(model, requests, **how)
 
         prepared = decoding.prepare(model, loop)
-        return Grouped(decode, rows, prepared.loop, prepared.reason)
+        return GroupedSlots(decode, rows, prepared.loop, prepared.reason)
 
     return slots

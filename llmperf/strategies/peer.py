@@ -11,8 +11,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from llmperf import decoding
-from llmperf.decoding.requests import Stop, Workload
-from llmperf.decoding.sampling import Sampling
+from llmperf.decoding.requests import Sampling, Stop, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import llamacpp, run_control, transformers_continuous

@@ -30,7 +30,7 @@ def session() -> Iterator[None]:
 
 
 def ready(model: Model, processes: int, weights: str = "own") -> list[int]:
-    """Have so many processes loaded; the process ids of those that this run will not use.
+    """Start `processes` processes that have loaded the model; the ids of those that stay idle.
 
     On a GPU an idle process holds a context that the device level counts, so there it is ended.
     """

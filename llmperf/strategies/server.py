@@ -60,7 +60,7 @@ class Server:
         self.close()
 
     def start(self, processes: int) -> None:
-        """Have at least so many processes with a loaded model. Raises ServerFailed."""
+        """Start processes until so many have loaded the model. Raises ServerFailed."""
         if not all(p.child.alive for p in self.processes):
             self.close()
         new = range(len(self.processes), processes)

@@ -1,6 +1,5 @@
 """N threads, one model: the publication's "Multithreading Inference"."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ import torch
 from llmperf import decoding
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Recorder, Trace
-from llmperf.machine import SLICE_S
+from llmperf.machine import PROBES, SLICE_S
 from llmperf.models import Model
 from llmperf.strategies import run_control
 from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, choice, in_words
@@ -70,10 +69,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
         intra_op_threads=intra_op if model.device == "cpu" else None,
         stream=stream if model.device != "cpu" else None,
         gil=gil,
-        interpreter={
-            "python": sys.version.split()[0],
-            "gil_enabled": getattr(sys, "_is_gil_enabled", lambda: True)(),  # from 3.13 on
-        },
+        interpreter={name: PROBES[name]() for name in ("python", "gil_enabled")},
     )
     return trace
 

@@ -20,7 +20,7 @@ def run(model: Model, workload: Workload, config: GenerationConfig) -> Trace:
     """Add each request when it arrives; the times of its tokens are those of the engine.
 
     The engine swallows its errors; here each is the request's status. The number of cache blocks is
-    what `MAX_BATCH` of the requests need: without one it takes nine tenths of the free memory.
+    what `MAX_BATCH` of the requests need; by default it takes 90 % of the free memory.
     """
     waiting = deque(run_control.in_order(workload.requests))
     needs = sorted(

@@ -4,10 +4,7 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    {
-        "profile": "Profile check_parameters load_profile notebooks parameters_of plan profiles"
-        " read_yaml",
-        "study": "State load_state run start write_report",
-        "answer": "Answer of_run write_card",
-    },
+    profile="Profile check_parameters load_profile notebooks parameters_of plan profiles read_yaml",
+    study="State load_state run start write_report",
+    answer="Answer of_run write_card",
 )

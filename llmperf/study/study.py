@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from llmperf import REFERENCE, RUNS
+from llmperf.machine.description import save_whole
 from llmperf.study import profile as profiles
 from llmperf.study.profile import Profile
 
@@ -33,10 +34,8 @@ class State:
     seconds: dict = field(default_factory=dict)  # notebook → how long it took
 
     def save(self, folder: Path) -> None:
-        scratch = folder / "run.yaml.part"
         text = yaml.safe_dump(self.__dict__, sort_keys=False, allow_unicode=True)
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(folder / "run.yaml")  # whole or not at all
+        save_whole(folder / "run.yaml", text)
 
 
 def start(profile: Profile, only=(), overrides=None, out: Path | str | None = None) -> Path:

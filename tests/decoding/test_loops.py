@@ -148,7 +148,7 @@ def test_unknown_loop_and_too_long_text_are_refused(tiny):
         next(decoding.decode(tiny, [Request(0, (1,), 1)], loop="fast"))
     work = workload.build(tiny.tokenizer, 1, 500, 13)
     with pytest.raises(ValueError, match="= 513, but the model has 512 positions"):
-        workload.check_fits(work, tiny.shape.max_positions)
+        workload.check_lengths(work, tiny.shape.max_positions)
 
 
 def test_workloads_of_any_level_start_alike(tiny):

@@ -292,6 +292,12 @@ def test_a_card_that_is_only_there_is_not_shown_for_a_run_on_the_processor():
         assert table.max_device_used_bytes.notna().all() == shown and table.max_rss_bytes[0] == 3
 
 
+def test_options_and_notes_of_another_form_are_shown_as_they_are():
+    strange = {"strategy": "threads", "level": 2, "options": {"workers": "many"}}
+    (row,) = frame([Record("x", strange, 0, trace={"notes": 5})]).to_dict("records")
+    assert row["label"] == "threads workers=many"
+
+
 def test_a_frame_is_flat_and_unknown_is_missing():
     known = replace(
         FIRST,

@@ -83,7 +83,7 @@ def test_bytes_are_exact_and_flops_are_those_of_torchs_counter(decoder):
     module.set_attn_implementation("eager")  # fused attention and grouped experts are not counted
     module.set_experts_implementation("batched_mm")
     cache, counter = DynamicCache(config=module.config), FlopCounterMode(display=False)
-    how = {models.cache_argument(module): cache, "use_cache": True}
+    how = models.with_cache(module, cache)
     with torch.no_grad():
         module(input_ids=torch.ones(2, 10, dtype=torch.long), **how)
         with counter:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_a_local_folder_loads_in_the_asked_dtype(tiny_folder):
     model = models.load(str(tiny_folder), dtype="bf16", device="cpu")
     assert next(model.module.parameters()).dtype == torch.bfloat16
     assert (model.dtype, model.weights) == ("bf16", "trained")
-    again = models.load_spec(model.source)
+    again = models.load(**asdict(model.source))
     theirs = again.module.state_dict()
     assert all(torch.equal(t, theirs[name]) for name, t in model.module.state_dict().items())
 
@@ -310,7 +311,7 @@ def test_random_weights_of_a_quantised_checkpoint_may_stay_whole_in_every_proces
     config = {"model_type": "llama", **SMALL, "quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model = models.load(str(tmp_path), dtype="bf16", device="cpu", quantization="none")
-    again = models.load_spec(model.source)
+    again = models.load(**asdict(model.source))
     for found in (model, again):
         assert (found.quantization, found.shape.quantization) == (None, None)
         held = sum(p.nbytes for p in found.module.parameters())

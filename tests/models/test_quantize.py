@@ -1,6 +1,7 @@
 """Quantisation: bytes as predicted, outputs near the original, nothing held whole, bad words."""
 
 import importlib.util
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_bytes_are_those_predicted_and_outputs_are_near(folder, word, rows):
     expected = logits(plain, ids)
     error = (logits(small, ids) - expected).norm() / expected.norm()
     assert error < (0.02 if "8" in word else 0.3)
-    again = models.load_spec(small.source)
+    again = models.load(**asdict(small.source))
     assert torch.equal(logits(again, ids), logits(small, ids))
 
 
@@ -97,7 +98,7 @@ def test_random_weights_are_quantised_before_the_next_layer_is_made(folder, word
     assert held(made.module) == predict.weights_bytes(made.shape, "bf16", word)
     assert not any(t.is_meta for t in [*made.module.parameters(), *made.module.buffers()])
     assert logits(made, torch.tensor([[65, 66, 67]])).isfinite().all()
-    same = models.load_spec(made.source)
+    same = models.load(**asdict(made.source))
     assert torch.equal(*(logits(m, torch.tensor([[65, 66, 67]])) for m in (made, same)))
 
 

@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, SMALL, build
 
 from llmperf import predict
 from llmperf.findings import published
-from llmperf.models import cache_argument, cached_tensors, converted, scheme, shape_of, stored
+from llmperf.models import cached_tensors, converted, scheme, shape_of, stored, with_cache
 from llmperf.predict import Cost, RunSpec, forward
 
 
@@ -43,9 +43,9 @@ def test_the_cache_is_exact_to_the_byte(tiny, prompt, steps):
     shape, module, config = tiny
     cache, batch = DynamicCache(config=config), 2
     with torch.no_grad():
-        module(torch.ones(batch, prompt, dtype=torch.long), **{cache_argument(module): cache})
+        module(torch.ones(batch, prompt, dtype=torch.long), **with_cache(module, cache))
         for step in range(1, steps + 1):
-            module(torch.ones(batch, 1, dtype=torch.long), **{cache_argument(module): cache})
+            module(torch.ones(batch, 1, dtype=torch.long), **with_cache(module, cache))
             held = _held(t for layer in cache.layers for _, t in cached_tensors(layer))
             assert predict.kv_bytes(shape, batch, prompt + step, "fp32") == held
 
