@@ -39,12 +39,15 @@ class Pair:
         """Over all conditions, in one sentence."""
         if not len(self.rows):
             return "cannot tell: no condition is the same in both"
-        counts, n = self.rows.verdict.value_counts(), len(self.rows)
+        counts, n = self.rows.verdict.value_counts(), int(self.rows.low.notna().sum())
+        single = len(self.rows) - n
+        besides = f" ({single} more have too few runs for an interval)" * (single > 0)
         found = {word: counts[word] for word in ("faster", "slower") if word in counts}
         said = f"{' and '.join(f'{word} in {k}' for word, k in found.items())} of {n} conditions"
+        said += besides
         if not found:
             margin = f"the {self.margin:.0%} of two launches ({self.basis})"
-            return f"cannot tell: none of {n} conditions differs by more than {margin}"
+            return f"cannot tell: none of {n} conditions differs by more than {margin}{besides}"
         if sum(found.values()) <= binom.ppf(0.95, n, 0.05):  # their intervals are of 95 %
             return f"cannot tell: {said}, no more than chance gives"
         return said + ("" if self.differs else "; nothing that is recorded explains it")

@@ -28,6 +28,8 @@ def load(config: dict) -> Callable:
             torch.cuda.reset_peak_memory_stats()
         if loop == "compiled":
             decoding.warm_up(model, rows, [max_length])
+        else:
+            decoding.free_graphs()
         if batching == "slots":
             return decoding.Slots(model, rows, max_length, loop=loop)
 

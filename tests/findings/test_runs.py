@@ -179,8 +179,15 @@ def test_a_change_of_one_machine_is_found_though_nothing_recorded_differs(tmp_pa
     ],
 )
 def test_as_many_differences_as_chance_gives_are_no_finding(faster, of, said):
-    rows = pd.DataFrame({"verdict": ["faster"] * faster + ["cannot tell"] * (of - faster)})
+    verdicts = ["faster"] * faster + ["cannot tell"] * (of - faster)
+    rows = pd.DataFrame({"verdict": verdicts, "low": 1.0})
     assert findings.Pair("a", "b", [], rows, 0.08, "8 conditions measured twice").verdict == said
+
+
+def test_single_runs_are_not_counted_as_conditions_that_could_differ():
+    rows = pd.DataFrame({"verdict": ["faster", *["cannot tell"] * 17], "low": [1.3, *[None] * 17]})
+    said = findings.Pair("a", "b", ["os"], rows, 0.18, "2 conditions measured twice").verdict
+    assert said == "faster in 1 of 1 conditions (17 more have too few runs for an interval)"
 
 
 def test_runs_on_a_processor_are_compared_by_the_processor_though_there_is_a_card():
