@@ -1,10 +1,9 @@
 """Sentences turn with the numbers they are printed from."""
 
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 
+from llmperf.measure import Record
 from llmperf.show import sentences
 
 
@@ -99,7 +98,7 @@ def test_the_agreement_sentence_names_who_differs():
 
 def test_the_loops_sentence_says_what_ran_instead():
     def record(asked, **notes):
-        return SimpleNamespace(status="ok", condition={"loop": asked}, trace={"notes": notes})
+        return Record("x", {"loop": asked}, 0, trace={"notes": notes})
 
     both = [record(loop, loop=loop) for loop in ("compiled", "cached")]
     assert sentences.loops_sentence(both) == "Loops: compiled ran as asked; cached ran as asked."
