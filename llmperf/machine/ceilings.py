@@ -40,7 +40,7 @@ def this_minute(limits: dict, device: str = "cpu") -> dict:
     known, most = limits["read_bytes_per_s"], highest_read(limits)
     if device == "cpu":
         known = rates.read_bandwidth(device, repeats=3)
-        most = max(most, *known["samples"])
+        most = max(most, highest_read({"read_bytes_per_s": known}))
     return {**limits, "read_bytes_per_s": known, "most_read_bytes_per_s": most}
 
 

@@ -60,7 +60,8 @@ def _parse(data: str, at: float) -> tuple[Chunk, bool]:
         choice = (event.get("choices") or [{}])[0]
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         tokens = (event.get("usage") or {}).get("completion_tokens")
-        if tokens is not None and not (type(tokens) is int and 0 <= tokens <= MOST_TOKENS):
+        counted = tokens is None or type(tokens) is int and 0 <= tokens <= MOST_TOKENS
+        if not (isinstance(text, str) and counted):
             raise TypeError
         return Chunk(text, at, tokens), choice.get("finish_reason") is not None
     except (AttributeError, TypeError, LookupError):

@@ -162,7 +162,6 @@ def test_a_higher_latency_is_slower():
     found = stats.compare_speeds(slow, fast, "ttft_ms.median")
     assert found.verdict == "slower" and found.ratio == pytest.approx(4 / 3, rel=0.01)
     assert stats.compare_speeds(slow, fast).ratio == pytest.approx(3 / 4, rel=0.01)
-    assert str(found).startswith("slower: ttft_ms.median 1.33")
 
 
 @pytest.mark.parametrize(
