@@ -40,6 +40,8 @@ class Pair:
         if not len(self.rows):
             return "cannot tell: no condition is the same in both"
         counts, n = self.rows.verdict.value_counts(), int(self.rows.low.notna().sum())
+        if not n:
+            return "cannot tell: no condition has runs enough for an interval"
         single = len(self.rows) - n
         besides = f" ({single} more have too few runs for an interval)" * (single > 0)
         found = {word: counts[word] for word in ("faster", "slower") if word in counts}

@@ -41,11 +41,10 @@ def share(source: Path | str, target: Path | str | None = None) -> Path:
 
 def _lines(run: Run) -> Iterator[str]:
     for r in run.records:
-        notes = r.notes
         kept = _picked(vars(r), "record") | {
             "condition": _picked(r.condition, "condition"),
             "environment": _picked(r.environment, "environment"),
-            "trace": r.trace and {"requests": [], "notes": notes},
+            "trace": r.trace and {"requests": [], "notes": r.notes},
         }
         kept = without_free_text(kept)
         kept["run_id"], kept["warnings"] = "shared", ["unstable"] * bool(r.warnings)

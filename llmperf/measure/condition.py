@@ -108,9 +108,10 @@ class Condition:
         """For a warm-up, as many of the requests as run at the same time (all, if their lengths
         differ), with at most `new_tokens` each; of arriving ones a few, all at once."""
         few = self.rows_per_step * self.runner.servers(self.level, self.options)
-        if any(isinstance(n, tuple) for n in (self.prompt_tokens, self.new_tokens)):
+        if self.arrivals:
+            few = self.options.get("workers", 0)
+        elif not (isinstance(self.prompt_tokens, int) and isinstance(self.new_tokens, int)):
             few = self.level
-        few = self.options.get("workers", 0) if self.arrivals else few
         short = [
             replace(r, max_new_tokens=min(r.max_new_tokens, new_tokens), arrival_s=0.0)
             for r in self.workload.requests[: max(2, few)]

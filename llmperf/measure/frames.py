@@ -8,7 +8,7 @@ import pandas as pd
 
 from llmperf import machine
 from llmperf.measure.records import PLACE, WORK, Record, as_number, digest
-from llmperf.memory.channels import GPU_CHANNELS
+from llmperf.memory import GPU_CHANNELS
 from llmperf.strategies import STRATEGIES
 
 
@@ -36,7 +36,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             strategy = STRATEGIES.get(row["strategy"])
             options = r.condition.get("options") or {}
             row["label"] = row["variant"]
-            with suppress(AttributeError, KeyError, TypeError):  # options of another form
+            with suppress(AttributeError, KeyError, TypeError):  # a newer strategy, strange options
                 row["label"] = strategy.words(row["level"], options)
             row["foreign"] = not strategy or strategy.foreign  # one of a newer version too
         rows.append(known[same] | _measured(r))

@@ -21,8 +21,7 @@ from llmperf.measure.condition import Condition
 from llmperf.measure.prediction import DoesNotFit, predict_run
 from llmperf.measure.records import NotWritten, Record, Store
 from llmperf.measure.results import Results
-from llmperf.memory import Sampler
-from llmperf.memory.channels import summary
+from llmperf.memory import Sampler, summary
 
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 WARMUP_RUNS = 3  # at most; fewer when two in a row take the same time

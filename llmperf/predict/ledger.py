@@ -78,13 +78,16 @@ def memory(
     s = spec
     weights = sizes.weights_bytes(s.shape, s.dtype, s.quantization) * s.processes
     buffers = sizes.buffers_bytes(s.shape, s.dtype, s.masks) * s.processes
-    cached = 0 if s.loop == "recompute" else kv_bytes(s.shape, *s.cache_room, s.dtype)
-    cached *= s.concurrent * s.processes
+    batches = 0 if s.loop == "recompute" else s.concurrent * s.processes
+    # A graph's buffers are rounded up; those of `cached`, which runs where no graph can, are not.
+    cached, room = (
+        batches * kv_bytes(s.shape, *size, s.dtype) for size in ((s.rows, s.length), s.cache_room)
+    )
     kept = [
         Line("weights", "allocated", weights, weights),
         Line("buffers", "allocated", buffers, buffers),
     ]
-    moving = [Line("kv cache", "allocated", cached, cached), *_peak(s)]
+    moving = [Line("kv cache", "allocated", cached, room), *_peak(s)]
     if s.platform == "cpu":  # the C library keeps freed memory, at most once the cache
         allocator = [Line("allocator slack", "reserved", 0, cached)]
     else:

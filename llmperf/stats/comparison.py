@@ -17,7 +17,6 @@ TOKEN_TOLERANCE = 0.01  # of the tokens that came out; beyond it different work 
 class SpeedComparison:
     """a against b: `ratio` is median(a) / median(b) of the quantity, whatever its direction."""
 
-    quantity: str
     verdict: str  # a is "faster" or "slower" than b, or "cannot tell"
     ratio: float | None
     low: float | None
@@ -57,7 +56,7 @@ def compare_speeds(
     if found.low is not None and (found.low > 1 + margin or found.high < 1 / (1 + margin)):
         verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
     interval, n = (found.value, found.low, found.high), (len(a), len(b))
-    return SpeedComparison(quantity, verdict, *interval, n, found.reason)
+    return SpeedComparison(verdict, *interval, n, found.reason)
 
 
 def _higher_is_better(quantity: str) -> bool:

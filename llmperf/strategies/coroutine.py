@@ -93,19 +93,21 @@ async def _beat(late: list[float]) -> None:
         late.append(max(0.0, time.perf_counter() - due))
 
 
+_tasks = capped_by_level("workers")
+
+
 def _threads(level: int, options: Mapping) -> int:
-    in_loop = options.get("variant", "blocking") in IN_THE_LOOP
-    return 1 if in_loop else min(options.get("workers", level), level)
+    return _tasks(level, options) if options.get("variant") == "to_thread" else 1
 
 
 def _in_turn(level: int, options: Mapping) -> int:
-    return min(options.get("workers", level), level) if options.get("variant") == "yielding" else 1
+    return _tasks(level, options) if options.get("variant") == "yielding" else 1
 
 
 STRATEGY = Strategy(
     "coroutine",
     run,
-    in_words("{n} coroutines", "variant", single="1 coroutine", count=capped_by_level("workers")),
+    in_words("{n} coroutines", "variant", single="1 coroutine", count=_tasks),
     style=4,
     options={"variant": choice(*IN_THE_LOOP, "to_thread"), "workers": COUNT},
     threads=_threads,

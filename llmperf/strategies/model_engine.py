@@ -17,8 +17,7 @@ def load(config: dict) -> Callable:
     `decoding.Slots`, one group at a time for `groups`.
     """
     spec, folder = config["spec"], config["folder"]
-    mapped_to = folder and mapped.load(Path(folder), models.LoadSpec(**spec))
-    model = mapped_to or models.load(**spec)
+    model = mapped.load(Path(folder), models.LoadSpec(**spec)) if folder else models.load(**spec)
     all_threads = torch.get_num_threads()
 
     def slots(batching: str, rows: int, max_length: int, loop: str, threads: int | None):

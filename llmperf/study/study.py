@@ -17,7 +17,6 @@ import yaml
 from filelock import FileLock, Timeout
 
 from llmperf import REFERENCE, RUNS
-from llmperf.machine.description import save_whole
 from llmperf.study import profile as profiles
 from llmperf.study.profile import Profile
 
@@ -35,7 +34,9 @@ class State:
 
     def save(self, folder: Path) -> None:
         text = yaml.safe_dump(self.__dict__, sort_keys=False, allow_unicode=True)
-        save_whole(folder / "run.yaml", text)
+        scratch = folder / "run.yaml.part"  # a folder that was removed is not made again
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(folder / "run.yaml")  # whole or not at all
 
 
 def start(profile: Profile, only=(), overrides=None, out: Path | str | None = None) -> Path:

@@ -30,7 +30,7 @@ from llmperf.decoding import (
 from llmperf.decoding.requests import Stop
 from llmperf.decoding.sampling import next_tokens
 from llmperf.models import Model, quantize
-from llmperf.strategies import STRATEGIES
+from llmperf.strategies import STRATEGIES, model_engine
 
 DRAWN = Sampling(temperature=0.8, top_k=20, top_p=0.9, suppress=(0,))
 SMALL = dict(tiny_models.SMALL, pad_token_id=0)
@@ -431,6 +431,21 @@ def test_a_smaller_batch_uses_the_buffers_of_the_others(batch_size, monkeypatch)
     work = decoding.Workload(requests((9, 4, 7, 3, 5)), GREEDY)
     STRATEGIES["batch"](model, work, {"batch_size": batch_size})
     assert buffers(graph) == {(4, 256): 1}
+
+
+def test_a_group_that_is_not_full_uses_the_buffers_of_a_full_one(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(graph_step, "_fused", lambda function: function)
+    graph = graph_step.GraphStep(model)
+    monkeypatch.setitem(loops._chosen, model.module, loops.Prepared("compiled", None, 0.0, graph))
+    monkeypatch.setattr(model_engine.models, "load", lambda **spec: model)
+    made = model_engine.load({"spec": {}, "folder": None})
+    slots = made("groups", rows=8, max_length=40, loop="compiled", threads=None)
+    for request in requests((9, 4, 7)):
+        slots.admit(request.id, request, GREEDY, Stop())
+    while slots.free < 8:
+        slots.step()
+    assert buffers(graph) == {(8, 256): 1}
 
 
 def test_a_graph_is_checked_before_it_is_promised(monkeypatch):

@@ -188,6 +188,8 @@ def test_single_runs_are_not_counted_as_conditions_that_could_differ():
     rows = pd.DataFrame({"verdict": ["faster", *["cannot tell"] * 17], "low": [1.3, *[None] * 17]})
     said = findings.Pair("a", "b", ["os"], rows, 0.18, "2 conditions measured twice").verdict
     assert said == "faster in 1 of 1 conditions (17 more have too few runs for an interval)"
+    none = findings.Pair("a", "b", [], rows[1:], 0.18, "2 conditions measured twice").verdict
+    assert none == "cannot tell: no condition has runs enough for an interval"
 
 
 def test_runs_on_a_processor_are_compared_by_the_processor_though_there_is_a_card():

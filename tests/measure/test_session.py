@@ -293,6 +293,7 @@ def test_warmup_and_reference_are_kept_and_never_counted(tiny, store):
     ("strategy", "lengths", "options", "requests"),
     [
         ("sequential", 4, {}, 2),
+        ("sequential", [4, 5], {}, 6),
         ("sequential", (4, 5), {}, 6),  # each length may need a buffer or a graph
         ("coroutine", 4, {}, 2),
         ("coroutine", 4, {"variant": "to_thread"}, 6),
