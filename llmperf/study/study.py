@@ -139,7 +139,8 @@ def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
             import papermill
 
             target = folder / "notebooks" / source.name
-            bar = sys.stderr.isatty() and {"desc": "    ", "leave": False}
+            form = "    {bar:40} {n_fmt} of {total_fmt} cells"  # cells differ too much for a rate
+            bar = sys.stderr.isatty() and {"bar_format": form, "leave": False}
             how = {"cwd": source.parent, "kernel_name": "python3", "progress_bar": bar}
             how["execution_timeout"] = state.timeout_s
             how["extra_arguments"] = ["--log-level=CRITICAL"]  # no "TCP without encryption"
