@@ -36,7 +36,7 @@ class Claim:
     def at(self) -> str:
         """Where it stands: `Windows, a CUDA GPU, 10 at once, 256 tokens`."""
         where = [" and ".join(self.platforms), "a CUDA GPU" * (self.device == "cuda")]
-        size = [f"{self.level} at once" * bool(self.level), f"{self.tokens} tokens"]
+        size = [f"{self.level} at once" * ((self.level or 1) > 1), f"{self.tokens} tokens"]
         return ", ".join(x for x in (*where, *(size if self.tokens else size[:1])) if x)
 
 
@@ -150,11 +150,13 @@ def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
 def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
     """All checks of a claim over one setting, at the claim's level; if not `strict`, at the highest
     measured one up to it."""
-    levels = {r["level"] for r in rows if 1 < r["level"] <= (claim.level or r["level"])}
+    levels = {r["level"] for r in rows}
     if not claim.level:
-        levels |= {1}  # a claim of one process has no level above it
+        levels |= {1}
     elif strict:
         levels &= {claim.level}
+    else:  # a single request shows nothing of a claim about several
+        levels = {n for n in levels if min(2, claim.level) <= n <= claim.level}
     for n in sorted(levels, reverse=True):
         found = [SHAPES[check["check"]](rows, check, n, strict) for check in claim.checks]
         if all(found):

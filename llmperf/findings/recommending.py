@@ -136,6 +136,10 @@ def recommend(
     elif machines > 1:
         what = f"One machine does not carry the load, {machines} would, each with {name}. "
         what += f"On one, {said}."
+    exact = found[(found.model == best.model) & (found.precision == found["dtype"])]
+    if len(exact) and best.precision != best.dtype:
+        what += f" Its weights are rounded to {best.precision}, so its answers differ from those of"
+        what += f" {exact.precision.iloc[0]} weights."
     rests = f"Rests on {best.runs} runs of {best.setting}, among {len(found)} options."
     rests += f" Not quiet: {best.warning}." if best.warning else ""
     extrapolated = (f"Extrapolated: {text}" for text in _extrapolated(best, tokens))

@@ -75,7 +75,7 @@ def with_warnings(found: Sequence[Record]) -> list[Record]:
     text = stats.drift(list(series.values()))
     if not text:
         return list(found)
-    said = f"unstable: throughput, {text}"
+    said = f"unstable: throughput has {text}"
     return [
         replace(r, warnings=[*r.warnings, said]) if _counted(r) and said not in r.warnings else r
         for r in found

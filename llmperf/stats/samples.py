@@ -59,4 +59,4 @@ def drift(series: Sequence[Sequence[float]]) -> str | None:
     change = math.expm1(slope)
     if not certain or abs(change) <= LEAST_DRIFT:
         return None
-    return f"drift: a trend of {change:+.1%} over {values} runs"
+    return f"a trend of {change:+.1%} over {values} runs"

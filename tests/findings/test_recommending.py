@@ -143,6 +143,15 @@ def test_a_server_groups_what_waits_and_does_not_wait_until_it_is_full():
     assert recommend([rec("batch", 8, 100, 10)], 1.0).share < 0.9
 
 
+def test_rounded_weights_are_said_where_exact_ones_were_measured():
+    exact = rec("batch", 1, 100, 10)
+    rounded = rec("batch", 1, 50, 5, asked={"quantization": "int4"})
+    assert "rounded to int4, so its answers differ from those of fp32" in str(
+        recommend([exact, rounded], 1)
+    )
+    assert "rounded" not in str(recommend([exact], 1)) + str(recommend([rounded], 1))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="no record has a speed"):
         recommend([], 1)

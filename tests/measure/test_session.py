@@ -454,7 +454,7 @@ def test_a_drift_warns_in_every_record_of_the_measurement():
     rows = [series([10 * n, 9.5 * n, 9 * n], n) for n in (1, 2, 3, 4)]
     mixed = [r for three in zip(*rows, strict=True) for r in three]
     found = results.with_warnings(mixed)
-    text = "unstable: throughput, drift: a trend of -10.0% over 12 runs"
+    text = "unstable: throughput has a trend of -10.0% over 12 runs"
     assert {tuple(r.warnings) for r in found} == {(text,)}
     assert all(not r.warnings for r in mixed), "the records themselves are left as they were"
     assert results.with_warnings(found) == found, "and nothing is said twice"
@@ -477,7 +477,7 @@ def test_drift_reaches_the_results_and_leaves_the_store_alone(tiny, store, monke
     times = [1.0] * 4 + [1.0, 1.03, 1.06, 1.09, 1.12, 1.15, 1.18, 1.2]  # reference, warm-up, runs
     stand_in(monkeypatch, "sequential", made_up(times[1:]))
     frame = run([Condition(tiny, prompt_tokens=4, new_tokens=2)], store, repeats=8).frame
-    assert frame.warnings.str.contains("unstable: throughput, drift").all()
+    assert frame.warnings.str.contains("unstable: throughput has a trend").all()
     assert all(json.loads(line)["warnings"] == [] for line in store.path.open(encoding="utf-8"))
 
 

@@ -132,7 +132,7 @@ def test_a_drift_is_said_in_percent_and_a_trifle_is_not():
     rng = np.random.default_rng(0)
     x = np.exp(0.001 * rng.normal(size=2000))
     assert stats.drift([x * np.linspace(1, 1.005, 2000)]) is None  # certain, and no matter
-    assert stats.drift([x * np.geomspace(1, 1.1, 2000)]).startswith("drift: a trend of +10.0%")
+    assert stats.drift([x * np.geomspace(1, 1.1, 2000)]).startswith("a trend of +10.0%")
     assert stats.drift([[1.0, 2.0]] * 9) is None and stats.drift([]) is None
 
 
