@@ -18,18 +18,19 @@ KINDS = ("poisson", "even")
 
 
 def arrival_times(kind: str, n: int, rate_per_s: float = 1.0, *, seed: int = 0) -> np.ndarray:
-    """`n` scheduled times in seconds, the first at 0, at `rate_per_s` on average.
+    """`n` scheduled times in seconds, the first at 0, the last at (n - 1) / `rate_per_s`.
 
-    `poisson`: exponential gaps; `even`: equal gaps. Times at another rate are the same ones
-    stretched. Raises ValueError for what cannot be.
+    `poisson`: exponential gaps, stretched to that length as in vLLM's benchmark, so that a short
+    load has the rate it is named by; `even`: equal gaps. Raises ValueError for what cannot be.
     """
     if kind not in KINDS:
         raise ValueError(f"arrivals of kind {kind!r}: choose {', '.join(KINDS)}")
     if not 0 < rate_per_s < math.inf:
         raise ValueError(f"rate_per_s is {rate_per_s}: it must be a number above 0")
     gaps = np.random.default_rng(seed).exponential(size=n) if kind == "poisson" else np.ones(n)
-    times = np.cumsum(gaps) / rate_per_s
-    return times - times[0]
+    times = np.cumsum(gaps)
+    times -= times[0]
+    return times / (times[-1] or 1.0) * (n - 1) / rate_per_s
 
 
 def arriving(work: Workload, kind: str, **options) -> Workload:

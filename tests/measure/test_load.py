@@ -36,6 +36,12 @@ def test_arrivals_repeat_with_their_seed_and_stretch_with_the_rate():
     assert load.arrival_times("poisson", 50, 4.0, seed=1) == pytest.approx(slow / 4)
 
 
+def test_a_short_load_has_the_rate_that_it_is_named_by():
+    for seed in range(5):
+        assert load.arrival_times("poisson", 41, 8.0, seed=seed)[-1] == pytest.approx(5.0)
+    assert load.arrival_times("poisson", 1, 8.0).tolist() == [0.0]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
