@@ -34,6 +34,7 @@ class Condition:
     def __post_init__(self):
         strategies.check(self.strategy, self.model, self.level, self.options)
         decoding.check_loop(self.loop)
+        metrics.check_slo(self.slo or {})
         workload.check_lengths(self.workload, self.model.shape.max_positions)
 
     @cached_property

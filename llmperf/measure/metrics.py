@@ -5,6 +5,7 @@ that ended `ok`; the others are counted only. What is undefined is None, with a 
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -38,11 +39,7 @@ def summarize(trace: Trace, slo: dict | None = None, clock: str = "submitted") -
     `slo` holds upper limits in ms for any of ttft_ms, tpot_ms, e2el_ms. Raises ValueError for an
     unknown SLO, and for times that cannot be true (backwards, NaN, after the end).
     """
-    for key, limit in (slo or {}).items():
-        if key not in SLO_KEYS or not 0 < limit < math.inf:
-            raise ValueError(
-                f"the SLO {key!r} is {limit}: give ms above 0 for any of {', '.join(SLO_KEYS)}"
-            )
+    check_slo(slo or {})
     rows = per_request(trace, clock)
     good, seconds = [row for row in rows if row["status"] == OK], trace.duration_s
     samples = {key: [row[key] for row in good if row[key] is not None] for key in LATENCIES}
@@ -72,6 +69,15 @@ def summarize(trace: Trace, slo: dict | None = None, clock: str = "submitted") -
         "clock": clock,
         "reasons": {name: why for name, why in reasons.items() if why},
     }
+
+
+def check_slo(slo: Mapping) -> None:
+    """Raise ValueError for a limit that is not known, or no number of ms above 0."""
+    for key, limit in slo.items():
+        if key not in SLO_KEYS or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+            raise ValueError(
+                f"the SLO {key!r} is {limit!r}: give ms above 0 for any of {', '.join(SLO_KEYS)}"
+            )
 
 
 def itl_ms(trace: Trace) -> np.ndarray:

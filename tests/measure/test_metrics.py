@@ -7,7 +7,7 @@ import pytest
 
 from llmperf import stats
 from llmperf.decoding.trace import RequestTrace, Trace
-from llmperf.measure import metrics
+from llmperf.measure import Condition, metrics
 from llmperf.show import other_tools
 
 
@@ -171,8 +171,12 @@ def test_rounded_traces_stay_valid():
     assert metrics.summarize(Trace.from_dict(exact.to_dict()))["output_tokens"] == 2
 
 
-@pytest.mark.parametrize("slo", [{"ttft": 1}, {"ttft_ms": 0}, {"ttft_ms": math.nan}])
-def test_bad_slo_is_refused(slo):
+@pytest.mark.parametrize(
+    "slo", [{"ttft": 1}, {"ttft_ms": 0}, {"ttft_ms": math.nan}, {"ttft_ms": "500"}]
+)
+def test_bad_slo_is_refused(slo, tiny):
+    with pytest.raises(ValueError, match="SLO"):
+        Condition(tiny, slo=slo)
     with pytest.raises(ValueError, match="SLO"):
         metrics.summarize(TWO, slo)
 
