@@ -31,7 +31,8 @@ class Curve:
         for trace in traces:
             longest = max(trace.requests, key=lambda r: len(r.token_s))
             first = longest.token_s[0] - longest.started_s
-            times = first, float(np.median(np.diff(longest.token_s)))
+            gaps = np.diff(longest.token_s)
+            times = first, float(np.median(gaps)) if len(gaps) else 0.0
             seen.setdefault(len(trace.requests), []).append(times)
         medians = {n: np.median(seen[n], axis=0).tolist() for n in sorted(seen)}
         return cls(tuple(medians), *map(tuple, zip(*medians.values(), strict=True)))

@@ -42,6 +42,7 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
         "bound_s": whole.seconds,
         "limit": whole.limit,
         "bound_tpot_ms": step.seconds * 1e3,
+        "weights_bytes": predict.weights_bytes(m.shape, m.dtype, m.quantization),
     }
     known = condition.runner
     if not known.served:

@@ -49,6 +49,7 @@ def test_an_eager_step_is_its_products_its_operations_and_the_draw(tiny, asked):
     assert found["expected_tpot_ms"] == pytest.approx(whole * 1e3)
     assert found["expected_low_ms"] < whole * 1e3 < found["expected_high_ms"]
     assert asked == [3]
+    assert found["weights_bytes"] == sum(p.nbytes for p in tiny.module.parameters())
     done = prediction.audit(condition, found, trace(0.02))
     assert done["mbu"] > 0 and done["mfu"] > 0 and done["plausible"]
 
@@ -104,8 +105,8 @@ def test_the_draw_is_timed_as_the_loop_draws(tiny, monkeypatch):
 
 
 def test_the_arithmetic_of_a_compiled_step_is_timed_once_a_number_of_rows(tiny):
-    first = step_time.arithmetic_s(tiny, 2, 8)
-    assert all(seconds > 0 for seconds in first)
+    first = multiply_s, rest_s = step_time.arithmetic_s(tiny, 2, 8)
+    assert multiply_s >= 0 and rest_s > 0  # on a busy machine the difference may be lost
     assert step_time.arithmetic_s(tiny, 2, 8) == first
 
 
