@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     add = command("run", _run, "run the study and write its report")
-    add("--profile", default="quick", help="a name, or a YAML file (default: quick)")
+    add("--profile", help="a name, or a YAML file (default: quick)")
     add("--only", action="append", default=[], metavar="NN", help="one notebook, by number")
     add("--set", action="append", default=[], metavar="NAME=VALUE", dest="values")
     add("--out", metavar="DIR", help="the run's folder (default: under data/runs)")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments) -> int:
     if arguments.resume:
-        names = {"only": "--only", "values": "--set", "out": "--out"}
+        names = {"only": "--only", "values": "--set", "out": "--out", "profile": "--profile"}
         given = [flag for name, flag in names.items() if getattr(arguments, name)]
         if given:
             left_out = " ".join(given)
@@ -120,7 +120,7 @@ def _run(arguments) -> int:
         folder = Path(arguments.resume).resolve()
         study.load_state(folder)
     else:
-        profile = study.load_profile(arguments.profile)
+        profile = study.load_profile(arguments.profile or "quick")
         folder = study.start(profile, arguments.only, _values(arguments.values), arguments.out)
     _say(f"Run folder: {folder}")
     try:

@@ -88,10 +88,10 @@ def run(folder: Path, *, use_notebooks: bool = True, say: Callable[[str], None] 
         raise ValueError(f"another process runs the study in {folder.name}: wait for it") from None
     with lock:
         state = load_state(folder)
-        failed: set[str] = set()
+        failed: tuple[str, ...] = ()
         with suppress(ValueError):  # no records yet
-            failed = {r.experiment for r in answer.failures(answer.load(folder).records)}
-        left = [s for s in state.steps if state.done.get(s) != "ok" or s in failed]
+            failed = tuple(r.experiment for r in answer.failures(answer.load(folder).records))
+        left = [s for s in state.steps if state.done.get(s) != "ok" or s.startswith(failed)]
         profiles.check_values({stem: state.steps[stem] for stem in left})
         past = _past_seconds()
         for i, stem in enumerate(left):

@@ -90,8 +90,8 @@ from pathlib import Path
 from llmperf.measure import Record, Store
 repaired = Path(records).with_name("repaired").exists()
 how = {} if repaired else {"kind": "failed", "status": "error", "reason": "a process died"}
-condition = {"strategy": "batch", "level": 1}
-Store(records).append(Record("00-first", condition, 0, metrics={"output_tokens_per_s": 3.0}, **how))
+condition = {"strategy": "batch", "level": 1}  # a record may name its notebook by the first words
+Store(records).append(Record("00-f", condition, 0, metrics={"output_tokens_per_s": 3.0}, **how))
 """
     write_notebook(shelf, "00-first", body=body)
     folder, said = study.start(Profile("p"), out=tmp_path / "run"), []
@@ -100,7 +100,7 @@ Store(records).append(Record("00-first", condition, 0, metrics={"output_tokens_p
     study.run(folder, use_notebooks=False, say=said.append)
     study.run(folder, use_notebooks=False, say=said.append)
     assert [line for line in said if line.startswith("[")] == ["[1/1] 00-first"]
-    assert [r.status for r in records(folder) if r.experiment == "00-first"] == ["ok"]
+    assert [r.status for r in records(folder) if r.experiment == "00-f"] == ["ok"]
 
 
 def test_without_jupyter_the_same_records_come(shelf, tmp_path):
@@ -256,6 +256,7 @@ Store(records).append(Record("00-first", condition, 1, metrics={"output_tokens_p
         (["run", "--set", "repeats=[!!binary aGk=]"], "b'hi'"),
         (["run", "--set", "repeats=many"], "'many', of type str: it must be of type int"),
         (["run", "--resume", "nowhere"], "holds no run"),
+        (["run", "--resume", "x", "--profile", "full"], "leave out --profile"),
         (["run", "--resume", "x", "--out", "y"], "--resume takes everything from the run's folder"),
         (["report", "nowhere"], "holds no run"),
     ],
