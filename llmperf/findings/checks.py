@@ -134,11 +134,11 @@ def _nearest(rows: Sequence[Row], wanted: Mapping) -> list[Row]:
 
 
 def _quotient(a: Sequence[float], b: Sequence[float]) -> tuple:
-    """(median(a) / median(b), low, high, basis): the 95 % interval from 5 repeats on, the range of
-    all pairs from 3, below only the value."""
+    """(median(a) / median(b), low, high, basis): the interval from 5 repeats on, the range of all
+    pairs from 3, below only the value."""
     found = stats.ratio_interval(a, b)
     if found.low is not None:
-        return found.value, found.low, found.high, "95 % interval"
+        return found.value, found.low, found.high, f"{stats.confidence(found.n)} interval"
     if found.n >= LEAST_RANGE:
         low, high = min(a) / max(b), max(a) / min(b)
         return found.value, low, high, f"range of {found.n} repeats, no interval"

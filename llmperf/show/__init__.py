@@ -4,7 +4,7 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    plots="COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels"
+    plots="COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels logarithmic"
     " published_groups roofline stacked strategies_figure",
     replaying="replay replay_svg",
     sentences="agreement_sentence check loops_sentence ratio_sentence value_sentence",

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from llmperf import machine, measure, stats
 from llmperf.decoding.trace import Trace
@@ -57,6 +58,14 @@ def levels(ax: Axes, values: Iterable[int]) -> None:
             shown.append(value)
     ax.set_xticks(shown, [str(v) for v in shown])
     ax.minorticks_off()
+
+
+def logarithmic(ax: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 of each power of ten."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def caption(
@@ -127,10 +136,11 @@ def curve(
     if not repeated:
         return
     low, high = ([getattr(found[k], end) for k in repeated] for end in ("low", "high"))
-    kind = "band: 95 % interval"
+    least = min(len(samples[k]) for k in repeated)
+    kind = f"band: {stats.confidence(least)} interval"
     if None in low:
         low, high = ([end(samples[k]) for k in repeated] for end in (min, max))
-        kind = f"band: lowest to highest of {min(len(samples[k]) for k in repeated)}"
+        kind = f"band: lowest to highest of {least}"
     ax.fill_between(repeated, low, high, color=color, alpha=0.15, linewidth=0, gid=kind)
 
 

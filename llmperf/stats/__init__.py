@@ -9,6 +9,6 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     comparison="SpeedComparison compare_speeds",
-    intervals="Interval checked median_interval ratio_interval",
+    intervals="Interval checked confidence median_interval ratio_interval",
     samples="PERCENTILES describe drift mad",
 )

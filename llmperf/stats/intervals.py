@@ -74,6 +74,11 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], paired: bool = False)
     return Interval(math.exp(value), math.exp(low), math.exp(high), n)
 
 
+def confidence(n: int) -> str:
+    """What the interval of n samples covers: the whole range of five covers 94 %."""
+    return "94 %" if n == LEAST else f"{CONFIDENCE:.0%}".replace("%", " %")
+
+
 def _middle(x: np.ndarray) -> float:
     """The median of the sorted x."""
     return float(x[(len(x) - 1) // 2] + x[len(x) // 2]) / 2

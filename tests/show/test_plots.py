@@ -45,6 +45,7 @@ def test_few_repeats_are_drawn_from_lowest_to_highest_and_called_so():
 def test_enough_repeats_are_drawn_with_their_interval():
     text, band = drawn(frame(12))
     assert "band: 95 % interval" in text and "lowest" not in text
+    assert "band: 94 % interval" in drawn(frame(5))[0], "the whole range of five"
     assert 10 < band[0] < 15.5 < band[1] < 21, "narrower than all the runs"
 
 
