@@ -10,5 +10,5 @@ __getattr__, __all__ = lazy_face(
     runs="Run latest load_runs published_runs shipped_runs",
     comparing="Pair RunComparison compare_runs",
     sharing="public_model share",
-    recommending="Recommendation headline options recommend",
+    recommending="Recommendation headline one_at_a_time options recommend",
 )

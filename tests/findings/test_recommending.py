@@ -159,6 +159,17 @@ def test_bad_input():
         recommend([rec("batch", 1, 1, 1)], 0)
 
 
+def test_one_at_a_time_is_the_option_of_median_speed():
+    rows = [rec("batch", 4, 100, 100), rec("sequential", 1, 100, 100), rec("batch", 1, 100, 50)]
+    rows += [
+        rec("threads", 1, 100, 25),
+        rec("sequential", 1, 900, 900, tokens=4),
+    ]  # of other lengths
+    assert "8.0 times one request" not in headline(rows) and "2.2 times one request" in headline(
+        rows
+    )
+
+
 def test_headline():
     assert "Nothing was measured" in headline([])
     rows = [rec("sequential", 1, 100, 100), rec("batch", 4, 100, 100)]
