@@ -97,7 +97,7 @@ def loops_sentence(records: Iterable[Record]) -> str:
 
 
 def check(
-    question: str, answer: float | str | None, expected: float | str, rel: float = 0.05
+    question: str, answer: float | str | None, expected: float | str, rel: float = 0.02
 ) -> None:
     """Print whether `answer` is right: a number within `rel` of `expected`, or the same word."""
     if answer is None:
@@ -105,6 +105,8 @@ def check(
     elif isinstance(expected, str):
         right = str(answer).strip().lower() == expected.lower()
         print(f"{question}: {'right.' if right else 'not yet. Think again.'}")
+    elif isinstance(answer, str):
+        print(f"{question}: {answer!r} is a text. Give a number, without its unit.")
     elif math.isclose(float(answer), expected, rel_tol=rel):
         print(f"{question}: right, {expected:.4g}.")
     else:

@@ -105,3 +105,11 @@ def test_the_loops_sentence_says_what_ran_instead():
     fell = record("compiled", loop="cached", fallback="no compiler")
     assert sentences.loops_sentence([fell]) == "Loops: compiled ran as cached (no compiler)."
     assert "not noted" in sentences.loops_sentence([])
+
+
+def test_check_says_what_kind_of_answer_it_wants(capsys):
+    sentences.check("bytes", "3 GiB", 3.0)
+    sentences.check("share", 0.79, 0.8)
+    sentences.check("share", 0.7, 0.8)
+    kind, near, off = capsys.readouterr().out.splitlines()
+    assert "is a text. Give a number" in kind and "right" in near and "too low" in off
