@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers that tests of several 
 
 
 # A study runs the notebooks as they are; nbval with at most so much of each.
-FEWER = {"repeats": 2, "rounds": 1, "runs": 6, "pairs": 4, "requests": 20, "new_tokens": 8}
+FEWER = {"repeats": 2, "rounds": 1, "runs": 6, "pairs": 4, "requests": 20, "new_tokens": 8,
+         "batch_sizes": [1, 2, 8], "threads": [1, 2, 5], "tasks": [1, 5]}  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
