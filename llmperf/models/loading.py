@@ -110,7 +110,6 @@ def load(
         spec = replace(spec, quantization=word)
     _loaded[module] = (shape, spec.dtype, word), spec.device
     load_s = time.perf_counter() - start
-    word = None if spec.quantization == "none" else spec.quantization
     how = (spec.dtype, spec.device, spec.weights, word, load_s, spec)
     return Model(spec.name, module, _tokenizer(folder), shape, *how)
 
