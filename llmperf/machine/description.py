@@ -73,11 +73,14 @@ def store_measurement(kind: str, device: str, result: dict) -> None:
 
 
 def _kept_file(kind: str, device: str) -> Path:
-    digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
+    device = "cpu" if device == "cpu" else f"cuda:{gpu.index(device)}"
+    digest = hashlib.sha256(json.dumps(_machine_key(device), sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
     return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
 
 
-def _key(device: str) -> dict:
+def _machine_key(device: str) -> dict:
     key = {name: ask(PROBES[name])[0] for name in KEY_PROBES}
     key |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     key |= {"schema": SCHEMA, "device": device}
@@ -182,7 +185,7 @@ def busy(device: str = "cpu") -> str | None:
     if device == "cpu":
         return busy_warning(cpu_percent, [], our_pids)
     time.sleep(NVML_WINDOW_S)
-    index = int(device.partition(":")[2] or 0)
+    index = gpu.index(device)
     cards = [dict(card) for card in (ask(PROBES["gpus"])[0] or [])[index : index + 1]]
     if gpu.torch_in_use():
         for card in cards:

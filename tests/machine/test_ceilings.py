@@ -128,6 +128,11 @@ def test_cached_measures_once(counted):
     assert calls == ["cpu"]
 
 
+def test_one_card_has_one_entry_whatever_it_is_called(counted):
+    assert ceilings.cached("cuda")["n"] == ceilings.cached("cuda:0")["n"] == 1
+    assert ceilings.cached("cuda:1")["n"] == 2
+
+
 def test_cached_belongs_to_a_torch_version(counted, monkeypatch):
     ceilings.cached("cpu")
     monkeypatch.setattr(description.importlib.metadata, "version", lambda name: "99.0")
