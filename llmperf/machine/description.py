@@ -117,19 +117,15 @@ def _gpu_word(name: str | None) -> str:
     return " ".join(re.sub(r"\b(NVIDIA|GeForce|Tesla|GPU)\b", " ", name or "GPU").split())
 
 
-def _cpu_word(model: str | None) -> str:
-    """The family that people call a processor by: `AMD EPYC 9354` → `epyc`."""
-    found = re.search(CPU_FAMILY, model or "", re.I)
-    return found[0] if found else (model or "cpu").split()[0]
-
-
 def slug(env: dict) -> str:
     """A short name for captions and folders: `linux-2core-epyc`, `rtx-4090-wsl2`."""
     system = env["os"] or "unknown"
     if env["gpus"]:
         words = [_gpu_word(env["gpus"][0]["name"]), system]
     else:
-        words = [system, f"{cores(env)}core", _cpu_word(env["cpu_model"])]
+        model = env["cpu_model"] or "cpu"  # its family, as people say: AMD EPYC 9354 → epyc
+        family = re.search(CPU_FAMILY, model, re.I) or model.split()
+        words = [system, f"{cores(env)}core", family[0]]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 

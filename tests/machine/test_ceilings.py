@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from llmperf.machine import ceilings, description, overhead, rates
-from llmperf.machine.units import spread
 
 MIB = 1 << 20
 
@@ -24,14 +23,6 @@ def half_a_second(monkeypatch):
 @pytest.fixture
 def small_buffer(monkeypatch):
     monkeypatch.setattr(rates, "past_caches_bytes", lambda device: 4 * MIB)
-
-
-def test_spread():
-    assert spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {
-        "median": 3.0,
-        "mad": 1.0,
-        "samples": [1.0, 2.0, 3.0, 4.0, 100.0],
-    }
 
 
 def test_seconds_waits_before_it_reads_the_clock_and_drops_the_first(monkeypatch):
