@@ -12,6 +12,7 @@ from llmperf.machine.probes import PROBES
 from llmperf.machine.units import DTYPES
 
 TINY_OPS = 10_000  # enough that a queue of about a thousand launches is long full
+REPEATS = 5  # of products and launches
 LONG_RUN_S = 0.06  # a product that takes this long is as efficient as it gets
 
 
@@ -61,7 +62,7 @@ def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
     return max(rates, key=lambda rate: rate["median"])
 
 
-def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
+def matmul_flops(dtype: str, device: str = "cpu") -> dict:
     """FLOP/s of square matrix products in `dtype`; the size with the highest median counts.
 
     Sizes double until one product takes 60 ms, so an emulated type costs little time.
@@ -70,7 +71,7 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
     best: dict = {"median": 0.0}
     while size <= largest:
         a = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[dtype]))
-        seconds = seconds_of(lambda a=a: a @ a, waiter(device), repeats)
+        seconds = seconds_of(lambda a=a: a @ a, waiter(device), REPEATS)
         rate = median([2 * size**3 / s for s in seconds])
         best = max(best, rate, key=lambda found: found["median"])
         if min(seconds) > LONG_RUN_S:
@@ -79,11 +80,11 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
     return best
 
 
-def launch_latency(device: str = "cpu", repeats: int = 5) -> dict:
+def launch_latency(device: str = "cpu") -> dict:
     """Seconds per tiny operation: until it is `enqueue`d, and until it is `drained`."""
     x, wait = torch.zeros(1, device=device), waiter(device)
     enqueue, drained = [], []
-    for repeat in range(repeats + 1):
+    for repeat in range(REPEATS + 1):
         wait()
         start = time.perf_counter()
         for _ in range(TINY_OPS):
