@@ -127,7 +127,9 @@ def test_recompute_multiplies_as_many_rows_as_it_sees(tiny, asked):
 def test_what_is_not_this_sum_has_a_reason_instead(tiny, asked):
     engine = Condition(tiny, "peer", 2, prompt_tokens=8, new_tokens=4)
     declared = replace(tiny, shape=replace(tiny.shape, quantization="awq"))
-    for condition in (engine, Condition(declared, prompt_tokens=8, new_tokens=4)):
+    loaded = replace(tiny, quantization="gptq-8-g32")
+    theirs = (Condition(m, prompt_tokens=8, new_tokens=4) for m in (declared, loaded))
+    for condition in (engine, *theirs):
         found = predict_run(condition, expect=True, limits=LIMITS)
         assert found["expected_tpot_ms"] is None and found["expected_reason"]
     assert "expected_tpot_ms" not in predict_run(engine, limits=LIMITS)
