@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import cffi
 import torch
 
-from llmperf.machine import cache_dir
+from llmperf.machine import PROBES, ask, cache_dir
 
 SOURCE = Path(__file__).with_name("step") / "step.c"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
@@ -69,8 +70,13 @@ def _compiler() -> tuple[str, ...]:
 
 
 def processor() -> str:
-    """What `-march=native` depends on."""
-    return torch.backends.cpu.get_cpu_capability() + platform.processor()
+    """What `-march=native` depends on: the model, and on Linux the features that the kernel lists,
+    which also tell ARM processors and virtual machines apart."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    features = re.search(r"^(?:flags|Features)\s*:.*$", text, re.M)
+    found = (torch.backends.cpu.get_cpu_capability(), ask(PROBES["cpu_model"])[0])
+    return repr((*found, features and features[0]))
 
 
 def _build(compiler: tuple[str, ...], target: Path) -> None:

@@ -7,7 +7,7 @@ from llmperf.machine.units import DTYPES
 def measure(device: str = "cpu") -> dict:
     """Measured ceilings of `device`, about five seconds on two cores; `warning`: it was busy.
 
-    Each rate is a median with its MAD and samples; FLOP/s is None where a dtype has no kernel.
+    Each rate is a median with its samples; FLOP/s is None where a dtype has no kernel.
     """
     warning, flops = description.busy(device), {}
     for dtype in DTYPES:
@@ -51,7 +51,7 @@ def highest_read(limits: dict) -> float:
 
 
 def now(device: str = "cpu") -> dict:
-    """`cached(device)`, with the bandwidth of this minute where that is higher; then it is kept."""
+    """Cached ceilings; the bandwidth is measured again, and stored when it is higher."""
     known = cached(device)
     found = this_minute(known, device)
     if found["read_bytes_per_s"]["median"] > known["read_bytes_per_s"]["median"]:

@@ -87,6 +87,7 @@ class Child:
                 return message
             if time.monotonic() > deadline:
                 self.kill(f"no answer within {timeout_s:g} s")
+                raise ChildDied(self.obituary())
 
     def ask(self, timeout_s: float, **message) -> dict:
         """Send a message and return the next one that comes back."""
@@ -99,7 +100,10 @@ class Child:
         self.process.kill()
 
     def end(self) -> None:
-        """Close its input, which tells it to go, and kill it when it stays. Repeatable."""
+        """Close its input, which tells it to go, and kill it when it stays. Repeatable.
+
+        Threads that read pipes which a child of its own holds open are left to end later.
+        """
         self._outbox.put(None)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -107,10 +111,9 @@ class Child:
         finally:  # an interrupt while waiting: killed too
             self.process.kill()
             self.process.wait()
+            deadline = time.monotonic() + EXIT_S
             for thread in self._threads:
-                thread.join(EXIT_S)
-            self.process.stdout.close()
-            self.process.stderr.close()
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Child:
         return self
@@ -124,7 +127,8 @@ class Child:
             self.process.wait(EXIT_S)
         self.process.kill()  # where it closed its output and stays
         code = self.process.wait()
-        self._threads[1].join(EXIT_S)
+        if not self._because:
+            self._threads[1].join(EXIT_S)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"the {self.name} ended ({how}): {self._because or self._last_words}"
 
@@ -136,13 +140,15 @@ class Child:
             self.process.stdin.close()
 
     def _read_errors(self) -> None:
-        for line in self.process.stderr:
-            self._last_words = line.strip() or self._last_words
+        with self.process.stderr as lines:
+            for line in lines:
+                self._last_words = line.strip() or self._last_words
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # torn by its death in the middle of a line
-                self._take(json.loads(line))
+        with self.process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):  # torn by its death in the middle of a line
+                    self._take(json.loads(line))
         self._take(None)
 
 

@@ -73,11 +73,14 @@ def store_measurement(kind: str, device: str, result: dict) -> None:
 
 
 def _kept_file(kind: str, device: str) -> Path:
-    digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:12]
+    device = "cpu" if device == "cpu" else f"cuda:{gpu.index(device)}"
+    digest = hashlib.sha256(json.dumps(_machine_key(device), sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
     return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
 
 
-def _key(device: str) -> dict:
+def _machine_key(device: str) -> dict:
     key = {name: ask(PROBES[name])[0] for name in KEY_PROBES}
     key |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     key |= {"schema": SCHEMA, "device": device}
@@ -114,19 +117,15 @@ def _gpu_word(name: str | None) -> str:
     return " ".join(re.sub(r"\b(NVIDIA|GeForce|Tesla|GPU)\b", " ", name or "GPU").split())
 
 
-def _cpu_word(model: str | None) -> str:
-    """The family that people call a processor by: `AMD EPYC 9354` → `epyc`."""
-    found = re.search(CPU_FAMILY, model or "", re.I)
-    return found[0] if found else (model or "cpu").split()[0]
-
-
 def slug(env: dict) -> str:
     """A short name for captions and folders: `linux-2core-epyc`, `rtx-4090-wsl2`."""
     system = env["os"] or "unknown"
     if env["gpus"]:
         words = [_gpu_word(env["gpus"][0]["name"]), system]
     else:
-        words = [system, f"{cores(env)}core", _cpu_word(env["cpu_model"])]
+        model = env["cpu_model"] or "cpu"  # its family, as people say: AMD EPYC 9354 → epyc
+        family = re.search(CPU_FAMILY, model, re.I) or model.split()
+        words = [system, f"{cores(env)}core", family[0]]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
@@ -182,7 +181,7 @@ def busy(device: str = "cpu") -> str | None:
     if device == "cpu":
         return busy_warning(cpu_percent, [], our_pids)
     time.sleep(NVML_WINDOW_S)
-    index = int(device.partition(":")[2] or 0)
+    index = gpu.index(device)
     cards = [dict(card) for card in (ask(PROBES["gpus"])[0] or [])[index : index + 1]]
     if gpu.torch_in_use():
         for card in cards:

@@ -82,12 +82,17 @@ def cards() -> list[dict]:
     raise Unknown("no NVIDIA card, or CUDA_VISIBLE_DEVICES hides it")
 
 
+def index(device: str) -> int:
+    """The number of a card of torch: `cuda` and `cuda:0` are 0."""
+    return int(device.partition(":")[2] or 0)
+
+
 def nvml_handle(device: str):
     """The NVML handle of a torch device such as `cuda:0`."""
-    index, found = int(device.partition(":")[2] or 0), _handles()
-    if index >= len(found):
+    found = _handles()
+    if index(device) >= len(found):
         raise ValueError(f"{device} is not among the {len(found)} cards that CUDA may use")
-    return found[index]
+    return found[index(device)]
 
 
 def _handles() -> list:

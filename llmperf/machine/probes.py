@@ -25,6 +25,7 @@ PACKAGES = (
     "nvidia-ml-py", "torchao", "bitsandbytes", "gptqmodel", "llama-cpp-python",
 )  # fmt: skip
 WINDOWS_TOOLS = Path("/mnt/c/Windows/System32")  # where WSL2 reaches the programs of its host
+CGROUP = Path("/sys/fs/cgroup")
 TOOL_S = 5.0
 BUSY_WINDOW_S = 0.3
 
@@ -126,16 +127,16 @@ def cpu_max_cores(cpu_max: str) -> float | None:
 
 
 def _cores_quota() -> float:
-    file = Path("/sys/fs/cgroup/cpu.max")
+    file = CGROUP / "cpu.max"
     return _known(file.exists() and cpu_max_cores(file.read_text()), "no limit is set")
 
 
-def ram_available(group: Path = Path("/sys/fs/cgroup")) -> int:
+def ram_available() -> int:
     """Bytes of RAM for new work: what the system has, and at most what its container allows."""
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit in it (`max`)
-        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+        limit, used = (int((CGROUP / f"memory.{x}").read_text()) for x in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.M)
         free = min(free, limit - used + int(cached[1] if cached else 0))
     return max(0, free)
 
@@ -182,13 +183,12 @@ def _packages() -> dict[str, str | None]:
     return found
 
 
-def others_percent(total=psutil.cpu_percent, own_seconds=None) -> float:
+def others_percent() -> float:
     """What other programs use of all cores; this process and its children (a sampler that starts)
-    are left out. `total(seconds)` and `own_seconds()` are for tests."""
-    own_seconds = own_seconds or _own_seconds
-    before = own_seconds()
-    percent = total(BUSY_WINDOW_S)
-    own = 100 * (own_seconds() - before) / BUSY_WINDOW_S / psutil.cpu_count()
+    are left out."""
+    before = _own_seconds()
+    percent = psutil.cpu_percent(BUSY_WINDOW_S)
+    own = 100 * (_own_seconds() - before) / BUSY_WINDOW_S / psutil.cpu_count()
     return max(0.0, percent - max(0.0, own))  # below 0: a child has ended meanwhile
 
 

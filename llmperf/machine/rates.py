@@ -9,9 +9,10 @@ import torch
 
 from llmperf.machine.private_memory import allocate_like
 from llmperf.machine.probes import PROBES
-from llmperf.machine.units import DTYPES, spread
+from llmperf.machine.units import DTYPES
 
 TINY_OPS = 10_000  # enough that a queue of about a thousand launches is long full
+REPEATS = 5  # of products and launches
 LONG_RUN_S = 0.06  # a product that takes this long is as efficient as it gets
 
 
@@ -26,6 +27,11 @@ def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.
         wait()
         samples.append(time.perf_counter() - start)
     return samples
+
+
+def median(samples: Sequence[float]) -> dict:
+    """`median` and the raw `samples`, in the unit of the samples."""
+    return {"median": statistics.median(samples), "samples": list(samples)}
 
 
 def waiter(device: str) -> Callable[[], None]:
@@ -52,11 +58,11 @@ def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
         lambda: torch.linalg.vector_norm(buffer),
     )
     seconds = (seconds_of(run, waiter(device), repeats) for run in reductions)
-    rates = (spread([buffer.nbytes / s for s in samples]) for samples in seconds)
+    rates = (median([buffer.nbytes / s for s in samples]) for samples in seconds)
     return max(rates, key=lambda rate: rate["median"])
 
 
-def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
+def matmul_flops(dtype: str, device: str = "cpu") -> dict:
     """FLOP/s of square matrix products in `dtype`; the size with the highest median counts.
 
     Sizes double until one product takes 60 ms, so an emulated type costs little time.
@@ -65,8 +71,8 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
     best: dict = {"median": 0.0}
     while size <= largest:
         a = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[dtype]))
-        seconds = seconds_of(lambda a=a: a @ a, waiter(device), repeats)
-        rate = spread([2 * size**3 / s for s in seconds])
+        seconds = seconds_of(lambda a=a: a @ a, waiter(device), REPEATS)
+        rate = median([2 * size**3 / s for s in seconds])
         best = max(best, rate, key=lambda found: found["median"])
         if min(seconds) > LONG_RUN_S:
             break
@@ -74,11 +80,11 @@ def matmul_flops(dtype: str, device: str = "cpu", repeats: int = 5) -> dict:
     return best
 
 
-def launch_latency(device: str = "cpu", repeats: int = 5) -> dict:
+def launch_latency(device: str = "cpu") -> dict:
     """Seconds per tiny operation: until it is `enqueue`d, and until it is `drained`."""
     x, wait = torch.zeros(1, device=device), waiter(device)
     enqueue, drained = [], []
-    for repeat in range(repeats + 1):
+    for repeat in range(REPEATS + 1):
         wait()
         start = time.perf_counter()
         for _ in range(TINY_OPS):
@@ -89,7 +95,7 @@ def launch_latency(device: str = "cpu", repeats: int = 5) -> dict:
         if repeat:  # the first one warms up
             enqueue.append((middle - start) / TINY_OPS)
             drained.append((end - start) / TINY_OPS)
-    return {"enqueue": spread(enqueue), "drained": spread(drained)}
+    return {"enqueue": median(enqueue), "drained": median(drained)}
 
 
 def matmul_seconds(

@@ -1,8 +1,5 @@
 """Constants and small helpers that several files share, without torch."""
 
-import statistics
-from collections.abc import Sequence
-
 GIB = 2**30
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our word → torch's name
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -16,10 +13,3 @@ def first_line(text: object) -> str:
     """The first line of an exception's text, for a sentence; or the exception's class."""
     lines = str(text).strip().splitlines()
     return lines[0][:200] if lines else type(text).__name__
-
-
-def spread(samples: Sequence[float]) -> dict:
-    """`median`, `mad` and the raw `samples`, all in the unit of the samples."""
-    middle = statistics.median(samples)
-    mad = statistics.median(abs(x - middle) for x in samples)
-    return {"median": middle, "mad": mad, "samples": list(samples)}

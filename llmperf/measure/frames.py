@@ -100,7 +100,7 @@ def _measured(r: Record) -> dict:
         if name not in ("reasons", "slo", "clock"):
             row[name] = as_number(value.get("median") if isinstance(value, Mapping) else value)
     row |= {k: v for k, v in r.prediction.items() if not isinstance(v, dict | list)}
-    on_cpu = r.condition.get("device") == "cpu"  # then a card that is there was not used
+    on_cpu = r.condition.get("device") == "cpu"  # old records show a card that was not used
     for name, channel in r.memory.items():
         if on_cpu and name in GPU_CHANNELS:
             channel = {"unit": channel.get("unit")}

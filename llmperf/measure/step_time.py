@@ -37,7 +37,7 @@ def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits
     m, rows = condition.model, condition.rows_per_step
     if condition.runner.foreign:
         return {"expected_tpot_ms": None, "expected_reason": "the engine has its own step"}
-    if m.shape.quantization or m.quantization in CHECKPOINT:
+    if m.shape.quantization or str(m.quantization).startswith(CHECKPOINT):
         return {"expected_tpot_ms": None, "expected_reason": "its kernels are not ours to time"}
     on_cpu, launch_s = m.device == "cpu", limits["launch_s"]["drained"]["median"]
     operations_s = 0.0

@@ -2,26 +2,23 @@
 
 from collections.abc import Sequence
 
-# Channel → unit. GPU channels come from NVML (gpu_clock: the multiprocessors'), process_vram under
-# WDDM and process_shared (system memory that a full card spills into) from Windows; rss, uss and
-# cpu_clock (the fastest core's) from the operating system; allocated and reserved from torch.
+# Channel → unit. GPU channels come from NVML, process_vram under WDDM and process_shared (system
+# memory that a full card spills into) from Windows; rss and uss from the operating system;
+# allocated and reserved from torch.
 GPU_CHANNELS = {
     "device_used": "bytes",
-    "device_free": "bytes",
-    "device_reserved": "bytes",
     "utilization": "percent",
     "power": "watts",
-    "gpu_clock": "mhz",
     "process_vram": "bytes",
     "process_shared": "bytes",
 }
-SYSTEM_CHANNELS = {"rss": "bytes", "uss": "bytes", "cpu_clock": "mhz"}
+SYSTEM_CHANNELS = {"rss": "bytes", "uss": "bytes"}
 ALLOCATOR_CHANNELS = {"allocated": "bytes", "reserved": "bytes"}
 CHANNELS = GPU_CHANNELS | SYSTEM_CHANNELS | ALLOCATOR_CHANNELS
 
 
 def summary(name: str, values: Sequence[float], reason: str | None = None) -> dict:
-    """A channel as it stands in a record: what was seen, or why nothing was."""
+    """Summary of one channel for a record, or why it is unavailable."""
     if not values:
         why = reason or "no sample was taken in time"
         return {"status": "unavailable", "reason": why, "unit": CHANNELS[name]}

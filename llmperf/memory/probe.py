@@ -1,74 +1,95 @@
-"""The sampling process: `python -m llmperf.memory.probe PID INTERVAL_S [GPU_UUID]`."""
+"""The sampling process: `python -m llmperf.memory.probe PID INTERVAL_S DEVICE`."""
 
 import os
 import queue
+import re
 import sys
 import time
+from collections.abc import Collection
+from contextlib import suppress
 
 import psutil
 
+from llmperf.machine import gpu
 from llmperf.machine.child import Parent
 from llmperf.memory.channels import GPU_CHANNELS, SYSTEM_CHANNELS, summary
-from llmperf.memory.windows_counters import ProcessMemory
 
 SLOW_SHARE = 0.004  # of one core, that the costly readings may take
 
+# Video memory of processes as Windows counts it, the view of its Task Manager: under WDDM the
+# driver does not tell NVML. `Dedicated Usage` is what a process has committed on the card, `Shared
+# Usage` what it has in system memory, into which a full card spills.
+COUNTERS = {"process_vram": "Dedicated Usage", "process_shared": "Shared Usage"}
+PROCESS = re.compile(r"pid_(\d+)_")  # of an instance: pid_4242_luid_0x00000000_0x0000D3F4_phys_0
+
+
+class ProcessMemory:
+    """Reads COUNTERS for some processes, without elevation. ImportError away from Windows."""
+
+    def __init__(self):
+        import win32pdh
+
+        self._pdh, self._query = win32pdh, win32pdh.OpenQuery()
+        self._counters = {
+            name: win32pdh.AddEnglishCounter(self._query, rf"\GPU Process Memory(*)\{counter}")
+            for name, counter in COUNTERS.items()
+        }
+
+    def read(self, pids: Collection[int]) -> dict[str, int]:
+        """Bytes of each counter, summed over the processes; without those that have none."""
+        self._pdh.CollectQueryData(self._query)
+        found = {}
+        for name, counter in self._counters.items():
+            instances = self._pdh.GetFormattedCounterArray(counter, self._pdh.PDH_FMT_LARGE)
+            processes = ((PROCESS.match(instance), n) for instance, n in instances.items())
+            used = [n for match, n in processes if match and int(match[1]) in pids]
+            if used:
+                found[name] = sum(used)
+        return found
+
 
 class Probe:
-    """Reads every channel of one process tree and one GPU; remembers why one has no answer."""
+    """Reads every channel of one process tree and of `device`, if that is a card; remembers why a
+    channel has no answer."""
 
-    def __init__(self, pid: int, gpu_uuid: str | None = None):
+    def __init__(self, pid: int, device: str = "cpu"):
         self.root = psutil.Process(pid)
         self.tree = [self.root]
         self.without = {os.getpid()}  # processes of the tree that are not watched
-        self.reasons: dict[str, str] = {}
-        self.nvml = self.windows = None
+        self.card = self.windows = None
+        self.reasons = dict.fromkeys(GPU_CHANNELS, "the run is on the CPU")
+        if device == "cpu":
+            return
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            by_uuid, first = pynvml.nvmlDeviceGetHandleByUUID, pynvml.nvmlDeviceGetHandleByIndex
-            self.gpu = by_uuid(gpu_uuid) if gpu_uuid else first(0)
-            self.nvml = pynvml
-            self.windows = self._windows_counters()
+            gpu.pynvml.nvmlInit()
+            self.card, self.reasons = gpu.nvml_handle(device), {}
         except Exception as error:  # no driver, no library, no card: all mean "no GPU to watch"
             self.reasons = dict.fromkeys(GPU_CHANNELS, f"no NVIDIA GPU to ask ({error})")
-
-    def _windows_counters(self) -> ProcessMemory | None:
+            return
         try:
-            return ProcessMemory()
+            self.windows = ProcessMemory()
         except Exception as error:  # another system, or counters that are switched off
             why = f"a performance counter of Windows ({type(error).__name__}: {error})"
             self.reasons["process_shared"] = why
-            return None
 
     def fast(self) -> dict[str, float]:
         """What is cheap enough for every tick."""
         values = {"rss": sum(self._each(lambda p: p.memory_info().rss))}
-        return values | self._on_gpu() if self.nvml else values
+        return values | self._on_gpu() if self.card else values
 
     def slow(self) -> dict[str, float]:
-        """Child processes, looked for anew; the unique set size and the clock, which take long."""
-        values, self.tree = {}, [self.root]
+        """Child processes, looked for anew, and the unique set size, which takes long."""
+        self.tree = [self.root]
         for child in self.root.children(recursive=True):
-            # In a virtual environment on Windows a process is the child of its launcher.
-            if self.without.isdisjoint([child.pid, *self._parents(child)]):
-                self.tree.append(child)
+            with suppress(psutil.NoSuchProcess):
+                # In a virtual environment on Windows a process is the child of its launcher.
+                if self.without.isdisjoint([child.pid, *(p.pid for p in child.parents())]):
+                    self.tree.append(child)
         try:
-            values["cpu_clock"] = max(core.current for core in psutil.cpu_freq(percpu=True))
-        except (AttributeError, NotImplementedError, OSError, TypeError, ValueError):
-            self.reasons["cpu_clock"] = "the operating system shows no clock of the CPU"
-        try:
-            values["uss"] = sum(self._each(lambda p: p.memory_full_info().uss))
+            return {"uss": sum(self._each(lambda p: p.memory_full_info().uss))}
         except psutil.AccessDenied:
             self.reasons["uss"] = "the operating system does not let this user read it"
-        return values
-
-    def _parents(self, process: psutil.Process) -> list[int]:
-        try:
-            return [parent.pid for parent in process.parents()]
-        except psutil.NoSuchProcess:
-            return []
+            return {}
 
     def _each(self, read) -> list[int]:
         values = []
@@ -81,25 +102,17 @@ class Probe:
 
     def _on_gpu(self) -> dict[str, float]:
         """Each reading by itself, at every tick: one that fails may work the next time."""
-        nvml, gpu = self.nvml, self.gpu
-
-        def memory(name: str) -> int:  # version 2 keeps driver-reserved memory apart from used
-            return getattr(nvml.nvmlDeviceGetMemoryInfo(gpu, version=nvml.nvmlMemory_v2), name)
-
         readings = {
-            "device_used": lambda: memory("used"),
-            "device_free": lambda: memory("free"),
-            "device_reserved": lambda: memory("reserved"),
-            "utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            "power": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            "gpu_clock": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            "device_used": lambda: gpu.memory(self.card).used,
+            "utilization": lambda: gpu.FIELDS["utilization_percent"](self.card),
+            "power": lambda: gpu.pynvml.nvmlDeviceGetPowerUsage(self.card) / 1000,
             "process_vram": self._process_vram,
         }
         values = {}
         for name, read in readings.items():
             try:
                 values[name] = read()
-            except (nvml.NVMLError, LookupError) as error:
+            except (gpu.NVMLError, LookupError) as error:
                 self.reasons[name] = str(error)
         if self.windows:
             try:
@@ -110,8 +123,7 @@ class Probe:
 
     def _process_vram(self) -> int:
         """Sum over the watched processes. NVML gives host ids, which containers do not share."""
-        listed = self.nvml.nvmlDeviceGetComputeRunningProcesses(self.gpu)
-        used = {p.pid: p.usedGpuMemory for p in listed}
+        used = {p["pid"]: p["used_bytes"] for p in gpu.FIELDS["processes"](self.card)}
         watched = [used[p.pid] for p in self.tree if p.pid in used]
         if not watched:
             raise LookupError("NVML lists no process of ours (a container has other process ids)")
@@ -146,10 +158,10 @@ def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict
     return {name: summary(name, seen, probe.reasons.get(name)) for name, seen in values.items()}
 
 
-def main(pid: str, interval_s: str, gpu_uuid: str | None = None) -> None:
+def main(pid: str, interval_s: str, device: str) -> None:
     """Serve `start` and `stop` messages until the parent ends."""
     parent, inbox = Parent(), queue.Queue()
-    probe = Probe(int(pid), gpu_uuid)
+    probe = Probe(int(pid), device)
     parent.listen(inbox.put)
     while True:
         asked = inbox.get()

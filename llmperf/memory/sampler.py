@@ -21,35 +21,24 @@ ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its t
 class Sampler:
     """Samples until closed; one window a measurement. A sampling process that dies is restarted.
 
-    `device`: torch's name of the model's device. A GPU is watched by its UUID, since torch and NVML
-    may count cards differently; on the CPU the first card, if any, is watched.
+    `device`: torch's name of the model's device, by default the card that this process uses, else
+    the CPU. For the CPU no card is watched.
     """
 
-    def __init__(self, interval_s: float = INTERVAL_S, device: str = "cpu"):
-        if not 0 < interval_s <= 60:
-            raise ValueError(
-                f"interval_s is {interval_s}: it must be above 0 and at most 60 seconds"
-            )
-        self._device = None if device == "cpu" else device
-        gpu = [] if device == "cpu" else [_uuid(device)]
-        self._arguments = (os.getpid(), interval_s, *gpu)
+    def __init__(self, device: str | None = None):
+        torch = torch_in_use()
+        self._device = device or (f"cuda:{torch.cuda.current_device()}" if torch else "cpu")
         self._windows = 0
         self._child = self._start()
 
     def _start(self) -> Child:
-        return Child("llmperf.memory.probe", *self._arguments, name="memory sampler")
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+        arguments = (os.getpid(), INTERVAL_S, self._device)
+        return Child("llmperf.memory.probe", *arguments, name="memory sampler")
 
     def __enter__(self) -> Sampler:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._child.end()
 
     @contextlib.contextmanager
@@ -62,7 +51,7 @@ class Sampler:
             self._child.end()
             self._child = self._start()
         trim_heap()
-        if torch := torch_in_use():
+        if torch := self._torch():
             torch.cuda.empty_cache()  # else a small run shows what a large one before it reserved
             torch.cuda.reset_peak_memory_stats(self._device)
         self._windows += 1
@@ -81,8 +70,11 @@ class Sampler:
             found[name] = summary(name, values if after else (), NO_ALLOCATOR)
         window |= {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
 
+    def _torch(self):
+        return None if self._device == "cpu" else torch_in_use()
+
     def _allocator(self) -> dict:
-        torch = torch_in_use()
+        torch = self._torch()
         return torch.cuda.memory_stats(self._device) if torch else {}
 
     def _answer(self, **message) -> tuple[dict, str | None]:
@@ -94,12 +86,6 @@ class Sampler:
             return answer["channels"], None
         except ChildDied as error:
             return {}, f"the sampler died: {error}"
-
-
-def _uuid(device: str) -> str:
-    import torch
-
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def trim_heap() -> None:

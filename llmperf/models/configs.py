@@ -134,11 +134,11 @@ def shape_of(source, name: str | None = None) -> ModelShape:
     _check_sizes(config)
     noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     said = {k: v for k, v in config.items() if k not in noise}
-    return replace(_kept(json.dumps(said, sort_keys=True, default=str)), name=name)
+    return replace(_cached_shape(json.dumps(said, sort_keys=True, default=str)), name=name)
 
 
 @lru_cache(maxsize=256)
-def _kept(config: str) -> ModelShape:
+def _cached_shape(config: str) -> ModelShape:
     key = f"{SCHEMA} {importlib.metadata.version('transformers')} {config}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     file = cache_dir() / "shapes" / f"{digest}.json"

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir, first_line
@@ -110,7 +110,6 @@ def load(
         spec = replace(spec, quantization=word)
     _loaded[module] = (shape, spec.dtype, word), spec.device
     load_s = time.perf_counter() - start
-    word = None if spec.quantization == "none" else spec.quantization
     how = (spec.dtype, spec.device, spec.weights, word, load_s, spec)
     return Model(spec.name, module, _tokenizer(folder), shape, *how)
 
@@ -222,7 +221,9 @@ def _trained(folder: str, spec: LoadSpec):
         compressed = {**plain["quantization_config"], "dequantize": True}
         plain = {**plain, "quantization_config": compressed}
     if declared is None and word in BNB:
-        how["quantization_config"] = quantize.loading_config(word, dtype)
+        bits = {"load_in_8bit": word == "bnb-8", "load_in_4bit": word == "bnb-4"}
+        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        how["quantization_config"] = BitsAndBytesConfig(**bits)  # layer by layer while it loads
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             folder,

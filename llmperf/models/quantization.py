@@ -13,6 +13,7 @@ from llmperf.models.shape import ModelShape, Tensor
 
 OURS, BNB, CHECKPOINT = ("int8", "int4"), ("bnb-8", "bnb-4"), ("awq", "gptq")
 QUANTIZATIONS = ("none", *OURS, *BNB, *CHECKPOINT)
+CONVERSIONS = (None, "none", *OURS, *BNB)  # of weights that are not quantised yet
 GROUP = 64  # inputs that share a scale, in int4 and bnb-4
 NESTED = 256  # scales of bnb-4 that share a scale, with double quantisation
 # method → bits and group, where a word does not say them; of fp8 the group is the side of a block
@@ -36,13 +37,17 @@ def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
 
     Words: `QUANTIZATIONS`, `mxfp4`, and with sizes `gptq-8-g64`, `bnb-4-double`, `fp8-b128`.
     """
-    word = quantization or shape.quantization
+    return parsed(quantization or shape.quantization)
+
+
+def parsed(word: str | None) -> Scheme | None:
+    """The quantisation of a word; None for `none` and None. ValueError for an unknown one."""
     if word in (None, "none"):
         return None
     match = WORD.fullmatch(word)
     if not match:
         raise ValueError(
-            f"unknown quantization {word!r}: choose {', '.join(QUANTIZATIONS)} "
+            f"unknown quantization {word!r}: leave it None, or choose {', '.join(QUANTIZATIONS)} "
             "(the last two also as gptq-8-g64)"
         )
     bits, group = DEFAULTS[match[1]]
@@ -87,9 +92,7 @@ def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
 
 def check(word: str | None, dtype: str, device: str) -> None:
     """Raise ValueError for a word that is unknown or cannot run in `dtype` on `device`."""
-    if word not in (None, *QUANTIZATIONS):
-        known = ", ".join(QUANTIZATIONS)
-        raise ValueError(f"unknown quantization {word!r}: leave it None, or choose {known}")
+    parsed(word)
     if word == "int4" and device != "cpu":
         raise ValueError("int4 has torch's kernel for CPUs only: use bnb-4 on a GPU")
     if word == "int4" and dtype != "bf16":
@@ -98,18 +101,21 @@ def check(word: str | None, dtype: str, device: str) -> None:
 
 def word_of_random(word: str | None, declared: str | None) -> str | None:
     """What to convert random weights to: those of a quantised checkpoint to 4 bits as well."""
-    if word in CHECKPOINT:
+    if word not in CONVERSIONS:
         raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
     return word or ("bnb-4" if declared else None)
 
 
 def word_of_checkpoint(word: str | None, declared: str | None) -> str | None:
-    """What to load a checkpoint with: the word asked for, held against what it declares."""
+    """The quantisation of loaded weights: what the checkpoint declares, else the word asked for.
+
+    Raises ValueError for a word that the checkpoint does not declare: `gptq` and `gptq-8` agree
+    with `gptq-8-g32`, `gptq-4` does not.
+    """
     if declared is None:
-        if word in CHECKPOINT:
+        if word not in CONVERSIONS:
             raise ValueError(f"these weights are not quantised by {word}: leave quantization None")
         return None if word == "none" else word
-    method = next((w for w in (*BNB, *CHECKPOINT) if declared.startswith(w)), declared)
-    if word not in (None, method):
-        raise ValueError(f"these weights are quantised by {method}: leave quantization None")
-    return method
+    if word and not declared.startswith(word):
+        raise ValueError(f"these weights are quantised by {declared}: leave quantization None")
+    return declared

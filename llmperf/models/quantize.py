@@ -1,22 +1,16 @@
-"""Give a model quantised linear layers: torch's tensors kernels, or bitsandbytes."""
+"""Give a model quantised linear layers, on torch's own kernels or on those of bitsandbytes."""
 
 from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import linear, pad
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llmperf.models.meta import stays_fp32
 from llmperf.models.quantization import BNB, GROUP
 
 FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, torch's int8 is slow
-
-
-def loading_config(word: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What `from_pretrained` takes to quantise layer by layer while it loads (bitsandbytes)."""
-    bits = {"load_in_8bit": True} if word == "bnb-8" else {"load_in_4bit": True}
-    return BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def quantize(module, word: str, device: str = "cpu"):

@@ -84,10 +84,6 @@ class ModelShape:
         return tuple(c.window for c in self.cache if c.token_elements or c.token_bytes)
 
     @property
-    def learned_positions(self) -> bool:
-        return any(t.role == "position" for t in self.tensors)
-
-    @property
     def latent(self) -> bool:
         """Whether the cache holds latents that each step expands (DeepSeek, arXiv:2405.04434)."""
         return self.past_flops > 0

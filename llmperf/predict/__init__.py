@@ -7,12 +7,11 @@ from llmperf.predict.costs import run as run_cost  # noqa: F401
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    cards="Card card known_cards",
     costs="Cost attention_flops forward matmul_shapes",
-    fits="advise budget judge knee largest",
+    fits="Card advise budget card judge knee known_cards largest",
     free_memory="cap_allocator free_and_held",
     ledger="LEVELS Ledger Line at_rest memory",
     roofline="Audit audit bound decode_bound",
-    sizes="buffers_bytes kv_bytes weights_bytes weights_read",
+    sizes="buffers kv_bytes weights_bytes weights_read",
     spec="PLATFORMS RunSpec",
 )

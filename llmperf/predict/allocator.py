@@ -26,12 +26,6 @@ def rounded(size: int) -> int:
     return max(1, -(-size // MIN_BLOCK)) * MIN_BLOCK
 
 
-def _segment(size: int) -> int:
-    if size <= SMALL:
-        return SMALL_SEGMENT
-    return LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
-
-
 def place(sizes: Iterable[int]) -> Placed:
     """Place tensors of these sizes in bytes, one after another, none freed in between.
 
@@ -48,7 +42,8 @@ def place(sizes: Iterable[int]) -> Placed:
         if at < len(blocks):
             block = blocks.pop(at)
         else:
-            block = _segment(size)
+            large = LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
+            block = SMALL_SEGMENT if small else large
             reserved += block
         left = block - size
         if left >= MIN_BLOCK if small else left > SMALL:

@@ -77,7 +77,7 @@ def memory(
     """
     s = spec
     weights = sizes.weights_bytes(s.shape, s.dtype, s.quantization) * s.processes
-    buffers = sizes.buffers_bytes(s.shape, s.dtype, s.masks) * s.processes
+    buffers = sum(sizes.buffers(s.shape, s.dtype, s.masks)) * s.processes
     batches = 0 if s.loop == "recompute" else s.concurrent * s.processes
     # A graph's buffers are rounded up; those of `cached`, which runs where no graph can, are not.
     cached, room = (

@@ -72,10 +72,6 @@ def token_bytes(shape: ModelShape, dtype: str) -> int:
     return sum(c.token_elements * item + c.token_bytes for c in shape.cache)
 
 
-def buffers_bytes(shape: ModelShape, dtype: str, masks: bool = False) -> int:
-    return sum(buffers(shape, dtype, masks))
-
-
 def buffers(shape: ModelShape, dtype: str, masks: bool = False) -> list[int]:
     """Bytes of each buffer of the module, such as rotary frequencies.
 
@@ -85,7 +81,7 @@ def buffers(shape: ModelShape, dtype: str, masks: bool = False) -> list[int]:
     item = dtype_bytes(dtype)
     if not masks:
         return [count * (size or item) for count, size in shape.buffers]
-    if shape.learned_positions:
+    if any(t.role == "position" for t in shape.tensors):  # learned ones
         return [shape.max_positions**2, 4] * shape.layers
     table = shape.max_positions * shape.head_dim * item
     return [shape.head_dim // 2 * 4, table, table] * shape.layers

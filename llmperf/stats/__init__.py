@@ -9,6 +9,5 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     comparison="SpeedComparison compare_speeds",
-    intervals="Interval checked confidence median_interval ratio_interval",
-    samples="PERCENTILES describe drift mad",
+    samples="Interval PERCENTILES checked confidence describe drift median_interval ratio_interval",
 )

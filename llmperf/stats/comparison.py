@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmperf.stats.intervals import ratio_interval
+from llmperf.stats.samples import ratio_interval
 
 # Fields of the condition in which two sets of records must agree before their speeds compare.
 COMPARED = ("model", "weights", "dtype", "quantization", "prompt_tokens", "new_tokens", "sampling")
@@ -21,7 +21,6 @@ class SpeedComparison:
     ratio: float | None
     low: float | None
     high: float | None
-    n: tuple[int, int]
     reason: str | None = None  # why there is no interval
 
 
@@ -55,8 +54,7 @@ def compare_speeds(
     verdict = "cannot tell"
     if found.low is not None and (found.low > 1 + margin or found.high < 1 / (1 + margin)):
         verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
-    interval, n = (found.value, found.low, found.high), (len(a), len(b))
-    return SpeedComparison(verdict, *interval, n, found.reason)
+    return SpeedComparison(verdict, found.value, found.low, found.high, found.reason)
 
 
 def _higher_is_better(quantity: str) -> bool:

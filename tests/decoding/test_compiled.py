@@ -292,6 +292,18 @@ def test_gcc_is_not_taken_on_windows(monkeypatch):
     assert cpu_library._compiler() == ("C:/clang.exe",)
 
 
+def test_code_for_one_processor_is_not_loaded_on_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
+    built = []
+    monkeypatch.setattr(cpu_library, "_build", lambda compiler, target: built.append(target))
+    monkeypatch.setattr(cpu_library, "_compiler", lambda: ("cc",))
+    for model in ("EPYC 9354", "Xeon 6980P", "EPYC 9354"):
+        monkeypatch.setitem(cpu_library.PROBES, "cpu_model", lambda model=model: model)
+        with pytest.raises(cpu_step.Unsupported, match="cannot be kept or loaded"):
+            cpu_library.library.__wrapped__()
+    assert built[0] == built[2] != built[1]
+
+
 def test_a_compiler_does_not_read_what_is_meant_for_this_process(monkeypatch, tmp_path):
     seen = {}
 

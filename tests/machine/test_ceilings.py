@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from llmperf.machine import ceilings, description, overhead, rates
-from llmperf.machine.units import spread
 
 MIB = 1 << 20
 
@@ -24,14 +23,6 @@ def half_a_second(monkeypatch):
 @pytest.fixture
 def small_buffer(monkeypatch):
     monkeypatch.setattr(rates, "past_caches_bytes", lambda device: 4 * MIB)
-
-
-def test_spread():
-    assert spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {
-        "median": 3.0,
-        "mad": 1.0,
-        "samples": [1.0, 2.0, 3.0, 4.0, 100.0],
-    }
 
 
 def test_seconds_waits_before_it_reads_the_clock_and_drops_the_first(monkeypatch):
@@ -70,9 +61,9 @@ def test_matmul_flops_counts_two_per_multiply_add(half_a_second, dtype):
 
 def test_launch_latency(monkeypatch):
     monkeypatch.setattr(rates, "TINY_OPS", 50)
-    launch = rates.launch_latency(repeats=3)
+    launch = rates.launch_latency()
     assert 0 < launch["enqueue"]["median"] <= launch["drained"]["median"] < 0.01
-    assert len(launch["drained"]["samples"]) == 3
+    assert len(launch["drained"]["samples"]) == 5
 
 
 def test_matmul_rates_reads_its_weights_from_memory(half_a_second, small_buffer):
@@ -126,6 +117,11 @@ def test_cached_measures_once(counted):
     calls, _, _ = counted
     assert ceilings.cached("cpu")["n"] == ceilings.cached("cpu")["n"] == 1
     assert calls == ["cpu"]
+
+
+def test_one_card_has_one_entry_whatever_it_is_called(counted):
+    assert ceilings.cached("cuda")["n"] == ceilings.cached("cuda:0")["n"] == 1
+    assert ceilings.cached("cuda:1")["n"] == 2
 
 
 def test_cached_belongs_to_a_torch_version(counted, monkeypatch):

@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
-from llmperf.machine import Child, ChildDied
+from llmperf.machine import Child, ChildDied, child
 
 ECHO = """
-import os, sys, time
+import os, subprocess, sys, time
 from llmperf.machine.child import Parent
 
 parent = Parent()
@@ -22,6 +22,8 @@ for message in parent.messages():
         print("first", file=sys.stderr); sys.exit("the last words")
     if message.get("hang"):
         time.sleep(600)
+    if message.get("leave"):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"]); time.sleep(600)
     if message.get("talk"):
         sys.stderr.write("x" * 10_000_000); sys.stderr.flush()
     if message.get("listen"):
@@ -43,9 +45,9 @@ def echo(tmp_path, monkeypatch):
     (tmp_path / "echo_child.py").write_text(ECHO, encoding="utf-8")
     before = os.environ.get("PYTHONPATH", "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before]))
-    with Child("echo_child", name="echo") as child:
-        yield child
-    assert not psutil.pid_exists(child.pid)
+    with Child("echo_child", name="echo") as started:
+        yield started
+    assert not psutil.pid_exists(started.pid)
 
 
 def test_messages_go_both_ways_and_prints_do_not_disturb(echo):
@@ -70,6 +72,20 @@ def test_a_child_that_hangs_is_killed(echo):
     with pytest.raises(ChildDied, match="no answer within 0.3 s"):
         echo.ask(0.3, hang=True)
     assert not echo.alive
+
+
+def test_a_grandchild_that_holds_the_pipes_holds_nobody_up(echo, monkeypatch):
+    monkeypatch.setattr(child, "EXIT_S", 1.0)
+    echo.ask(60, n=1)
+    echo.send(leave=True)
+    while not (grandchildren := psutil.Process(echo.pid).children()):
+        time.sleep(0.02)
+    start = time.monotonic()
+    with pytest.raises(ChildDied, match="no answer within 0.3 s"):
+        echo.receive(0.3)
+    echo.end()
+    assert time.monotonic() - start < 5
+    grandchildren[0].kill()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")

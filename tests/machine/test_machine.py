@@ -282,11 +282,13 @@ def test_cores_respects_the_quota_of_a_container(monkeypatch):
 def test_own_processes_are_no_other_programs(monkeypatch, own_cores, others):
     monkeypatch.setattr(probes.psutil, "cpu_count", lambda: 1)
     seconds = iter([10.0, 10.0 + own_cores * probes.BUSY_WINDOW_S])  # -1: a child has ended
-    found = probes.others_percent(lambda seconds: 60.0, lambda: next(seconds))
+    monkeypatch.setattr(probes.psutil, "cpu_percent", lambda window_s: 60.0)
+    monkeypatch.setattr(probes, "_own_seconds", lambda: next(seconds))
+    found = probes.others_percent()
     assert found == pytest.approx(others)
 
 
-def test_a_child_at_work_is_no_other_program():
+def test_a_child_at_work_is_no_other_program(monkeypatch):
     worked = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", worked], **pipes) as child:
@@ -295,7 +297,8 @@ def test_a_child_at_work_is_no_other_program():
             child.stdout.readline()
             return 100.0 * 0.4 / seconds / psutil.cpu_count()  # as much as the child at least
 
-        found = probes.others_percent(total)
+        monkeypatch.setattr(probes.psutil, "cpu_percent", total)
+        found = probes.others_percent()
         child.communicate(b"\n")
     assert found == 0
 
@@ -338,11 +341,14 @@ def test_only_the_card_in_use_is_asked(monkeypatch, device, in_use, listed, said
     [("max", "5", "", None), ("1000", "900", "anon 1\ninactive_file 300\n", 400),
      ("1000", "1200", "", 0)],
 )  # fmt: skip
-def test_a_container_has_no_more_ram_than_it_may_use(tmp_path, most, current, stat, free):
+def test_a_container_has_no_more_ram_than_it_may_use(
+    tmp_path, monkeypatch, most, current, stat, free
+):
+    monkeypatch.setattr(probes, "CGROUP", tmp_path)
     for name, text in {"max": most, "current": current, "stat": stat}.items():
         (tmp_path / f"memory.{name}").write_text(text)
     whole = psutil.virtual_memory().available
-    found = probes.ram_available(tmp_path)
+    found = probes.ram_available()
     assert found == free if free is not None else found == pytest.approx(whole, rel=0.1)
 
 

@@ -28,11 +28,13 @@ SWEEP = [(1, 64, 8), (16, 64, 8), (4, 128, 8), (8, 64, 24), (1, 64, 8)]  # large
 SCRIPT = """
 import json, sys
 from llmperf import decoding, memory, models
+import llmperf.memory.sampler
 from llmperf.decoding import requests as workload
 llm = models.load(sys.argv[1], dtype="fp32", device="cpu")
 decoding.prepare(llm)  # a compiler that runs now would be watched as a child
 peaks = []
-with memory.Sampler(interval_s=0.005) as sampler:
+memory.sampler.INTERVAL_S = 0.005
+with memory.Sampler() as sampler:
     for batch, prompt, new in json.loads(sys.argv[2]):
         work = workload.build(llm.tokenizer, batch, prompt, new, seed=0)
         with sampler.window() as window:

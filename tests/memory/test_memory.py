@@ -1,6 +1,5 @@
 """The sampler: what it sees, what it cannot see, and that it ends with its parent."""
 
-import math
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from llmperf.machine import gpu
 from llmperf.memory import CHANNELS, GPU_CHANNELS, Sampler, summary
 from llmperf.memory import sampler as sampler_file
 from llmperf.memory.probe import Probe
@@ -26,7 +26,7 @@ import time
 from llmperf.memory import Sampler
 sampler = Sampler()
 with sampler.window():
-    print(sampler.pid, flush=True)
+    print(sampler._child.pid, flush=True)
     time.sleep({open_s})
 time.sleep(60)
 """
@@ -59,19 +59,23 @@ def test_every_channel_is_there_and_unread_ones_say_why(sampler):
     assert found["rss"]["status"] == "ok"
 
 
-def test_without_a_gpu_its_channels_name_the_reason(sampler):
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        pytest.skip("there is an NVIDIA GPU here")
-    except pynvml.NVMLError:
-        pass
+def test_a_run_on_the_processor_watches_no_card(sampler, monkeypatch):
     with sampler.window() as window:
         pass
-    for name in GPU_CHANNELS:
-        assert window[name]["reason"].startswith("no NVIDIA GPU to ask (")
+    assert {window[name]["reason"] for name in GPU_CHANNELS} == {"the run is on the CPU"}
     assert "CPU" in window["allocated"]["reason"]
+    nvml = FakeNvml()
+    monkeypatch.setattr(gpu, "pynvml", nvml)
+    assert "power" not in Probe(os.getpid(), "cpu").fast() and not nvml.asked
+
+
+def test_without_a_gpu_its_channels_name_the_reason(monkeypatch):
+    def no_driver():
+        raise gpu.NVMLError(gpu.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(gpu.pynvml, "nvmlInit", no_driver)
+    reasons = Probe(os.getpid(), "cuda:0").reasons
+    assert all(reasons[name].startswith("no NVIDIA GPU to ask (") for name in GPU_CHANNELS)
 
 
 def test_memory_that_the_parent_takes_shows(sampler):
@@ -154,23 +158,16 @@ def test_it_ends_when_its_parent_is_killed(open_s):
     assert gone and not alive
 
 
-def test_closing_twice_is_no_error():
-    sampler = Sampler()
-    sampler.close()
-    sampler.close()
-    assert not psutil.pid_exists(sampler.pid)
-
-
 def test_a_sampler_that_dies_costs_its_window_and_is_restarted():
     with Sampler() as sampler:
         with sampler.window() as window:
-            psutil.Process(sampler.pid).kill()
+            psutil.Process(sampler._child.pid).kill()
         assert window["rss"]["reason"].startswith("the sampler died: ")
         assert list(window) == list(CHANNELS)
-        first = sampler.pid
+        first = sampler._child.pid
         with sampler.window() as window:
             pass
-        assert window["rss"]["status"] == "ok" and sampler.pid != first
+        assert window["rss"]["status"] == "ok" and sampler._child.pid != first
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
@@ -179,7 +176,7 @@ def test_leaving_a_window_never_replaces_an_exception(kind):
         for killed in (True, False):
             with pytest.raises(kind), sampler.window():
                 if killed:
-                    psutil.Process(sampler.pid).kill()
+                    psutil.Process(sampler._child.pid).kill()
                 raise kind
         with sampler.window() as window:  # the samples of the window before are not taken for its
             held = b"x" * (100 * MB)
@@ -194,7 +191,7 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    nvmlMemory_v2 = NVML_CLOCK_SM = 0  # noqa: N815 - NVML's own names
+    nvmlMemory_v2 = 0  # noqa: N815 - NVML's own name
 
     def __init__(self, listed=()):
         self.calls, self.listed, self.asked = 0, listed, []
@@ -202,14 +199,19 @@ class FakeNvml:
     def nvmlInit(self):  # noqa: N802
         pass
 
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return 2
+
     def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
         self.asked.append(uuid)
+        return uuid
 
     def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
         self.asked.append(index)
+        return f"card {index}"
 
     def nvmlDeviceGetMemoryInfo(self, gpu, version):  # noqa: N802
-        return SimpleNamespace(used=10, free=20, reserved=1)
+        return SimpleNamespace(used=10)
 
     def nvmlDeviceGetUtilizationRates(self, gpu):  # noqa: N802
         return SimpleNamespace(gpu=50)
@@ -220,22 +222,21 @@ class FakeNvml:
             raise self.NVMLError("GPU is lost for a moment")
         return 70_000
 
-    def nvmlDeviceGetClockInfo(self, gpu, clock):  # noqa: N802
-        return 1500
-
     def nvmlDeviceGetComputeRunningProcesses(self, gpu):  # noqa: N802
         return self.listed
 
 
-def gpu_probe(monkeypatch, listed=(), uuid="GPU-1"):
+def gpu_probe(monkeypatch, listed=(), device="cuda:0"):
     nvml = FakeNvml(listed)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    return Probe(os.getpid(), uuid), nvml
+    monkeypatch.setattr(gpu, "pynvml", nvml)
+    monkeypatch.setattr(gpu, "NVMLError", nvml.NVMLError)
+    return Probe(os.getpid(), device), nvml
 
 
-def test_the_card_is_asked_for_by_its_uuid(monkeypatch):
-    assert gpu_probe(monkeypatch)[1].asked == ["GPU-1"]
-    assert gpu_probe(monkeypatch, uuid=None)[1].asked == [0]
+@pytest.mark.parametrize(("visible", "card"), [("1,0", "card 0"), ("0,GPU-1", "GPU-1")])
+def test_the_card_that_torch_means_is_watched(monkeypatch, visible, card):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_probe(monkeypatch, device="cuda:1")[0].card == card
 
 
 def test_a_failing_call_does_not_silence_its_channel_for_good(monkeypatch):
@@ -313,7 +314,7 @@ def test_what_only_windows_counts_has_a_reason_elsewhere(monkeypatch):
     assert "a performance counter of Windows" in probe.reasons["process_shared"]
 
 
-def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampler, monkeypatch):
+def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(monkeypatch):
     names = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
     names += ("reserved_bytes.all.current", "reserved_bytes.all.peak")
     stats = iter([(1, 9, 2, 20), (5, 8, 6, 30)])
@@ -321,20 +322,16 @@ def test_the_allocator_gives_what_was_there_its_peak_and_what_is_there_now(sampl
     cuda = SimpleNamespace(
         empty_cache=lambda: calls.append("emptied"),
         reset_peak_memory_stats=lambda device: calls.append("reset"),
+        current_device=lambda: 0,
         memory_stats=lambda device: dict(zip(names, next(stats), strict=True)),
     )
     monkeypatch.setattr(sampler_file, "torch_in_use", lambda: SimpleNamespace(cuda=cuda))
-    with sampler.window() as window:
+    with Sampler() as sampler, sampler.window() as window:
         pass
+    assert sampler._device == "cuda:0"
     seen = {n: [window[n][k] for k in ("first", "max", "last")] for n in ("allocated", "reserved")}
     assert seen == {"allocated": [1, 8, 5], "reserved": [2, 30, 6]}
     assert calls == ["emptied", "reset"]  # before the window: not what an earlier run reserved
-
-
-@pytest.mark.parametrize("interval_s", [0, -1.0, math.nan, math.inf])
-def test_a_bad_interval_is_refused(interval_s):
-    with pytest.raises(ValueError, match="interval_s is"):
-        Sampler(interval_s=interval_s)
 
 
 def test_a_summary_by_hand():

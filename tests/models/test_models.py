@@ -148,6 +148,38 @@ def test_a_checkpoints_own_quantization_is_left_to_the_loader(tiny_folder, tmp_p
     assert asked["config"].quantization_config["quant_method"] == "awq"
 
 
+@pytest.mark.parametrize(
+    ("declared", "word"),
+    [
+        ({"quant_method": "gptq", "bits": 8, "group_size": 32}, "gptq-8-g32"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_use_double_quant": True}, "bnb-4-double"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8-b128"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+    ],
+)
+def test_what_a_checkpoint_declares_is_predicted_and_loads_again_in_another_process(
+    tiny_folder, tmp_path, monkeypatch, declared, word
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plain = configs.as_object(config)
+    config["quantization_config"] = declared
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+
+    def from_pretrained(*_, **__):  # the libraries of these methods are not here
+        return AutoModelForCausalLM.from_config(plain), found
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model = models.load(str(folder), device="cpu")
+    again = models.load(**asdict(model.source))
+    assert model.quantization == again.quantization == model.shape.quantization == word
+    held = predict.weights_bytes(model.shape, "fp32", model.quantization)
+    assert held == predict.weights_bytes(model.shape, "fp32")
+    with pytest.raises(ValueError, match=f"quantised by {word}: leave quantization None"):
+        models.load(str(folder), device="cpu", quantization="awq")
+
+
 @pytest.mark.parametrize("named", ["weights.bin", "../outside.safetensors", "a\\b.safetensors"])
 def test_an_index_names_safetensors_files_inside_its_folder_only(tiny_folder, tmp_path, named):
     folder = shutil.copytree(tiny_folder, tmp_path / "indexed")

@@ -106,10 +106,10 @@ def test_kept_shapes_are_exact_and_a_torn_file_is_read_anew(tmp_path, monkeypatc
     config = {"model_type": "gemma2", **CONFIGS["gemma2"][1], "vocab_size": 103}
     first = models.shape_of(config)
     (file,) = tmp_path.rglob("*.json")
-    configs._kept.cache_clear()
+    configs._cached_shape.cache_clear()
     assert models.shape_of(config) == first
     file.write_text(file.read_text()[:99], encoding="utf-8")
-    configs._kept.cache_clear()
+    configs._cached_shape.cache_clear()
     assert models.shape_of(config) == first
 
 

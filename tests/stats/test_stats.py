@@ -32,8 +32,8 @@ def records(values, tokens=64, **condition):
 
 def test_mad_agrees_with_scipy():
     x = np.random.default_rng(0).lognormal(size=101)
-    assert stats.mad(x) == scipy_stats.median_abs_deviation(x)
-    assert stats.mad([1, 2, 4, 9]) == 1.5 and stats.mad([3.0]) is None
+    mads = [stats.describe(sample)[0]["mad"] for sample in (x, [1, 2, 4, 9], [3.0])]
+    assert mads == [scipy_stats.median_abs_deviation(x), 1.5, None]
 
 
 @pytest.mark.parametrize(("name", "share"), [("p90", 0.9), ("p95", 0.95), ("p99", 0.99)])
@@ -85,7 +85,7 @@ def test_too_few_samples_have_no_interval(n):
 
 
 @pytest.mark.parametrize(
-    "call", [stats.median_interval, stats.mad, stats.describe, lambda x: stats.drift([x])]
+    "call", [stats.median_interval, stats.describe, lambda x: stats.drift([x])]
 )
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_what_is_not_a_number_is_refused(call, bad):
@@ -187,11 +187,11 @@ def test_strategy_and_level_are_what_is_compared():
 
 
 def test_only_records_that_count_are_compared():
-    a = records([30] * 9)
+    a = records([10] * 3 + [30] * 6)
     a[0] = replace(a[0], kind="warmup")
     a[1] = replace(a[1], status="oom", metrics={})
     a[2] = replace(a[2], prediction={"plausible": False})
-    assert stats.compare_speeds(a, records([30] * 6)).n == (6, 6)
+    assert stats.compare_speeds(a, records([30] * 6)).ratio == pytest.approx(1)
     found = stats.compare_speeds([], records([30] * 6))
     assert found.verdict == "cannot tell" and found.ratio is None and found.reason
 
