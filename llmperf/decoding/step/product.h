@@ -1,4 +1,4 @@
-// The matrix products of a step, for each kind of weights and for 1, 2, 4 or 8 input rows at once.
+// The matrix products of a step, for each kind of weights and for 1, 2 or 4 input rows at once.
 
 // Rows of an input in fp32, and in the 16 bits that the weights are multiplied with: bf16, or whole
 // numbers; then `blocks` holds for each BLOCK of them their scale, and their sum times the scale.
@@ -65,7 +65,7 @@ INLINE v16 float_tile(const Matrix *w, Input in, int64_t first, int row, int n, 
                       int kind) {
   const int64_t k = w->columns, size = kind == OF_F32 ? 4 : 2;
   const char *from = (const char *)w->weight + first * k * size;
-  v16 acc[16], x[8];
+  v16 acc[16], x[4];
   int64_t at = 0;
   UNROLL for (int i = 0; i < 16; i++) acc[i] = all(0);
   for (; at + WIDTH(kind) <= k; at += WIDTH(kind)) {
@@ -97,7 +97,7 @@ INLINE v16 float_tile(const Matrix *w, Input in, int64_t first, int row, int n, 
 // weights beyond are 0, whatever the input holds there.
 INLINE void int8_columns(i16 *part, const int8_t *w, const uint16_t *x, int64_t stride, int64_t k,
                          int n, int r, int ahead, int rest) {
-  i16 pairs[8];
+  i16 pairs[4];
   UNROLL for (int j = 0; j < r; j++) memcpy(pairs + j, x + j * stride, 64);
   UNROLL for (int i = 0; i < n; i++) {
     int8_t last[32] = {0};
@@ -193,10 +193,9 @@ INLINE void block(const Matrix *w, Input in, Output out, int n, int count, int r
     else block(w, in, out, n, count, row, r, 1, kind);                                            \
   }
 #define PRODUCT(kind)                                                                             \
-  BLOCK_OF(kind, 1) BLOCK_OF(kind, 2) BLOCK_OF(kind, 4) BLOCK_OF(kind, 8)                         \
+  BLOCK_OF(kind, 1) BLOCK_OF(kind, 2) BLOCK_OF(kind, 4)                                            \
   static void product_##kind(const Matrix *w, Input in, Output out, int n, int count) {           \
     int row = 0;                                                                                  \
-    for (; row + 8 <= in.rows; row += 8) kind##_8(w, in, out, n, count, row);                     \
     for (; row + 4 <= in.rows; row += 4) kind##_4(w, in, out, n, count, row);                     \
     for (; row + 2 <= in.rows; row += 2) kind##_2(w, in, out, n, count, row);                     \
     for (; row < in.rows; row++) kind##_1(w, in, out, n, count, row);                             \
