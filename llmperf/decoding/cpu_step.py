@@ -98,6 +98,7 @@ class CpuStep:
         Where a cache holds one layer, this is what a step takes without reading weights from
         memory. The output layer is left out, and without `products` so are all matrix products.
         """
+        self._tables(position + 1)  # before the layer, which points to them, is copied
         layer = ffi.new("Layer *", self.layers[0])
         for matrix in () if products else (*layer.qkv, layer.out, *layer.up, layer.down):
             matrix.rows = 0

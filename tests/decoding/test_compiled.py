@@ -378,6 +378,24 @@ def cpu_seconds():
     return {t.id: t.user_time + t.system_time for t in psutil.Process().threads()}
 
 
+def test_a_step_that_is_timed_past_the_tables_reads_the_enlarged_ones():
+    model, seen = tiny("llama"), []
+    step = decoding.prepare(model).step
+    before, library = step.layers[0].cosine, step.library
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def run_step(self, description, call):
+            seen.append(description.layers[0].cosine)
+            return library.run_step(description, call)
+
+    step.library = Watched()
+    step.first_layer_seconds(1, 200, repeats=1)
+    assert seen == [step.layers[0].cosine] * 2 and before not in seen
+
+
 def test_the_step_is_prepared_once_a_model(loaded):
     model = loaded("llama")
     assert decoding.prepare(model) is decoding.prepare(model)
