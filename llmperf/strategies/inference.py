@@ -114,9 +114,6 @@ class InferenceLoop:
 
     def _prepare(self, how, prompt_tokens, new_tokens, window_s, sampling, stop) -> dict:
         """Make slots for `rows` requests of these lengths, and run two tokens of such a batch."""
-        for key in self._running:  # of a run that was interrupted
-            self._slots.drop(key)
-        self._waiting, self._running = {}, set()
         if (prompt_tokens, new_tokens, how) != self._shape:
             self._slots, self._shape = None, None  # its memory is free before new is taken
             self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)

@@ -56,12 +56,8 @@ def run(model: Model, workload: Workload, processes: int = 1, weights: str = "ow
     """Run on the kept server; `how` as for `Server.run`."""
     how.pop("on_step", None)
     with session():
-        try:
-            ready(model, processes, weights)
-            return _kept[0].run(workload, processes=processes, **how)
-        except BaseException:
-            close()
-            raise
+        ready(model, processes, weights)
+        return _kept[0].run(workload, processes=processes, **how)
 
 
 def close() -> None:

@@ -164,11 +164,17 @@ def test_a_run_that_its_caller_ends_leaves_no_token_for_the_next():
         assert outcomes(trace) == {"ok": 4} and all(len(r.tokens) == 7 for r in trace.requests)
 
 
-def test_a_run_that_its_caller_ends_leaves_no_place_taken():
+def test_a_run_interrupted_while_it_prepares_leaves_no_reply_for_the_next(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     with stub() as running:
-        with pytest.raises(KeyError):
-            running.run(made(4, 100), on_token=fail)
-        assert outcomes(running.run(made(1, 7), rows=1, deadline_s=5.0)) == {"ok": 1}
+        (before,) = running.pids()
+        with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+            once.setattr(running, "_receive", interrupted)
+            running.run(made(1))
+        assert not running.pids() and not psutil.pid_exists(before)
+        assert outcomes(running.run(made(1, 7))) == {"ok": 1}
 
 
 # Death, and what comes after it.
