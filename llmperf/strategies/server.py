@@ -25,6 +25,7 @@ from llmperf.machine import SLICE_S, Child
 from llmperf.models import Model, mapped
 
 ENGINE = "llmperf.strategies.model_engine:load"
+ROWS, WINDOW_S = 8, 0.002  # of a batch; how long an idle process waits for one to fill
 START_S = 300.0  # loading a large model may take minutes
 STALL_S = 300.0  # a process that has requests and says nothing for so long is ended
 
@@ -111,9 +112,9 @@ class Server:
         workload: Workload,
         *,
         processes: int = 1,
-        rows: int = 8,
+        rows: int = ROWS,
         batching: str = "groups",
-        window_s: float = 0.002,
+        window_s: float = WINDOW_S,
         loop: str = decoding.DEFAULT_LOOP,
         on_token: Callable[[int, int], None] | None = None,
         **limits,
@@ -139,7 +140,7 @@ class Server:
             how={"rows": rows, "batching": batching, "loop": loop, "threads": threads},
             prompt_tokens=max(len(r.prompt_ids) for r in requests),
             new_tokens=max(r.max_new_tokens for r in requests),
-            window_s=window_s,
+            window_s=window_s if batching == "groups" else 0.0,
             sampling=asdict(workload.sampling),
             stop=asdict(stop) | ends,
         )

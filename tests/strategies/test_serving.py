@@ -117,6 +117,16 @@ def test_an_idle_process_waits_the_window_and_no_longer_for_a_full_batch():
     work._read()  # a process at work never waits
 
 
+@BOTH
+def test_only_a_group_is_waited_for(monkeypatch, batching):
+    with stub() as running:
+        ask, sent = running._ask, []
+        monkeypatch.setattr(running, "_ask", lambda *a, **m: sent.append(m) or ask(*a, **m))
+        running.run(made(1), batching=batching)
+    (window_s,) = (m["window_s"] for m in sent if "window_s" in m)
+    assert window_s == (server.WINDOW_S if batching == "groups" else 0)
+
+
 def test_requests_join_and_leave_a_running_batch():
     work = Workload((Request(0, (1,), 100), Request(1, (1,), 3)))
     with stub() as running:
