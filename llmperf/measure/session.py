@@ -190,6 +190,7 @@ class _Session:
         loop, why = trace.notes.get("loop"), trace.notes.get("fallback")
         warnings = [f"{condition.loop} ran as {loop}: {why}"] if why else []
         warnings += [f"unstable: {self.busy}"] if self.busy else []
+        comparable = trace.notes.get("tokens_comparable", True)
         return self.record(
             condition,
             repeat,
@@ -200,7 +201,7 @@ class _Session:
             metrics=condition.summarize(trace),
             memory=window | _memory_of_workers(condition, trace),
             prediction=prediction.audit(condition, predicted, trace),
-            agreement=asdict(agreement(trace, self.reference(condition))),
+            agreement=asdict(agreement(trace, self.reference(condition))) if comparable else None,
             warnings=warnings,
         )
 
