@@ -35,7 +35,9 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     {"ignore_eos": True} for a forced length on vLLM or SGLang).
 
     Tokens are counted by tokenizing the answer, since an event may carry several or none; each has
-    the time of the event that completed its text. The server's own count is in the notes.
+    the time of the event that completed its text. The server's own count is in the notes, and in
+    `not_followed` the names of what was asked of the sampling and has no place in the API; `extra`
+    can give a server top_k where it knows it.
     """
     return run_control.run_async(_run(model, workload, TIMEOUTS_S | {**options}))
 
@@ -43,6 +45,9 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     n = options.get("concurrency", len(workload.requests))
     key = os.environ.get(options.get("key_env", "OPENAI_API_KEY"), "").strip()
+    asked, extra = workload.sampling, options.get("extra", {})
+    top_k = None if asked.greedy or "top_k" in extra else asked.top_k
+    unsent = {"top_k": top_k, "suppress": asked.suppress}
     usage: list[int] = []  # tokens of each answer, as the server says
 
     async def answer(request: Request) -> dict:
@@ -73,6 +78,7 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
         return recorder.trace(
             usage_tokens=sum(usage) if usage else None,
             tokens_comparable=False,  # another engine, with random numbers of its own
+            not_followed=[name for name, value in unsent.items() if value],
         )
 
 

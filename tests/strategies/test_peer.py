@@ -10,8 +10,7 @@ import torch
 
 from llmperf import models
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import Stop
-from llmperf.decoding.sampling import GREEDY, PUBLISHED
+from llmperf.decoding.requests import GREEDY, PUBLISHED, Sampling, Stop
 from llmperf.measure import Condition
 from llmperf.strategies import STRATEGIES, llamacpp, peer
 
@@ -99,6 +98,9 @@ def test_tokens_of_llama_cpp_become_a_trace(tiny, monkeypatch, tmp_path):
         (r.prompt_ids[0],) * r.max_new_tokens for r in work.requests
     ]
     assert all(0 < r.started_s <= trace.duration_s for r in trace.requests)
+    assert trace.notes["not_followed"] == []
+    asked = make(tiny, sampling=Sampling(suppress=(1,)))
+    assert llamacpp.run(tiny, asked).notes["not_followed"] == ["suppress"]
 
 
 CONTINUOUS = {"engine": "transformers-continuous"}
