@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -201,7 +201,7 @@ class _Session:
             metrics=condition.summarize(trace),
             memory=window | _memory_of_workers(condition, trace),
             prediction=prediction.audit(condition, predicted, trace),
-            agreement=asdict(agreement(trace, self.reference(condition))) if comparable else None,
+            agreement=agreement(trace, self.reference(condition)) if comparable else None,
             warnings=warnings,
         )
 
@@ -218,7 +218,7 @@ def _make_graphs(condition: Condition) -> None:
     if condition.loop != "compiled" or runner.served or runner.foreign:
         decoding.free_graphs()
         return
-    lengths = {len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests}
+    lengths = {r.length for r in condition.workload.requests}
     copies = runner.in_turn(condition.level, condition.options)
     decoding.warm_up(condition.model, condition.rows_per_step, lengths, copies)
 

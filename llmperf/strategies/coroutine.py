@@ -36,8 +36,8 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     variant = options.get("variant", "blocking")
     tasks = options.get("workers", len(workload.requests))
     cancel = threading.Event()
-    step = run_control.stepper(cancel, options.get("on_step"))
     how, queue = run_control.how(workload, options), run_control.in_order(workload.requests)
+    step = run_control.stepper(cancel, how.pop("on_step"))
 
     def block(request: Request, worker: str) -> None:
         """The decoding loop to its end: whoever calls this does nothing else meanwhile."""

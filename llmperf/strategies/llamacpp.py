@@ -43,7 +43,7 @@ def run(model: Model, workload: Workload) -> Trace:
     threads = torch.get_num_threads()
     engine = Llama(
         str(gguf(model.dtype)),
-        n_ctx=max(len(r.prompt_ids) + r.max_new_tokens for r in requests) + 8,
+        n_ctx=max(r.length for r in requests) + 8,
         n_threads=threads,
         n_threads_batch=threads,
         n_gpu_layers=0 if model.device == "cpu" else -1,

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from llmperf import decoding
-from llmperf.decoding.requests import Sampling, Stop, Workload
+from llmperf.decoding.requests import Sampling, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import llamacpp, run_control, transformers_continuous
@@ -31,8 +31,6 @@ def unavailable(model: Model, engine: str) -> str | None:
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """All requests by arrival. Options: `engine` (default generate), `on_step`."""
-    if workload.stop != Stop():
-        raise ValueError("peer generates forced lengths only: leave stop at its default")
     engine = options.get("engine", "generate")
     if engine == "llamacpp":
         trace = llamacpp.run(model, workload)

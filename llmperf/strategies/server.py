@@ -131,9 +131,8 @@ class Server:
         """
         decoding.check_loop(loop)
         self.start(processes)
-        requests, stop, places = workload.requests, workload.stop, range(processes)
+        requests, places = workload.requests, range(processes)
         threads = None if processes == 1 else max(1, machine.usable_cores() // processes)
-        ends = {"end_ids": sorted(stop.end_ids), "sentence_ids": sorted(stop.sentence_ids)}
         prepared = self._ask(
             places,
             do="prepare",
@@ -142,7 +141,6 @@ class Server:
             new_tokens=max(r.max_new_tokens for r in requests),
             window_s=window_s if batching == "groups" else 0.0,
             sampling=asdict(workload.sampling),
-            stop=asdict(stop) | ends,
         )
         loads = [p.load_s for p in self.processes[:processes]]
         traffic = _Traffic(self.processes[:processes], requests, rows, on_token, **limits)

@@ -35,7 +35,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     stream = options.get("stream", "default")
     queue, cancel = run_control.in_order(workload.requests), threading.Event()
     how = run_control.how(workload, options)
-    how["on_step"] = run_control.stepper(cancel, options.get("on_step"))
+    how["on_step"] = run_control.stepper(cancel, how["on_step"])
     recorder: Recorder | None = None
     seen: dict[int, dict] = {}
 

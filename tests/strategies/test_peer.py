@@ -10,7 +10,7 @@ import torch
 
 from llmperf import models
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import GREEDY, PUBLISHED, Sampling, Stop
+from llmperf.decoding.requests import GREEDY, PUBLISHED, Sampling
 from llmperf.measure import Condition
 from llmperf.strategies import STRATEGIES, llamacpp, peer
 
@@ -56,11 +56,6 @@ def test_sampled_tokens_are_said_to_be_its_own(tiny):
 def test_bad_options_are_refused_before_any_work(tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         run(tiny, make(tiny), options)
-
-
-def test_a_stop_rule_is_refused(tiny):
-    with pytest.raises(ValueError, match="forced lengths only"):
-        run(tiny, make(tiny, stop=Stop(end_ids=frozenset({3}))), {})
 
 
 def test_without_llama_cpp_a_condition_says_how_to_get_it(embedded, monkeypatch):

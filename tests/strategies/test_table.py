@@ -89,9 +89,7 @@ from llmperf.strategies.strategy import Strategy, in_words
 def run(model, workload, options):
     recorder = Recorder(workload.requests)
     for request in reversed(workload.requests):
-        decoding.run(
-            model, [request], recorder, sampling=workload.sampling, stop=workload.stop
-        )
+        decoding.run(model, [request], recorder, sampling=workload.sampling)
     return recorder.trace()
 
 
