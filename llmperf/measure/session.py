@@ -219,7 +219,7 @@ def _make_graphs(condition: Condition) -> None:
         decoding.free_graphs()
         return
     lengths = {r.length for r in condition.workload.requests}
-    copies = runner.in_turn(condition.level, condition.options)
+    copies = runner.interleaved_batches(condition.level, condition.options)
     decoding.warm_up(condition.model, condition.rows_per_step, lengths, copies)
 
 
