@@ -25,16 +25,16 @@ class Joining:
     """A stand-in for `decoding.Slots`: each request has a group of one, all step together."""
 
     def __init__(self, decode, rows, loop):
-        self.loop, self.reason = loop, None
+        self.loop, self.reason, self.sampling = loop, None, None
         self._decode, self._rows, self._groups = decode, rows, {}
 
     @property
     def free(self):
         return self._rows - len(self._groups)
 
-    def admit(self, key, request, sampling, stop):
+    def admit(self, key, request):
         self._groups[key] = GroupedSlots(self._decode, 1)
-        self._groups[key].admit(key, request, sampling, stop)
+        self._groups[key].admit(key, request)
 
     def drop(self, key):
         self._groups.pop(key, None)
@@ -52,7 +52,7 @@ def null(config):
     return engine(letters)
 
 
-def letters(requests, sampling, stop):
+def letters(requests, sampling):
     left = [r.max_new_tokens for r in requests]
     for step in range(max(left)):
         yield [TEXT[step % len(TEXT)] if step < n else None for n in left]
@@ -63,8 +63,8 @@ def slow(config):
     return engine(slow_letters)
 
 
-def slow_letters(requests, sampling, stop):
-    for row in letters(requests, sampling, stop):
+def slow_letters(requests, sampling):
+    for row in letters(requests, sampling):
         time.sleep(0.01)
         yield row
 
@@ -72,9 +72,9 @@ def slow_letters(requests, sampling, stop):
 def mortal(config):
     """Ends the process at prompt (13,), fails the batch at (14,)."""
 
-    def decode(requests, sampling, stop):
+    def decode(requests, sampling):
         first = {r.prompt_ids[0] for r in requests}
-        for row in slow_letters(requests, sampling, stop):
+        for row in slow_letters(requests, sampling):
             if 13 in first:
                 os._exit(7)
             if 14 in first:

@@ -4,10 +4,10 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    requests="DEFAULT_LOOP GREEDY LOOPS PUBLISHED WINDOW Request Sampling Stop Workload build"
-    " graph_size prompts published_sampling published_stop",
-    trace="Agreement Recorder RequestTrace Trace agreement",
-    batch="Batch last_column pad positions",
+    requests="DEFAULT_LOOP GREEDY LOOPS PUBLISHED WINDOW Request Sampling Workload build"
+    " graph_size",
+    trace="Recorder",
+    batch="pad",
     loops="Prepared check_loop prepare",
     generate="decode run steps",
     slots="Slots warm_up",

@@ -62,16 +62,9 @@ class CpuStep:
         threads = torch.get_num_threads()
         return self.library.scratch_floats(self.description, rows, length, threads)
 
-    def __call__(self, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
-        """Run tokens through the model; lists of equal length, one entry a token.
-
-        `wanted` are the indices of the tokens whose logits are asked for: → (wanted, vocabulary),
-        fp32. Keys and values are written to `cache` at each token's slot and position.
-        """
-        return self._run(self.description, ids, slots, positions, wanted, cache, scratch)
-
     def next_tokens(self, logits, sampling: Sampling, uniform) -> torch.Tensor:
-        """As `sampling.next_tokens`, without torch's threads; a very large top-k is torch's.
+        """As `sampling.next_tokens`, without torch's threads; falls back to torch above
+        MOST_CANDIDATES.
 
         OpenMP's workers spin for some milliseconds after an operator, on cores that the next step
         needs: it then took twice as long.
@@ -98,6 +91,7 @@ class CpuStep:
         Where a cache holds one layer, this is what a step takes without reading weights from
         memory. The output layer is left out, and without `products` so are all matrix products.
         """
+        self._tables(position + 1)  # before the layer, which points to them, is copied
         layer = ffi.new("Layer *", self.layers[0])
         for matrix in () if products else (*layer.qkv, layer.out, *layer.up, layer.down):
             matrix.rows = 0
@@ -111,12 +105,20 @@ class CpuStep:
         seconds = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            self._run(alike, *call)
+            self(*call, alike)
             seconds.append(time.perf_counter() - start)
         return seconds[1:]  # the first one fetches the layer
 
-    def _run(self, description, ids, slots, positions, wanted, cache, scratch) -> torch.Tensor:
-        keys, values = cache
+    def __call__(
+        self, ids, slots, positions, wanted, cache, scratch, description=None
+    ) -> torch.Tensor:
+        """Run tokens through the model; lists of equal length, one entry a token.
+
+        `wanted` are the indices of the tokens whose logits are asked for: → (wanted, vocabulary),
+        fp32. Keys and values are written to `cache` at each token's slot and position.
+        `description`: of another model than its own.
+        """
+        (keys, values), description = cache, description or self.description
         self._tables(keys.shape[3])
         if scratch.numel() < self._scratch_floats(len(ids), keys.shape[3]):
             scratch = self.scratch(len(ids), keys.shape[3])  # there are more threads than then

@@ -34,10 +34,10 @@ def decode(
     if chosen.step is None:
         yield from _eager(model, requests, chosen.loop, sampling, stop)
         return
-    need = len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-    slots = Slots(model, *(room or need))
+    need = len(requests), max(r.length for r in requests)
+    slots = Slots(model, *(room or need), sampling=sampling, stop=stop)
     for place, request in enumerate(requests):
-        slots.admit(place, request, sampling, stop)
+        slots.admit(place, request)
     while slots.busy:
         row: list[int | None] = [None] * len(requests)
         for place, token, _ in slots.step():
@@ -89,16 +89,16 @@ def steps(
     recorder: Recorder,
     *,
     loop: str = DEFAULT_LOOP,
-    sampling: Sampling | None = None,
-    stop: Stop | None = None,
     worker: str = "0",
-    room: tuple[int, int] | None = None,
+    **how,
 ) -> Iterator[None]:
-    """As `run`, for a caller that wants the processor back after each step."""
+    """As `run`, for a caller that wants the processor back after each step.
+
+    `how` is what `decode` takes; `worker` is the name that the trace gives to who decodes.
+    """
     chosen = prepare(model, loop)
     recorder.started([r.id for r in requests], worker)
     recorder.ran(chosen.loop, chosen.reason)
-    how = {"sampling": sampling, "stop": stop, "room": room}
     for row in decode(model, requests, loop=chosen.loop, **how):
         now = recorder.now()
         for request, token in zip(requests, row, strict=True):

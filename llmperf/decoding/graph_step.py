@@ -109,7 +109,7 @@ class GraphRows:
     """
 
     def __init__(self, model, step: GraphStep, rows: int, max_length: int):
-        self._model, self._step = model, step
+        self._model, self._step = model, step  # a step does not keep its model alive
         self._rows, self._length = graph_size(rows, max_length)
         kept = step.kept.setdefault((self._rows, self._length), [])
         self.keys, self.values, self._graphs = kept.pop() if kept else (None, None, {})
@@ -142,17 +142,16 @@ class GraphRows:
     def _copy(self, slot: int, cache: DynamicCache) -> None:
         if self.keys is None:
             self.keys, self.values = (
-                [self._room(getattr(layer, name)) for layer in cache.layers]
+                [
+                    x.new_zeros(self._rows, x.shape[1], self._length, x.shape[3])
+                    for x in (getattr(layer, name) for layer in cache.layers)
+                ]
                 for name in ("keys", "values")
             )
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             columns = layer.keys.shape[2]
             keys[slot, :, :columns] = layer.keys[0]
             values[slot, :, :columns] = layer.values[0]
-
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
-        _, heads, _, dim = like.shape
-        return like.new_zeros(self._rows, heads, self._length, dim)
 
     def _decode(self, steps) -> torch.Tensor:
         """Logits (rows, vocabulary) of a step for the first rows, as many as a graph has."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmperf import DATA
@@ -88,29 +88,31 @@ class Request:
                 f"request {self.id} asks for {self.max_new_tokens} new tokens: ask for at least 1"
             )
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the whole answer."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests with what they share: how tokens are drawn and when a request ends."""
+    """Requests, each of the length it asks for, and how their tokens are drawn."""
 
     requests: tuple[Request, ...]
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Stop = field(default_factory=Stop)
+    sampling: Sampling = Sampling()
 
     def __post_init__(self):
         if not self.requests:
             raise ValueError("a workload needs at least one request")
 
 
-def check_lengths(workload: Workload, max_positions: int) -> None:
-    """Raise ValueError when a request is longer than the model has positions."""
-    for r in workload.requests:
-        total = len(r.prompt_ids) + r.max_new_tokens
-        if total > max_positions:
-            raise ValueError(
-                f"request {r.id}: {len(r.prompt_ids)} prompt tokens + {r.max_new_tokens} new tokens"
-                f" = {total}, but the model has {max_positions} positions: shorten one of the two"
-            )
+def check_length(r: Request, most: int, holds: str) -> None:
+    """Raise ValueError for a request of more than `most` tokens; `holds`: what has {} of them."""
+    if r.length > most:
+        raise ValueError(
+            f"request {r.id}: {len(r.prompt_ids)} prompt tokens + {r.max_new_tokens} new tokens ="
+            f" {r.length}, but {holds.format(most)}: shorten one of the two"
+        )
 
 
 def prompts(path: Path | None = None) -> list[dict]:
@@ -128,7 +130,6 @@ def build(
     *,
     seed: int = 0,
     sampling: Sampling | None = None,
-    stop: Stop | None = None,
 ) -> Workload:
     """`n` requests from the kit's prompts, each cut or repeated to an exact number of tokens.
 
@@ -146,7 +147,7 @@ def build(
         length = _cycled(prompt_tokens, i)
         tiled = (ids * (length // len(ids) + 1))[:length]
         requests.append(Request(i, tuple(tiled), _cycled(new_tokens, i), seed=seed * 1_000_003 + i))
-    return Workload(tuple(requests), sampling or Sampling(), stop or Stop())
+    return Workload(tuple(requests), sampling or Sampling())
 
 
 def _cycled(value: int | Sequence[int], i: int) -> int:

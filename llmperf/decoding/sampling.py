@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llmperf.decoding.requests import GREEDY, PUBLISHED, Sampling  # noqa: F401
+from llmperf.decoding.requests import GREEDY, Sampling  # noqa: F401
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from llmperf.decoding import cpu_step, graph_step
 from llmperf.decoding.batch import Piece, run_piece
 from llmperf.decoding.loops import prepare
-from llmperf.decoding.requests import Request, Stop, graph_size
+from llmperf.decoding.requests import DEFAULT_LOOP, Request, Stop, check_length, graph_size
 from llmperf.decoding.sampling import Sampling, uniforms
 
 PREFILL_TOKENS = 64  # of prompts in one step while other requests decode
@@ -24,8 +24,6 @@ class _Row:
 
     key: object
     request: Request
-    sampling: Sampling
-    stop: Stop
     uniforms: torch.Tensor  # (max_new_tokens,)
     prompt_done: int = 0
     generated: int = 0
@@ -35,17 +33,19 @@ class _Row:
 class Slots:
     """`rows` slots of up to `max_length` tokens each. Not for several threads at once.
 
-    `loop` and `reason` say which loop runs and why it is not the one asked for (`loops.prepare`).
+    All requests are drawn by `sampling`, which may be set, and end by `stop`. `loop` and `reason`
+    say which loop runs and why it is not the one asked for (`loops.prepare`).
     """
 
-    def __init__(self, model, rows: int, max_length: int, *, loop: str = "compiled",
-                 prefill_tokens: int = PREFILL_TOKENS):  # fmt: skip
-        if rows < 1 or prefill_tokens < 1:
-            raise ValueError(f"{rows} rows with prefill_tokens {prefill_tokens}: use at least 1")
+    def __init__(self, model, rows: int, max_length: int, *, loop: str = DEFAULT_LOOP,
+                 sampling: Sampling | None = None, stop: Stop | None = None):  # fmt: skip
+        if rows < 1:
+            raise ValueError(f"{rows} rows: use at least 1")
         if loop == "recompute":
             raise ValueError("recompute keeps no keys and values: choose cached or compiled")
         chosen = prepare(model, loop)
-        self.model, self.max_length, self.prefill_tokens = model, max_length, prefill_tokens
+        self.model, self.max_length = model, max_length
+        self.sampling, self.stop = sampling or Sampling(), stop or Stop()
         self.loop, self.reason = chosen.loop, chosen.reason
         self._engine = (
             _EagerRows(model)
@@ -67,21 +67,16 @@ class Slots:
         """Whether any slot holds a request."""
         return self.free < len(self._rows)
 
-    def admit(self, key: object, request: Request, sampling: Sampling, stop: Stop) -> None:
+    def admit(self, key: object, request: Request) -> None:
         """Put a request into a free slot; its tokens come from later steps under `key`.
 
         Raises ValueError when it is longer than a slot, or no slot is free.
         """
-        need = len(request.prompt_ids) + request.max_new_tokens
-        if need > self.max_length:
-            raise ValueError(
-                f"{len(request.prompt_ids)} prompt tokens + {request.max_new_tokens} new tokens ="
-                f" {need}, but a slot holds {self.max_length}: shorten one of the two"
-            )
+        check_length(request, self.max_length, "a slot holds {} tokens")
         if None not in self._rows:
             raise ValueError(f"all {len(self._rows)} slots are taken: step until one is free")
         draws = uniforms([request.seed], request.max_new_tokens)[0]
-        self._rows[self._rows.index(None)] = _Row(key, request, sampling, stop, draws)
+        self._rows[self._rows.index(None)] = _Row(key, request, draws)
 
     def drop(self, key: object) -> None:
         """Free the slot of a request that is no longer wanted; nothing happens if it has ended."""
@@ -107,10 +102,10 @@ class Slots:
         return [self._take(slot, token) for slot, token in zip(ready, tokens, strict=True)]
 
     def _pieces(self) -> list[Piece]:
-        """The last token of each request that decodes, and prompts: up to `prefill_tokens` of them
-        where a request would wait for them."""
+        """Last token of each decoding request, and prompt tokens: at most PREFILL_TOKENS while
+        another request decodes."""
         waits = any(row and row.generated for row in self._rows)
-        decoding, prompts, budget = [], [], self.prefill_tokens if waits else None
+        decoding, prompts, budget = [], [], PREFILL_TOKENS if waits else None
         for slot, row in enumerate(self._rows):
             if row is None:
                 continue
@@ -126,24 +121,17 @@ class Slots:
         return decoding + prompts
 
     def _draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[int]:
-        """The next token of each slot. Requests that are sampled alike are drawn together."""
-        tokens = [0] * len(slots)
-        groups: dict[Sampling, list[int]] = {}
-        for place, slot in enumerate(slots):
-            groups.setdefault(self._rows[slot].sampling, []).append(place)
-        for sampling, places in groups.items():
-            rows = [self._rows[slots[p]] for p in places]
-            uniform = torch.stack([r.uniforms[r.generated] for r in rows]).to(logits.device)
-            some = logits if len(places) == len(slots) else logits[places]
-            drawn = self._next_tokens(some, sampling, uniform).tolist()
-            for place, token in zip(places, drawn, strict=True):
-                tokens[place] = token
-        return tokens
+        """The next token of each slot: logits (slots, vocabulary)."""
+        rows = [self._rows[slot] for slot in slots]
+        if not rows:
+            return []
+        uniform = torch.stack([r.uniforms[r.generated] for r in rows]).to(logits.device)
+        return self._next_tokens(logits, self.sampling, uniform).tolist()
 
     def _take(self, slot: int, token: int) -> tuple[object, int, bool]:
         row = self._rows[slot]
         row.token, row.generated = token, row.generated + 1
-        ended = row.stop.ends(token, row.generated, row.request.prompt_ids)
+        ended = self.stop.ends(token, row.generated, row.request.prompt_ids)
         last = ended or row.generated == row.request.max_new_tokens
         if last:
             self._rows[slot] = None
@@ -203,6 +191,6 @@ def warm_up(model, rows: int, lengths: Iterable[int], copies: int = 1) -> None:
         for slots in [Slots(model, rows, length) for _ in range(copies)]:
             for count in sorted(counts):
                 for key in range(count):
-                    slots.admit(key, Request(key, (0,), 2), Sampling(), Stop())
+                    slots.admit(key, Request(key, (0,), 2))
                 while slots.busy:
                     slots.step()

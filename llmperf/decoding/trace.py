@@ -75,39 +75,28 @@ def _request(row: Mapping) -> RequestTrace:
     return RequestTrace(**{**row, "token_s": tuple(row["token_s"]), "tokens": tuple(row["tokens"])})
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How many requests gave the same tokens as a reference run, and where the first one parts."""
+def agreement(trace: Trace, reference: Trace) -> dict:
+    """Compare the tokens of the requests that both traces hold and that ended `ok`.
 
-    agree: int
-    total: int
-    first_divergence: tuple[int, int] | None  # (request id, token index)
-
-
-def agreement(trace: Trace, reference: Trace) -> Agreement:
-    """Compare the tokens of the requests that both traces hold and that ended `ok`."""
+    `agree` of `total` have the same; `first_divergence`: (request id, token index) where the first
+    one parts, or None.
+    """
     expected = {r.id: r.tokens for r in reference.requests if r.status == OK}
-    pairs = [
-        (r.id, r.tokens, expected[r.id])
-        for r in trace.requests
-        if r.id in expected and r.status == OK
-    ]
-    parted = [(i, _first_difference(a, b)) for i, a, b in pairs if a != b]
-    first = min(parted, key=lambda p: (p[1], p[0]), default=None)
-    return Agreement(len(pairs) - len(parted), len(pairs), first)
-
-
-def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    same = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(same) if x != y), min(len(a), len(b)))
+    both = [r for r in trace.requests if r.id in expected and r.status == OK]
+    parted = []
+    for r in both:
+        if r.tokens != (other := expected[r.id]):
+            alike = [a == b for a, b in zip(r.tokens, other, strict=False)]
+            parted.append(((*alike, False).index(False), r.id))
+    first = min(parted)[::-1] if parted else None
+    return {"agree": len(both) - len(parted), "total": len(both), "first_divergence": first}
 
 
 class Recorder:
-    """Collects one run's events. Safe to call from several threads; `clock` may be made up."""
+    """Collects one run's events. Safe to call from several threads."""
 
-    def __init__(self, requests: Iterable, clock=time.perf_counter):
-        self._clock = clock
-        self.origin = clock()
+    def __init__(self, requests: Iterable):
+        self.origin = time.perf_counter()
         self._loops: dict[str, str | None] = {}
         self._rows = {
             r.id: asdict(RequestTrace(r.id, len(r.prompt_ids), r.arrival_s, r.arrival_s))
@@ -117,7 +106,7 @@ class Recorder:
 
     def now(self) -> float:
         """Seconds since the start of the run."""
-        return self._clock() - self.origin
+        return time.perf_counter() - self.origin
 
     def submitted(self, id: int) -> None:
         """The request was handed to the strategy just now."""

@@ -6,13 +6,12 @@ from itertools import pairwise
 from math import inf
 from statistics import median
 
-from llmperf import machine, models, predict, stats
+from llmperf import machine, models, predict, stats, strategies
 from llmperf.machine import GIB
 
 HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 LEAST_RANGE = 3  # repeats on each side from which full separation has a chance of at most 1 in 20
 EQUAL_STEPS = 1.25  # memory steps of equal processes; the published ones are rounded to 0.1 GB
-DEFAULT_OPTIONS = {"stream": "default", "variant": "blocking", "weights": "own", "max_batch": 8}
 Row = Mapping[str, object]
 
 
@@ -122,11 +121,12 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
 def _nearest(rows: Sequence[Row], wanted: Mapping) -> list[Row]:
     """The rows of the variant with the wanted options that is else nearest to the defaults."""
     variants: dict[tuple, list[Row]] = {}
+    defaults = strategies.STRATEGIES[rows[0]["strategy"]].defaults if rows else {}
     for r in rows:
         given = {k.removeprefix("option_"): v for k, v in r.items() if k.startswith("option_")}
-        if all(given.get(k, DEFAULT_OPTIONS.get(k)) == v for k, v in wanted.items()):
+        if all(given.get(k, defaults.get(k)) == v for k, v in wanted.items()):
             further = given.keys() - wanted.keys() - {"intra_op"}
-            changed = sum(given[k] != DEFAULT_OPTIONS.get(k) for k in further)
+            changed = sum(given[k] != defaults.get(k) for k in further)
             # torch gives an operator all cores, so the largest number is the default
             place = (changed, -given.get("intra_op", 0), r["variant"])
             variants.setdefault(place, []).append(r)

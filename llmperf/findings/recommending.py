@@ -12,11 +12,12 @@ from llmperf.decoding.requests import Request, Workload
 from llmperf.machine import GIB
 from llmperf.measure import Record, capacity, frame, load
 from llmperf.strategies import STRATEGIES
+from llmperf.strategies.server import WINDOW_S
 
 SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}  # MLPerf's for an 8B model
 SHARE = 0.9  # of the requests must be within the limits
 ARRIVALS = 300  # simulated requests
-GROUP_WINDOW_S, FOREVER_S = 0.002, 1e9  # a server groups what comes in that time; a batch waits
+FOREVER_S = 1e9  # a batch waits until it is full; a server groups what comes in its window
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
 ASKED = ("model", "quantization", "dtype", "loop", "output_tokens", "requests_ok")
@@ -173,7 +174,7 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
     # Where nobody joins, an answer is modelled as two steps: its first token, then all the others.
     steps = tokens - 1 if not o.joins else 1
     curve = capacity.Curve((o.rows,), (o.first_ms / 1e3,), (step_ms * steps / 1e3,))
-    window_s = GROUP_WINDOW_S if o.arriving or o.served or o.rows == 1 else FOREVER_S
+    window_s = WINDOW_S if o.arriving or o.served or o.rows == 1 else FOREVER_S
     requests = _arrivals(load_per_s, o.rows, tokens if o.joins else 2)
     how = {"cards": o.servers, "max_batch": o.rows, "window_s": window_s, "joins": o.joins}
     trace = capacity.simulate(requests, curve, **how)

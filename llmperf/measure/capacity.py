@@ -14,6 +14,7 @@ import numpy as np
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import RequestTrace, Trace
 from llmperf.measure import metrics
+from llmperf.strategies.server import ROWS, WINDOW_S
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def simulate(
     curve: Curve,
     *,
     cards: int = 1,
-    max_batch: int = 8,
-    window_s: float = 0.002,
+    max_batch: int = ROWS,
+    window_s: float = WINDOW_S,
     joins: bool = False,
 ) -> Trace:
     """Run the requests through `cards` simulated cards at their arrival times.

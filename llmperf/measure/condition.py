@@ -8,7 +8,7 @@ from functools import cached_property
 
 from llmperf import decoding, strategies
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import PUBLISHED, Sampling, Stop, Workload
+from llmperf.decoding.requests import PUBLISHED, Sampling, Workload
 from llmperf.decoding.trace import Trace
 from llmperf.measure import load, metrics, records
 from llmperf.models import Model
@@ -25,7 +25,6 @@ class Condition:
     prompt_tokens: int | tuple[int, ...] = 32  # several lengths are cycled through
     new_tokens: int | tuple[int, ...] = 32
     sampling: Sampling = PUBLISHED
-    stop: Stop = field(default_factory=Stop)
     options: Mapping = field(default_factory=dict)  # the strategy's options
     seed: int = 0
     arrivals: Mapping | None = None  # as `load.arrival_times` takes them; None: all at once
@@ -35,7 +34,9 @@ class Condition:
         strategies.check(self.strategy, self.model, self.level, self.options)
         decoding.check_loop(self.loop)
         metrics.check_slo(self.slo or {})
-        workload.check_lengths(self.workload, self.model.shape.max_positions)
+        most = self.model.shape.max_positions
+        for request in self.workload.requests:
+            workload.check_length(request, most, "the model has {} positions")
 
     @cached_property
     def workload(self) -> Workload:
@@ -47,7 +48,6 @@ class Condition:
             self.new_tokens,
             seed=self.seed,
             sampling=self.sampling,
-            stop=self.stop,
         )
         return load.arriving(work, **self.arrivals) if self.arrivals else work
 
@@ -68,7 +68,7 @@ class Condition:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "sampling": asdict(self.sampling),
-            "stop": {"min_tokens": self.stop.min_tokens},
+            "stop": {"min_tokens": None},  # forced lengths; kept for the digests of old records
             "seed": self.seed,
         }
 

@@ -10,7 +10,6 @@ from llmperf.machine import ceilings
 from llmperf.measure import step_time
 from llmperf.measure.condition import Condition
 from llmperf.strategies import served
-from llmperf.strategies.strategy import weights
 
 
 class DoesNotFit(ValueError):
@@ -94,7 +93,8 @@ def check_fits(condition: Condition) -> None:
     spec = _longest(condition)
     free, held = predict.free_and_held(m)
     if known.served:  # their memory comes on top of this process's; what kept ones hold is theirs
-        spec = replace(spec, processes=1) if weights(condition.options) == "shared" else spec
+        options = known.with_defaults(condition.options)
+        spec = replace(spec, processes=1) if options.get("weights") == "shared" else spec
         single = predict.memory(replace(spec, processes=1), idle_bytes=0).low
         held = single * len(served.pids())
     fit = predict.judge(predict.memory(spec, idle_bytes=0), free + held)

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -190,6 +190,7 @@ class _Session:
         loop, why = trace.notes.get("loop"), trace.notes.get("fallback")
         warnings = [f"{condition.loop} ran as {loop}: {why}"] if why else []
         warnings += [f"unstable: {self.busy}"] if self.busy else []
+        comparable = trace.notes.get("tokens_comparable", True)
         return self.record(
             condition,
             repeat,
@@ -200,7 +201,7 @@ class _Session:
             metrics=condition.summarize(trace),
             memory=window | _memory_of_workers(condition, trace),
             prediction=prediction.audit(condition, predicted, trace),
-            agreement=asdict(agreement(trace, self.reference(condition))),
+            agreement=agreement(trace, self.reference(condition)) if comparable else None,
             warnings=warnings,
         )
 
@@ -217,8 +218,8 @@ def _make_graphs(condition: Condition) -> None:
     if condition.loop != "compiled" or runner.served or runner.foreign:
         decoding.free_graphs()
         return
-    lengths = {len(r.prompt_ids) + r.max_new_tokens for r in condition.workload.requests}
-    copies = runner.in_turn(condition.level, condition.options)
+    lengths = {r.length for r in condition.workload.requests}
+    copies = runner.interleaved_batches(condition.level, condition.options)
     decoding.warm_up(condition.model, condition.rows_per_step, lengths, copies)
 
 

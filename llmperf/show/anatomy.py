@@ -1,16 +1,15 @@
 """One generation in phases: how long each keeps the processor, then waits for the device."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 
 import torch
-from transformers import DynamicCache
 
-from llmperf.decoding import last_column, pad, positions
+from llmperf.decoding import pad
+from llmperf.decoding.batch import cached
 from llmperf.decoding.requests import Request
 from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
-from llmperf.models import Model, with_cache
+from llmperf.models import Model
 
 PHASES = ("tokenise", "prefill", "decode", "sampling", "detokenise")
 
@@ -23,17 +22,16 @@ class Stopwatch:
     def __init__(self, device: str):
         self.device = device
         self.processor_ms, self.waiting_ms = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
+        self._began = time.perf_counter()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add what happens inside to the phase `name`."""
-        began = time.perf_counter()
-        yield
+    def lap(self, phase: str) -> None:
+        """Add what happened since the last lap to `phase`."""
         returned = time.perf_counter()
-        self.processor_ms[name] += (returned - began) * 1e3
+        self.processor_ms[phase] += (returned - self._began) * 1e3
         if self.device != "cpu":
             torch.cuda.synchronize()
-            self.waiting_ms[name] += (time.perf_counter() - returned) * 1e3
+            self.waiting_ms[phase] += (time.perf_counter() - returned) * 1e3
+        self._began = time.perf_counter()
 
 
 @torch.inference_mode()
@@ -42,22 +40,20 @@ def split(model: Model, text: str, new_tokens: int, sampling: Sampling, seed: in
 
     Waiting for the device after every phase makes the whole a little slower than the loop itself.
     """
+    draws, out = uniforms([seed], new_tokens).to(model.torch_device), []
     watch = Stopwatch(model.device)
-    with watch.phase("tokenise"):
-        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     batch = pad([Request(0, tuple(ids), new_tokens, seed)], model.torch_device)
-    draws = uniforms([seed], new_tokens).to(model.torch_device)
-    cache = with_cache(model.module, DynamicCache(config=model.module.config))
-    column, position, out = batch.ids, positions(batch.mask), []
-    for step in range(new_tokens):
-        with watch.phase("decode" if step else "prefill"):
-            last = last_column(column)
-            known = {"position_ids": position, "logits_to_keep": last}
-            logits = model.module(input_ids=column, **known, **cache).logits[:, -1]
-        with watch.phase("sampling"):
-            token = next_tokens(logits, sampling, draws[:, step])
-            out.append(token.item())
-        column, position = token[:, None], position[:, -1:] + 1
-    with watch.phase("detokenise"):
-        model.tokenizer.decode(out)
+    watch.lap("tokenise")
+
+    def draw(logits: torch.Tensor, step: int) -> torch.Tensor:
+        watch.lap("decode" if step else "prefill")
+        token = next_tokens(logits, sampling, draws[:, step])
+        out.append(token.item())
+        watch.lap("sampling")
+        return token
+
+    deque(cached(model, batch, draw), maxlen=0)
+    model.tokenizer.decode(out)
+    watch.lap("detokenise")
     return watch

@@ -8,5 +8,4 @@ __getattr__, __all__ = lazy_face(
     table="STRATEGIES check",
     served="session",
     server="Server ServerFailed",
-    threads="gil_watch",
 )

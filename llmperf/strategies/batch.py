@@ -15,11 +15,11 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `batch_size` (default: all), `loop`, `on_step`.
     """
-    how = run_control.how(workload, options) | {"on_step": options.get("on_step")}
+    how = run_control.how(workload, options)
     recorder = Recorder(workload.requests)
     requests = tuple(run_control.in_order(workload.requests))
     size = options.get("batch_size", len(requests))
-    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+    longest = max(r.length for r in requests)
     how["room"] = min(size, len(requests)), longest  # of all batches, the last one too
     for start in range(0, len(requests), size):
         rows = requests[start : start + size]

@@ -13,7 +13,6 @@ from llmperf.models import Model
 from llmperf.strategies import run_control
 from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, choice, in_words
 
-IN_THE_LOOP = ("blocking", "yielding")
 BEAT_S = 0.01  # the heartbeat task asks for its turn this often
 
 
@@ -33,11 +32,11 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
 async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """Start all tasks and the heartbeat, wait for the tasks, close the trace."""
-    variant = options.get("variant", "blocking")
+    variant = options["variant"]
     tasks = options.get("workers", len(workload.requests))
     cancel = threading.Event()
-    step = run_control.stepper(cancel, options.get("on_step"))
     how, queue = run_control.how(workload, options), run_control.in_order(workload.requests)
+    step = run_control.stepper(cancel, how.pop("on_step"))
 
     def block(request: Request, worker: str) -> None:
         """The decoding loop to its end: whoever calls this does nothing else meanwhile."""
@@ -94,22 +93,13 @@ async def _beat(late: list[float]) -> None:
 
 
 _tasks = capped_by_level("workers")
-
-
-def _threads(level: int, options: Mapping) -> int:
-    return _tasks(level, options) if options.get("variant") == "to_thread" else 1
-
-
-def _in_turn(level: int, options: Mapping) -> int:
-    return _tasks(level, options) if options.get("variant") == "yielding" else 1
-
-
 STRATEGY = Strategy(
     "coroutine",
     run,
     in_words("{n} coroutines", "variant", single="1 coroutine", count=_tasks),
     style=4,
-    options={"variant": choice(*IN_THE_LOOP, "to_thread"), "workers": COUNT},
-    threads=_threads,
-    in_turn=_in_turn,
+    options={"variant": choice("blocking", "yielding", "to_thread"), "workers": COUNT},
+    defaults={"variant": "blocking"},
+    threads=lambda level, o: _tasks(level, o) if o.get("variant") == "to_thread" else 1,
+    interleaved_batches=lambda level, o: _tasks(level, o) if o.get("variant") == "yielding" else 1,
 )

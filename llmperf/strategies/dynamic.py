@@ -9,9 +9,9 @@ from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Trace
 from llmperf.models import Model
 from llmperf.strategies import served
+from llmperf.strategies.server import ROWS
 from llmperf.strategies.strategy import COUNT, Strategy, capped_by_level, in_words, number
 
-MAX_BATCH = 8
 OPTIONS = {
     "max_batch": COUNT,
     "max_queue": COUNT,
@@ -23,7 +23,7 @@ OPTIONS = {
 
 def run(model: Model, workload: Workload, options: Mapping, batching: str = "groups") -> Trace:
     """Options: `max_batch` (default 8) and those of `Server.run`."""
-    how = {"max_batch": MAX_BATCH, **options}
+    how = dict(options)
     return served.run(model, workload, rows=how.pop("max_batch"), batching=batching, **how)
 
 
@@ -33,7 +33,8 @@ STRATEGY = Strategy(
     in_words("dynamic batching", *OPTIONS, "window_s"),
     style=3,
     options=OPTIONS | {"window_s": number(0, 59)},
-    rows_per_step=capped_by_level("max_batch", MAX_BATCH),
+    defaults={"max_batch": ROWS},
+    rows_per_step=capped_by_level("max_batch", ROWS),
     processes=lambda level, options: options.get("processes", 1),
     served=True,
 )

@@ -5,15 +5,17 @@ The key is read from the environment and goes into one header, never into a reco
 
 import asyncio
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 
 import httpx
+import orjson
 
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import ERROR, OK, Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import run_control
-from llmperf.strategies.events import BrokenStream, Chunk, read_chunks
 from llmperf.strategies.strategy import COUNT, TEXT, Strategy, choice, in_words, number
 
 PATHS = {"completions": "completions", "chat": "chat/completions"}
@@ -23,6 +25,22 @@ ERROR_BYTES = 1 << 16  # of an error's body that are read
 REASON_CHARACTERS = 300
 CONNECT_S = 5.0
 TIMEOUTS_S = {"timeout_s": 60.0, "deadline_s": 600.0}
+LONGEST_EVENT = 1 << 20  # bytes: no honest event is longer
+CHARACTERS_PER_TOKEN = 64  # of the longest plausible answer, so that memory stays bounded
+MOST_TOKENS = 10**9  # that a server may say it has counted
+
+
+class BrokenStream(ValueError):
+    """The stream is not what it should be; the message says how, and is not yet cut or cleaned."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of text, when it came (perf_counter), and the server's own count if it gave one."""
+
+    text: str
+    at_s: float
+    usage_tokens: int | None = None
 
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
@@ -35,14 +53,19 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     {"ignore_eos": True} for a forced length on vLLM or SGLang).
 
     Tokens are counted by tokenizing the answer, since an event may carry several or none; each has
-    the time of the event that completed its text. The server's own count is in the notes.
+    the time of the event that completed its text. The server's own count is in the notes, and in
+    `not_followed` the names of what was asked of the sampling and has no place in the API; `extra`
+    can give a server top_k where it knows it.
     """
-    return run_control.run_async(_run(model, workload, TIMEOUTS_S | {**options}))
+    return run_control.run_async(_run(model, workload, options))
 
 
 async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     n = options.get("concurrency", len(workload.requests))
-    key = os.environ.get(options.get("key_env", "OPENAI_API_KEY"), "").strip()
+    key = os.environ.get(options["key_env"], "").strip()
+    asked = workload.sampling
+    top_k = None if asked.greedy or "top_k" in options["extra"] else asked.top_k
+    unsent = {"top_k": top_k, "suppress": asked.suppress}
     usage: list[int] = []  # tokens of each answer, as the server says
 
     async def answer(request: Request) -> dict:
@@ -73,6 +96,7 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
         return recorder.trace(
             usage_tokens=sum(usage) if usage else None,
             tokens_comparable=False,  # another engine, with random numbers of its own
+            not_followed=[name for name, value in unsent.items() if value],
         )
 
 
@@ -91,8 +115,7 @@ def _client(options: Mapping, key: str, connections: int) -> httpx.AsyncClient:
 
 async def _stream(client: httpx.AsyncClient, options: Mapping, body: dict, chunks: list) -> None:
     """Read one answer into `chunks`. Compressed bodies are refused: a small one may be a bomb."""
-    path = PATHS[options.get("api", "completions")]
-    async with client.stream("POST", path, json=body) as response:
+    async with client.stream("POST", PATHS[options["api"]], json=body) as response:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise BrokenStream("the server compressed its answer, which was not asked for")
         if response.status_code != 200:
@@ -121,8 +144,52 @@ def _body(model: Model, workload: Workload, request: Request, options: Mapping) 
     }
     if not sampling.greedy and sampling.top_p is not None:
         body["top_p"] = sampling.top_p
-    body |= chat if options.get("api") == "chat" else {"prompt": prompt}
-    return body | dict(options.get("extra", {}))
+    body |= chat if options["api"] == "chat" else {"prompt": prompt}
+    return body | dict(options["extra"])
+
+
+async def read_chunks(stream: AsyncIterator[bytes], max_new_tokens: int) -> AsyncIterator[Chunk]:
+    """The pieces of one answer, up to its end. Raises BrokenStream."""
+    ended, done, characters, unfinished = False, False, 0, b""
+    async for received in stream:  # to its end, which frees the connection
+        at = time.perf_counter()
+        *lines, unfinished = (unfinished + received).split(b"\n")
+        if len(unfinished) > LONGEST_EVENT:
+            raise BrokenStream(f"the server sent an event of more than {LONGEST_EVENT} bytes")
+        for line in lines:
+            data = line[5:].strip().decode(errors="replace")
+            done = done or data == "[DONE]"
+            if done or not line.startswith(b"data:"):
+                continue  # comments and field names
+            chunk, last = _parse(data, at)
+            ended = ended or last
+            characters += len(chunk.text)
+            if characters > CHARACTERS_PER_TOKEN * (max_new_tokens + 16):
+                raise BrokenStream(f"the server sent far more than {max_new_tokens} tokens")
+            yield chunk
+    if not (ended or done):
+        raise BrokenStream("the server closed the stream before the answer's end")
+
+
+def _parse(data: str, at: float) -> tuple[Chunk, bool]:
+    """The chunk and whether it is the last with text, from one event."""
+    try:
+        event = orjson.loads(data)  # NaN, Infinity and lone surrogates are none either
+    except ValueError:
+        raise BrokenStream(f"the server sent an event that is not JSON: {data!r}") from None
+    try:
+        if error := event.get("error"):
+            said = error.get("message", error) if isinstance(error, dict) else error
+            raise BrokenStream(f"the server reported an error: {said}")
+        choice = (event.get("choices") or [{}])[0]
+        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        tokens = (event.get("usage") or {}).get("completion_tokens")
+        counted = tokens is None or type(tokens) is int and 0 <= tokens <= MOST_TOKENS
+        if not (isinstance(text, str) and counted):
+            raise TypeError
+        return Chunk(text, at, tokens), choice.get("finish_reason") is not None
+    except (AttributeError, TypeError, LookupError):
+        raise BrokenStream(f"the server sent an event of another form: {data!r}") from None
 
 
 def _tokens(tokenizer, chunks: list[Chunk]) -> dict:
@@ -185,6 +252,7 @@ STRATEGY = Strategy(
         "concurrency": COUNT,
         "extra": (lambda v: isinstance(v, Mapping), "a mapping: fields added to each request"),
     },
+    defaults={"api": "completions", "key_env": "OPENAI_API_KEY", "extra": {}, **TIMEOUTS_S},
     refuse=_refuse,
     rows_per_step=lambda level, options: level,
     processes=lambda level, options: 0,

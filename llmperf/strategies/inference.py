@@ -10,7 +10,7 @@ from queue import Empty, Queue
 
 import psutil
 
-from llmperf.decoding.requests import Request, Sampling, Stop
+from llmperf.decoding.requests import Request, Sampling
 from llmperf.machine import Parent, first_line
 from llmperf.machine.gpu import torch_in_use
 
@@ -18,14 +18,14 @@ from llmperf.machine.gpu import torch_in_use
 class GroupedSlots:
     """A group of up to `rows` requests is one batch of `decode`; the next one waits for its end.
 
-    It has the methods of `decoding.Slots`. `decode(requests, sampling, stop)` gives one list of
-    tokens a step, None for rows that ended. A group is sampled and stopped like its first request.
+    It has the methods of `decoding.Slots`, and `sampling`, which may be set. `decode(requests,
+    sampling)` gives one list of tokens a step, None for rows that ended.
     """
 
     def __init__(self, decode: Callable, rows: int, loop: str = "", reason: str | None = None):
         self.loop, self.reason = loop, reason
-        self._decode, self._rows = decode, rows
-        self._group: dict = {}  # key → (request, sampling, stop), all of the batch
+        self._decode, self._rows, self.sampling = decode, rows, Sampling()
+        self._group: dict = {}  # key → request, all of the batch
         self._left: set = set()  # keys that still want tokens
         self._steps, self._count = None, 0
 
@@ -33,9 +33,9 @@ class GroupedSlots:
     def free(self) -> int:
         return 0 if self._steps else self._rows - len(self._group)
 
-    def admit(self, key, request: Request, sampling: Sampling, stop: Stop) -> None:
+    def admit(self, key, request: Request) -> None:
         """Add a request to the group that starts with the next step."""
-        self._group[key] = request, sampling, stop
+        self._group[key] = request
         self._left.add(key)
 
     def drop(self, key) -> None:
@@ -49,14 +49,12 @@ class GroupedSlots:
     def step(self) -> list[tuple]:
         """(key, token, whether it is the last) of each request that is still wanted."""
         if self._steps is None:
-            requests = [request for request, _, _ in self._group.values()]
-            self._steps = self._decode(requests, *next(iter(self._group.values()))[1:])
+            self._steps = self._decode(list(self._group.values()), self.sampling)
         row, found = next(self._steps), []
         self._count += 1
-        for (key, (request, _, stop)), token in zip(self._group.items(), row, strict=True):
+        for (key, request), token in zip(self._group.items(), row, strict=True):
             if token is not None and key in self._left:
-                ends = stop.ends(token, self._count, request.prompt_ids)
-                found.append((key, token, ends or self._count >= request.max_new_tokens))
+                found.append((key, token, self._count >= request.max_new_tokens))
         for key, _, last in found:
             if last:
                 self.drop(key)
@@ -69,7 +67,6 @@ class InferenceLoop:
     def __init__(self, parent: Parent, inbox: Queue, make_slots: Callable):
         self._parent, self._inbox, self._make_slots = parent, inbox, make_slots
         self._slots, self._shape, self._window_s, self._cpu_s = None, None, 0.0, 0.0
-        self._sampling, self._stop = Sampling(), Stop()
         self._waiting: dict[int, tuple[Request, float]] = {}  # with the time at which it came
         self._running: set[int] = set()
 
@@ -112,24 +109,15 @@ class InferenceLoop:
                     answer = {"error": _sentence(error)}
                 self._parent.send(event="reply", **answer)
 
-    def _prepare(self, how, prompt_tokens, new_tokens, window_s, sampling, stop) -> dict:
+    def _prepare(self, how, prompt_tokens, new_tokens, window_s, sampling) -> dict:
         """Make slots for `rows` requests of these lengths, and run two tokens of such a batch."""
-        for key in self._running:  # of a run that was interrupted
-            self._slots.drop(key)
-        self._waiting, self._running = {}, set()
         if (prompt_tokens, new_tokens, how) != self._shape:
             self._slots, self._shape = None, None  # its memory is free before new is taken
             self._slots = self._make_slots(max_length=prompt_tokens + new_tokens, **how)
             for rows in sorted({1, how["rows"]}):
                 self._warm_up(rows, prompt_tokens, new_tokens)
             self._shape = prompt_tokens, new_tokens, how
-        self._sampling = Sampling(**{**sampling, "suppress": tuple(sampling["suppress"])})
-        self._stop = Stop(
-            frozenset(stop["end_ids"]),
-            frozenset(stop["sentence_ids"]),
-            stop["min_tokens"],
-            stop["pair"] and tuple(stop["pair"]),
-        )
+        self._slots.sampling = Sampling(**sampling | {"suppress": tuple(sampling["suppress"])})
         self._window_s, self._cpu_s = window_s, time.process_time()
         torch = sys.modules.get("torch")
         threads = torch.get_num_threads() if torch else None
@@ -138,8 +126,7 @@ class InferenceLoop:
     def _warm_up(self, rows: int, prompt_tokens: int, new_tokens: int) -> None:
         keys, tokens = range(-rows, 0), 0
         for key in keys:
-            request = Request(0, (0,) * prompt_tokens, new_tokens)
-            self._slots.admit(key, request, Sampling(), Stop())
+            self._slots.admit(key, Request(0, (0,) * prompt_tokens, new_tokens))
         while tokens < rows * min(2, new_tokens):
             tokens += len(self._slots.step())
         for key in keys:
@@ -163,7 +150,7 @@ class InferenceLoop:
         started = list(islice(self._waiting, self._slots.free)) if self._waiting else []
         for key in started:
             request, _ = self._waiting.pop(key)
-            self._slots.admit(key, request, self._sampling, self._stop)
+            self._slots.admit(key, request)
         if started:
             self._running.update(started)
             self._parent.send(event="started", keys=started)

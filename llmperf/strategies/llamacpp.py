@@ -34,7 +34,7 @@ def unavailable(model: Model) -> str | None:
 
 
 def run(model: Model, workload: Workload) -> Trace:
-    """One request after another, in order of arrival."""
+    """One request after another, in order of arrival. It suppresses no token: see the notes."""
     from llama_cpp import Llama
 
     sampling, requests = workload.sampling, workload.requests
@@ -43,7 +43,7 @@ def run(model: Model, workload: Workload) -> Trace:
     threads = torch.get_num_threads()
     engine = Llama(
         str(gguf(model.dtype)),
-        n_ctx=max(len(r.prompt_ids) + r.max_new_tokens for r in requests) + 8,
+        n_ctx=max(r.length for r in requests) + 8,
         n_threads=threads,
         n_threads_batch=threads,
         n_gpu_layers=0 if model.device == "cpu" else -1,
@@ -58,7 +58,8 @@ def run(model: Model, workload: Workload) -> Trace:
         tokens = engine.generate(list(request.prompt_ids), **drawn)
         for _ in range(request.max_new_tokens):
             recorder.token(request.id, next(tokens))
-    return recorder.trace(kv_dtype="fp16")
+    not_followed = ["suppress"] if sampling.suppress else []
+    return recorder.trace(kv_dtype="fp16", not_followed=not_followed)
 
 
 def gguf(dtype: str) -> Path:

@@ -32,8 +32,8 @@ def load(config: dict) -> Callable:
         if batching == "slots":
             return decoding.Slots(model, rows, max_length, loop=loop)
 
-        def decode(requests, sampling, stop):
-            how = {"loop": loop, "sampling": sampling, "stop": stop, "room": (rows, max_length)}
+        def decode(requests, sampling):
+            how = {"loop": loop, "sampling": sampling, "room": (rows, max_length)}
             return decoding.decode(model, requests, **how)
 
         prepared = decoding.prepare(model, loop)

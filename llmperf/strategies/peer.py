@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from llmperf import decoding
-from llmperf.decoding.requests import Sampling, Stop, Workload
+from llmperf.decoding.requests import Sampling, Workload
 from llmperf.decoding.trace import Recorder, Trace
 from llmperf.models import Model
 from llmperf.strategies import llamacpp, run_control, transformers_continuous
@@ -31,9 +31,7 @@ def unavailable(model: Model, engine: str) -> str | None:
 
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """All requests by arrival. Options: `engine` (default generate), `on_step`."""
-    if workload.stop != Stop():
-        raise ValueError("peer generates forced lengths only: leave stop at its default")
-    engine = options.get("engine", "generate")
+    engine = options["engine"]
     if engine == "llamacpp":
         trace = llamacpp.run(model, workload)
     elif engine == "transformers-continuous":
@@ -92,7 +90,7 @@ def generation_config(sampling: Sampling, **how) -> GenerationConfig:
 
 
 def _refuse(model: Model, level: int, options: Mapping) -> None:
-    if why := unavailable(model, options.get("engine", "generate")):
+    if why := unavailable(model, options["engine"]):
         raise ValueError(why)
 
 
@@ -102,6 +100,7 @@ STRATEGY = Strategy(
     lambda level, options: f"{options.get('engine', 'generate')}, {level} requests",
     style=5,
     options={"engine": choice(*ENGINES)},
+    defaults={"engine": "generate"},
     refuse=_refuse,
     rows_per_step=lambda level, options: 1 if options.get("engine") == "llamacpp" else level,
     foreign=True,

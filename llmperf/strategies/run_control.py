@@ -18,7 +18,7 @@ class Cancelled(Exception):
 def how(workload: Workload, options: Mapping) -> dict:
     """How to decode, as `decoding.run` takes it; without `loop` the default of `decoding` holds."""
     loop = {"loop": options["loop"]} if "loop" in options else {}
-    return loop | {"sampling": workload.sampling, "stop": workload.stop}
+    return loop | {"sampling": workload.sampling, "on_step": options.get("on_step")}
 
 
 def in_order(requests: Iterable[Request]) -> Iterator[Request]:

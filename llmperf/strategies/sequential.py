@@ -15,7 +15,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `loop`, `on_step` (called after each token).
     """
-    how = run_control.how(workload, options) | {"on_step": options.get("on_step")}
+    how = run_control.how(workload, options)
     recorder = Recorder(workload.requests)
     for request in run_control.in_order(workload.requests):
         run_control.wait_for_arrival(request, recorder)

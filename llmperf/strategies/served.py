@@ -29,8 +29,8 @@ def session() -> Iterator[None]:
             close()
 
 
-def ready(model: Model, processes: int, weights: str = "own") -> list[int]:
-    """Start `processes` processes that have loaded the model; the ids of those that stay idle.
+def ensure_started(model: Model, processes: int, weights: str = "own") -> list[int]:
+    """Start the server's processes; return the pids this run does not use.
 
     On a GPU an idle process holds a context that the device level counts, so there it is ended.
     """
@@ -56,12 +56,8 @@ def run(model: Model, workload: Workload, processes: int = 1, weights: str = "ow
     """Run on the kept server; `how` as for `Server.run`."""
     how.pop("on_step", None)
     with session():
-        try:
-            ready(model, processes, weights)
-            return _kept[0].run(workload, processes=processes, **how)
-        except BaseException:
-            close()
-            raise
+        ensure_started(model, processes, weights)
+        return _kept[0].run(workload, processes=processes, **how)
 
 
 def close() -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -24,6 +25,7 @@ from llmperf.machine import SLICE_S, Child
 from llmperf.models import Model, mapped
 
 ENGINE = "llmperf.strategies.model_engine:load"
+ROWS, WINDOW_S = 8, 0.002  # of a batch; how long an idle process waits for one to fill
 START_S = 300.0  # loading a large model may take minutes
 STALL_S = 300.0  # a process that has requests and says nothing for so long is ended
 
@@ -40,6 +42,20 @@ class InferenceProcess:
     load_s: float = 0.0
     ids: set[int] = field(default_factory=set)  # requests that it has and has not finished
     heard_s: float = 0.0  # time.monotonic of its last message
+
+
+def _closing(method: Callable) -> Callable:
+    """Close the server when `method` is interrupted: a late reply would answer a later question."""
+
+    @wraps(method)
+    def called(self, *args, **how):
+        try:
+            return method(self, *args, **how)
+        except BaseException:
+            self.close()
+            raise
+
+    return called
 
 
 class Server:
@@ -59,6 +75,7 @@ class Server:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @_closing
     def start(self, processes: int) -> None:
         """Start processes until so many have loaded the model. Raises ServerFailed."""
         if not all(p.child.alive for p in self.processes):
@@ -72,12 +89,8 @@ class Server:
             self.processes.append(InferenceProcess(child))
         folder = str(self._folder) if self._folder else None
         config = {"engine": self._engine, "spec": asdict(self.model.source), "folder": folder}
-        try:
-            for place, reply in zip(new, self._ask(new, **config), strict=True):
-                self.processes[place].load_s = reply["load_s"]
-        except BaseException:
-            self.close()
-            raise
+        for place, reply in zip(new, self._ask(new, **config), strict=True):
+            self.processes[place].load_s = reply["load_s"]
 
     def close(self) -> None:
         """End the processes. May be called twice."""
@@ -93,14 +106,15 @@ class Server:
         """Ids of the inference processes from the `start`-th on."""
         return [p.child.pid for p in self.processes[start:]]
 
+    @_closing
     def run(
         self,
         workload: Workload,
         *,
         processes: int = 1,
-        rows: int = 8,
+        rows: int = ROWS,
         batching: str = "groups",
-        window_s: float = 0.002,
+        window_s: float = WINDOW_S,
         loop: str = decoding.DEFAULT_LOOP,
         on_token: Callable[[int, int], None] | None = None,
         **limits,
@@ -113,21 +127,20 @@ class Server:
         `limits`: `max_queue` (more waiting requests are rejected), `concurrency` (at most so many
         in flight: a closed loop) and `deadline_s` (of a request). A process that dies ends the run;
         requests that were not answered have its reason. Raises ServerFailed when one cannot start.
+        A run that raises, or is interrupted, ends the processes.
         """
         decoding.check_loop(loop)
         self.start(processes)
-        requests, stop, places = workload.requests, workload.stop, range(processes)
+        requests, places = workload.requests, range(processes)
         threads = None if processes == 1 else max(1, machine.usable_cores() // processes)
-        ends = {"end_ids": sorted(stop.end_ids), "sentence_ids": sorted(stop.sentence_ids)}
         prepared = self._ask(
             places,
             do="prepare",
             how={"rows": rows, "batching": batching, "loop": loop, "threads": threads},
             prompt_tokens=max(len(r.prompt_ids) for r in requests),
             new_tokens=max(r.max_new_tokens for r in requests),
-            window_s=window_s,
+            window_s=window_s if batching == "groups" else 0.0,
             sampling=asdict(workload.sampling),
-            stop=asdict(stop) | ends,
         )
         loads = [p.load_s for p in self.processes[:processes]]
         traffic = _Traffic(self.processes[:processes], requests, rows, on_token, **limits)
@@ -188,8 +201,6 @@ class _Traffic:
     def __init__(self, processes, requests, rows, on_token, max_queue=None, concurrency=None,
                  deadline_s=None):  # fmt: skip
         self.processes, self.on_token, self.deadline_s = processes, on_token, deadline_s
-        for process in processes:
-            process.ids.clear()  # of a run that was interrupted
         self.most = rows if rows == 1 else 2 * rows  # a process has its next batch waiting already
         self.max_queue = len(requests) if max_queue is None else max_queue
         self.concurrency = concurrency or len(requests)
@@ -250,8 +261,6 @@ class _Traffic:
 
     def take(self, place: int, event: dict) -> None:
         """A message of a process; what it says of a request that has ended is ignored."""
-        if place >= len(self.processes):
-            return  # idle in this run
         known = [id for id in event.get("keys", ()) if id in self.opened]
         match event["event"]:
             case "started":

@@ -10,6 +10,7 @@ from llmperf.strategies import served
 
 Check = tuple[Callable[[object], bool], str]  # (whether a value can be, what it must be)
 Count = Callable[[int, Mapping], int]  # (level, options) → a number
+ONE: Count = lambda level, options: 1  # noqa: E731
 RUN_OPTIONS = ("loop", "on_step")  # every run gets these from its condition
 OWN_LOOP = (None, "cached", "compiled")  # values of `loop` that a foreign engine accepts: defaults
 
@@ -26,11 +27,12 @@ class Strategy:
     words: Callable[[int, Mapping], str]  # (level, options) → the name in a sentence
     style: int  # index of colour and marker in figures
     options: Mapping[str, Check] = field(default_factory=dict)
+    defaults: Mapping = field(default_factory=dict)  # of options, where they depend on nothing else
     refuse: Callable[[Model, int, Mapping], None] | None = None  # what no single option shows
-    rows_per_step: Count = lambda level, options: 1  # in one pass over the weights
-    processes: Count = lambda level, options: 1  # that hold the model here; 0: another machine
-    threads: Count = lambda level, options: 1  # that decode at the same time in one process
-    in_turn: Count = lambda level, options: 1  # batches that take turns, each with its own buffers
+    rows_per_step: Count = ONE  # in one pass over the weights
+    processes: Count = ONE  # that hold the model here; 0: another machine
+    threads: Count = ONE  # that decode at the same time in one process
+    interleaved_batches: Count = ONE  # that take turns, each with its own buffers
     foreign: bool = False  # another engine: its decoding loop and random numbers are its own
     joins: bool = False  # a request enters the running batch at its next step
     served: bool = False  # inference runs in the kept server's processes
@@ -47,7 +49,11 @@ class Strategy:
         if self.foreign and options.get("loop") not in OWN_LOOP:
             raise ValueError(f"{self.name} has its own decoding loop: leave loop at its default")
         if self.refuse:
-            self.refuse(model, level, options)
+            self.refuse(model, level, self.with_defaults(options))
+
+    def with_defaults(self, options: Mapping) -> dict:
+        """The options, and the defaults of those that are not given."""
+        return {**self.defaults, **options}
 
     def servers(self, level: int, options: Mapping) -> int:
         """Steps that are computed at the same time, here or in the kept server."""
@@ -59,17 +65,13 @@ class Strategy:
         Gives the process ids of workers that stay idle in it: they are not part of its memory.
         """
         processes = self.processes(level, options) if self.served else 0
-        return served.ready(model, processes, weights(options))
+        weights = self.with_defaults(options).get("weights", "own")
+        return served.ensure_started(model, processes, weights)
 
     def __call__(self, model: Model, workload: Workload, options: Mapping) -> Trace:
         """Check the options and run. The trace ends when all work is done."""
         self.check(model, len(workload.requests), options)
-        return self.run(model, workload, options)
-
-
-def weights(options: Mapping) -> str:
-    """Whether processes hold their `own` weights (the default) or map `shared` ones."""
-    return options.get("weights", "own")
+        return self.run(model, workload, self.with_defaults(options))
 
 
 COUNT: Check = (lambda v: type(v) is int and v >= 1, "a whole number, at least 1")

@@ -32,10 +32,10 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """
     workers = options.get("workers", len(workload.requests))
     intra_op = options.get("intra_op", torch.get_num_threads())
-    stream = options.get("stream", "default")
+    stream = options["stream"]
     queue, cancel = run_control.in_order(workload.requests), threading.Event()
     how = run_control.how(workload, options)
-    how["on_step"] = run_control.stepper(cancel, options.get("on_step"))
+    how["on_step"] = run_control.stepper(cancel, how["on_step"])
     recorder: Recorder | None = None
     seen: dict[int, dict] = {}
 
@@ -137,7 +137,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
             f"intra_op sets threads of the processor, but the model is on {model.device}:"
             " leave it out"
         )
-    if options.get("stream") == "own" and model.device == "cpu":
+    if options["stream"] == "own" and model.device == "cpu":
         raise ValueError("a stream of its own needs a CUDA GPU, and the model is on the cpu")
 
 
@@ -153,6 +153,7 @@ STRATEGY = Strategy(
         "intra_op": COUNT,
         "stream": choice("default", "own"),
     },
+    defaults={"stream": "default"},
     refuse=_refuse,
     threads=capped_by_level("workers"),
 )

@@ -23,9 +23,7 @@ def run(model: Model, workload: Workload, config: GenerationConfig) -> Trace:
     what `MAX_BATCH` of the requests need; by default it takes 90 % of the free memory.
     """
     waiting = deque(run_control.in_order(workload.requests))
-    needs = sorted(
-        math.ceil((len(r.prompt_ids) + r.max_new_tokens) / BLOCK_TOKENS) for r in waiting
-    )
+    needs = sorted(math.ceil(r.length / BLOCK_TOKENS) for r in waiting)
     limits = ContinuousBatchingConfig(
         num_blocks=sum(needs[-MAX_BATCH:]) + 1,
         page_size=BLOCK_TOKENS,

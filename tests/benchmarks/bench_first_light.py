@@ -13,7 +13,8 @@ import torch
 from llmperf import models
 from llmperf.decoding import decode
 from llmperf.decoding import requests as workload
-from llmperf.decoding.sampling import PUBLISHED, next_tokens, uniforms
+from llmperf.decoding.requests import PUBLISHED
+from llmperf.decoding.sampling import next_tokens, uniforms
 
 
 def show(name: str, seconds: list[float], target: str) -> None:

@@ -26,7 +26,7 @@ import engines  # noqa: E402
 from llmperf import models, stats, strategies  # noqa: E402
 from llmperf.decoding import Slots  # noqa: E402
 from llmperf.decoding import requests as workload  # noqa: E402
-from llmperf.decoding.requests import Request, Stop, Workload  # noqa: E402
+from llmperf.decoding.requests import Request, Workload  # noqa: E402
 from llmperf.decoding.sampling import GREEDY  # noqa: E402
 from llmperf.measure import load, metrics, paired  # noqa: E402
 from llmperf.strategies import Server  # noqa: E402
@@ -84,13 +84,13 @@ def joins(rounds: int = 7, rows: int = 4, new: int = 64) -> None:
     late = Request(99, workload.build(model.tokenizer, 1, 512, 4).requests[0].prompt_ids, 4)
 
     def gaps(joining: bool) -> float:
-        slots = Slots(model, rows + 1, 600)
+        slots = Slots(model, rows + 1, 600, sampling=GREEDY)
         for request in asked:
-            slots.admit(request.id, request, GREEDY, Stop())
+            slots.admit(request.id, request)
         times = []
         for step in range(new):
             if joining and step == 10:
-                slots.admit(late.id, late, GREEDY, Stop())
+                slots.admit(late.id, late)
             slots.step()
             times.append(time.perf_counter())
         return float(np.quantile(np.diff(times[5:]), 0.95))

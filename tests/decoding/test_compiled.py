@@ -27,6 +27,7 @@ from llmperf.decoding import (
     graph_step,
     loops,
 )
+from llmperf.decoding import slots as slots_file
 from llmperf.decoding.requests import Stop
 from llmperf.decoding.sampling import next_tokens
 from llmperf.models import Model, quantize
@@ -96,13 +97,13 @@ def batch(model, asked, loop, sampling=DRAWN, stop=None):
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
 
-def served(slots: Slots, asked, sampling=DRAWN, stop=None, arrive=lambda step: 9, dropped=()):
+def served(slots: Slots, asked, arrive=lambda step: 9, dropped=()):
     """The tokens of each request when they enter free slots as they arrive."""
     waiting, tokens, step = list(asked), {r.id: [] for r in asked}, 0
     while waiting or slots.busy:
         for _ in range(min(arrive(step), slots.free, len(waiting))):
             request = waiting.pop(0)
-            slots.admit(request.id, request, sampling, stop or Stop())
+            slots.admit(request.id, request)
         for key, token, _ in slots.step():
             tokens[key].append(token)
         for key in dropped:
@@ -132,7 +133,7 @@ def test_what_cannot_be_compiled_runs_cached_and_says_why(loaded, case, why):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_tokens_do_not_depend_on_who_shares_the_slots(loaded, seed):
+def test_tokens_do_not_depend_on_who_shares_the_slots(loaded, seed, monkeypatch):
     """Random lengths, slots, arrivals, pieces and cancels: each request gets its tokens alone."""
     dice, model = random.Random(seed), loaded(random.Random(seed).choice(COMPILED))
     asked = [
@@ -143,8 +144,9 @@ def test_tokens_do_not_depend_on_who_shares_the_slots(loaded, seed):
     stop = Stop(end_ids=frozenset({dice.randrange(90)}))
     alone = [batch(model, [r], "cached", DRAWN, stop)[0] for r in asked]
     dropped = dice.sample(range(12), 3)
-    slots = Slots(model, dice.randint(1, 5), 64, prefill_tokens=dice.choice((1, 4, 64)))
-    found = served(slots, asked, DRAWN, stop, lambda _: dice.randint(0, 3), dropped)
+    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", dice.choice((1, 4, 64)))
+    slots = Slots(model, dice.randint(1, 5), 64, sampling=DRAWN, stop=stop)
+    found = served(slots, asked, lambda _: dice.randint(0, 3), dropped)
     for i, (tokens, expected) in enumerate(zip(found, alone, strict=True)):
         assert tokens == (expected[: len(tokens)] if i in dropped else expected)
         assert len(tokens) > 2 or tokens == expected
@@ -240,10 +242,10 @@ def test_a_prompt_longer_than_one_call_is_split(loaded, monkeypatch):
 def test_a_request_longer_than_a_slot_is_refused(loaded):
     slots = Slots(loaded("llama"), 1, 16)
     with pytest.raises(ValueError, match="= 22, but a slot holds 16"):
-        slots.admit(0, Request(0, tuple(range(10)), 12), GREEDY, Stop())
-    slots.admit(1, Request(1, (1, 2), 4), GREEDY, Stop())
+        slots.admit(0, Request(0, tuple(range(10)), 12))
+    slots.admit(1, Request(1, (1, 2), 4))
     with pytest.raises(ValueError, match="all 1 slots are taken"):
-        slots.admit(2, Request(2, (1, 2), 4), GREEDY, Stop())
+        slots.admit(2, Request(2, (1, 2), 4))
 
 
 def test_slots_refuse_the_loop_without_a_cache(loaded):
@@ -251,20 +253,22 @@ def test_slots_refuse_the_loop_without_a_cache(loaded):
         Slots(loaded("llama"), 1, 16, loop="recompute")
 
 
-def test_prefill_in_pieces_lets_running_requests_go_on(loaded):
+def test_prefill_in_pieces_lets_running_requests_go_on(loaded, monkeypatch):
     """While a prompt of 40 enters in pieces of 8, the other request gets a token in each step."""
-    slots = Slots(loaded("llama"), 2, 64, prefill_tokens=8)
-    slots.admit("runs", requests((3,), 20)[0], GREEDY, Stop())
+    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", 8)
+    slots = Slots(loaded("llama"), 2, 64)
+    slots.admit("runs", requests((3,), 20)[0])
     slots.step()
-    slots.admit("joins", Request(1, tuple(range(3, 43)), 4), GREEDY, Stop())
+    slots.admit("joins", Request(1, tuple(range(3, 43)), 4))
     got = [[key for key, *_ in slots.step()] for _ in range(5)]
     assert got == [["runs"]] * 4 + [["runs", "joins"]]
 
 
-def test_prompts_enter_whole_where_no_request_waits_for_them(loaded):
-    slots = Slots(loaded("llama"), 2, 64, prefill_tokens=8)
+def test_prompts_enter_whole_where_no_request_waits_for_them(loaded, monkeypatch):
+    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", 8)
+    slots = Slots(loaded("llama"), 2, 64)
     for key in range(2):
-        slots.admit(key, Request(key, tuple(range(3, 43)), 4), GREEDY, Stop())
+        slots.admit(key, Request(key, tuple(range(3, 43)), 4))
     assert [key for key, *_ in slots.step()] == [0, 1]
 
 
@@ -390,6 +394,24 @@ def cpu_seconds():
     return {t.id: t.user_time + t.system_time for t in psutil.Process().threads()}
 
 
+def test_a_step_that_is_timed_past_the_tables_reads_the_enlarged_ones():
+    model, seen = tiny("llama"), []
+    step = decoding.prepare(model).step
+    before, library = step.layers[0].cosine, step.library
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def run_step(self, description, call):
+            seen.append(description.layers[0].cosine)
+            return library.run_step(description, call)
+
+    step.library = Watched()
+    step.first_layer_seconds(1, 200, repeats=1)
+    assert seen == [step.layers[0].cosine] * 2 and before not in seen
+
+
 def test_the_step_is_prepared_once_a_model(loaded):
     model = loaded("llama")
     assert decoding.prepare(model) is decoding.prepare(model)
@@ -405,7 +427,8 @@ def test_rows_of_a_graph_give_the_tokens_of_cached(case, monkeypatch):
     monkeypatch.setitem(loops._chosen, model.module, step)
     asked = requests((9, 4, 17, 1))
     assert batch(model, asked, "compiled") == batch(model, asked, "cached")
-    slots = Slots(model, 3, 64, prefill_tokens=4)
+    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", 4)
+    slots = Slots(model, 3, 64, sampling=DRAWN)
     assert served(slots, asked) == [batch(model, [r], "cached")[0] for r in asked]
 
 
@@ -454,7 +477,7 @@ def test_a_group_that_is_not_full_uses_the_buffers_of_a_full_one(monkeypatch):
     made = model_engine.load({"spec": {}, "folder": None})
     slots = made("groups", rows=8, max_length=40, loop="compiled", threads=None)
     for request in requests((9, 4, 7)):
-        slots.admit(request.id, request, GREEDY, Stop())
+        slots.admit(request.id, request)
     while slots.free < 8:
         slots.step()
     assert buffers(graph) == {(8, 256): 1}

@@ -5,8 +5,8 @@ import torch
 
 from llmperf import decoding
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import Request, Stop
-from llmperf.decoding.sampling import GREEDY, PUBLISHED, Sampling
+from llmperf.decoding.requests import PUBLISHED, Request, Stop
+from llmperf.decoding.sampling import GREEDY, Sampling
 from llmperf.decoding.trace import Recorder
 
 SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.9)
@@ -146,9 +146,9 @@ def test_a_suspended_loop_leaves_inference_mode_off(tiny):
 def test_unknown_loop_and_too_long_text_are_refused(tiny):
     with pytest.raises(ValueError, match="unknown loop 'fast': choose recompute, cached, compiled"):
         next(decoding.decode(tiny, [Request(0, (1,), 1)], loop="fast"))
-    work = workload.build(tiny.tokenizer, 1, 500, 13)
+    (request,) = workload.build(tiny.tokenizer, 1, 500, 13).requests
     with pytest.raises(ValueError, match="= 513, but the model has 512 positions"):
-        workload.check_lengths(work, tiny.shape.max_positions)
+        workload.check_length(request, tiny.shape.max_positions, "the model has {} positions")
 
 
 def test_workloads_of_any_level_start_alike(tiny):

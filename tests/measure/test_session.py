@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmperf import machine, strategies
+from llmperf.decoding.requests import GREEDY, PUBLISHED
 from llmperf.decoding.trace import RequestTrace, Trace
 from llmperf.measure import Condition, Record, Store, measure, paired, results, session
 from llmperf.measure.session import REFERENCE_REQUESTS, WARMUP_RUNS, WARMUP_TOKENS
@@ -333,6 +334,17 @@ def test_agreement_is_recorded_and_shows_other_tokens(tiny, store, monkeypatch):
     stand_in(monkeypatch, "batch", wrong)
     (record,) = [r for r in run([replace(batch, seed=1)], store, repeats=1).records if r.agreement]
     assert record.agreement == {"agree": 3, "total": 4, "first_divergence": [1, 1]}
+
+
+def test_tokens_of_another_random_stream_are_not_compared(tiny, store):
+    both = [
+        Condition(tiny, "peer", 2, prompt_tokens=4, new_tokens=3, sampling=sampling)
+        for sampling in (GREEDY, PUBLISHED)
+    ]
+    found = run(both, store, repeats=1)
+    kept = {r.condition["sampling"]["greedy"]: r.agreement for r in found.records}
+    assert kept == {True: {"agree": 2, "total": 2, "first_divergence": None}, False: None}
+    assert found.frame.compared.sum() == 2
 
 
 def test_the_prediction_is_made_before_the_run_and_audited_after(tiny, store, monkeypatch):

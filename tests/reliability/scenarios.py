@@ -41,7 +41,7 @@ from llmperf.machine import probes
 from llmperf.measure import records
 from llmperf.memory.probe import Probe
 from llmperf.strategies import Server
-from llmperf.strategies.events import read_chunks
+from llmperf.strategies.endpoint import read_chunks
 from llmperf.study import profile
 
 

@@ -72,6 +72,20 @@ def test_the_request_asks_for_what_the_workload_says(front):
     assert (second["temperature"], second["top_p"]) == (0.7, 0.9)
 
 
+def test_what_the_api_cannot_be_asked_is_noted(front):
+    with FakeEndpoint(gap_s=0) as server:
+        notes = [
+            run(front, server, sampling=sampling, **options).notes["not_followed"]
+            for sampling, options in (
+                (Sampling(top_k=5, suppress=(3,)), {}),
+                (Sampling(top_k=5), {"extra": {"top_k": 5}}),
+                (GREEDY, {}),
+            )
+        ]
+    assert notes == [["top_k", "suppress"], [], []]
+    assert [body.get("top_k") for body in server.bodies] == [None, 5, None]
+
+
 def test_the_key_goes_into_the_header_and_nowhere_else(front):
     with FakeEndpoint("refuses") as server:
         trace = run(front, server)

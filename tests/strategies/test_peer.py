@@ -10,8 +10,7 @@ import torch
 
 from llmperf import models
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import Stop
-from llmperf.decoding.sampling import GREEDY, PUBLISHED
+from llmperf.decoding.requests import GREEDY, PUBLISHED, Sampling
 from llmperf.measure import Condition
 from llmperf.strategies import STRATEGIES, llamacpp, peer
 
@@ -59,11 +58,6 @@ def test_bad_options_are_refused_before_any_work(tiny, options, sentence):
         run(tiny, make(tiny), options)
 
 
-def test_a_stop_rule_is_refused(tiny):
-    with pytest.raises(ValueError, match="forced lengths only"):
-        run(tiny, make(tiny, stop=Stop(end_ids=frozenset({3}))), {})
-
-
 def test_without_llama_cpp_a_condition_says_how_to_get_it(embedded, monkeypatch):
     monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"llama.cpp is not installed.*llmperf-study\[llamacpp\]"):
@@ -99,6 +93,9 @@ def test_tokens_of_llama_cpp_become_a_trace(tiny, monkeypatch, tmp_path):
         (r.prompt_ids[0],) * r.max_new_tokens for r in work.requests
     ]
     assert all(0 < r.started_s <= trace.duration_s for r in trace.requests)
+    assert trace.notes["not_followed"] == []
+    asked = make(tiny, sampling=Sampling(suppress=(1,)))
+    assert llamacpp.run(tiny, asked).notes["not_followed"] == ["suppress"]
 
 
 CONTINUOUS = {"engine": "transformers-continuous"}

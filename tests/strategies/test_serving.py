@@ -15,7 +15,7 @@ import pytest
 
 from llmperf import strategies
 from llmperf.decoding import requests as workload
-from llmperf.decoding.requests import Request, Stop, Workload
+from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.sampling import Sampling
 from llmperf.decoding.trace import agreement
 from llmperf.strategies import STRATEGIES, Server, ServerFailed, inference, server
@@ -33,10 +33,10 @@ def stub(engine="slow", **options):
     return Server(engines.front(MOST_TOKENS), engine=f"engines:{engine}", **options)
 
 
-def made(n, new=5, first=1, arrivals=None, stop=None):
+def made(n, new=5, first=1, arrivals=None):
     arrivals = arrivals or [0.0] * n
     requests = (Request(i, (first,), new, arrival_s=at) for i, at in enumerate(arrivals))
-    return Workload(tuple(requests), stop=stop or Stop())
+    return Workload(tuple(requests))
 
 
 def outcomes(trace):
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_sequential(tiny):
     )
     trace = STRATEGIES["dynamic"](tiny, work, {"max_batch": 4})
     alone = STRATEGIES["sequential"](tiny, work, {})
-    assert agreement(trace, alone).agree == 9
+    assert agreement(trace, alone)["agree"] == 9
     assert [r.status for r in trace.requests] == ["ok"] * 9
     assert max(trace.notes["batch_sizes"]) == 4 and sum(trace.notes["batch_sizes"]) == 9
     for r in trace.requests:
@@ -76,17 +76,11 @@ def test_a_session_keeps_the_server_and_leaves_nothing_behind(tiny):
     assert not psutil.pid_exists(idle[0])
 
 
-def test_tokens_are_told_as_they_come_and_end_at_the_stop_rule():
+def test_tokens_are_told_as_they_come():
     with stub("null") as running:
         told = []
         running.run(made(1, 30), on_token=lambda id, token: told.append((id, token)))
         assert told == [(0, token) for token in engines.TEXT]
-        hyphen = frozenset({engines.TEXT[3]})
-        (short,) = running.run(made(1, 30, stop=Stop(hyphen))).requests
-        assert list(short.tokens) == engines.TEXT[:4]
-        pair = Stop(min_tokens=3, pair=(engines.TEXT[0], engines.TEXT[1]))
-        (two,) = running.run(made(1, 30, first=engines.TEXT[0], stop=pair)).requests
-        assert len(two.tokens) == 2
 
 
 def test_several_processes_share_the_requests():
@@ -115,6 +109,16 @@ def test_an_idle_process_waits_the_window_and_no_longer_for_a_full_batch():
     assert list(work._waiting) == [2]
     work._running = {9}
     work._read()  # a process at work never waits
+
+
+@BOTH
+def test_only_a_group_is_waited_for(monkeypatch, batching):
+    with stub() as running:
+        ask, sent = running._ask, []
+        monkeypatch.setattr(running, "_ask", lambda *a, **m: sent.append(m) or ask(*a, **m))
+        running.run(made(1), batching=batching)
+    (window_s,) = (m["window_s"] for m in sent if "window_s" in m)
+    assert window_s == (server.WINDOW_S if batching == "groups" else 0)
 
 
 def test_requests_join_and_leave_a_running_batch():
@@ -164,11 +168,17 @@ def test_a_run_that_its_caller_ends_leaves_no_token_for_the_next():
         assert outcomes(trace) == {"ok": 4} and all(len(r.tokens) == 7 for r in trace.requests)
 
 
-def test_a_run_that_its_caller_ends_leaves_no_place_taken():
+def test_a_run_interrupted_while_it_prepares_leaves_no_reply_for_the_next(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     with stub() as running:
-        with pytest.raises(KeyError):
-            running.run(made(4, 100), on_token=fail)
-        assert outcomes(running.run(made(1, 7), rows=1, deadline_s=5.0)) == {"ok": 1}
+        (before,) = running.pids()
+        with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+            once.setattr(running, "_receive", interrupted)
+            running.run(made(1))
+        assert not running.pids() and not psutil.pid_exists(before)
+        assert outcomes(running.run(made(1, 7))) == {"ok": 1}
 
 
 # Death, and what comes after it.

@@ -60,6 +60,7 @@ def test_every_strategy_can_be_described():
         assert strategy.name == name and len(strategy.words(4, {})) > 5
         assert strategy.rows_per_step(4, {}) in (1, 4)
         assert strategy.processes(4, {}) in (0, 1, 4) and strategy.threads(4, {}) in (1, 4)
+        assert all(strategy.options[k][0](value) for k, value in strategy.defaults.items())
 
 
 @pytest.mark.parametrize(
@@ -89,9 +90,7 @@ from llmperf.strategies.strategy import Strategy, in_words
 def run(model, workload, options):
     recorder = Recorder(workload.requests)
     for request in reversed(workload.requests):
-        decoding.run(
-            model, [request], recorder, sampling=workload.sampling, stop=workload.stop
-        )
+        decoding.run(model, [request], recorder, sampling=workload.sampling)
     return recorder.trace()
 
 
