@@ -74,9 +74,8 @@ def store_measurement(kind: str, device: str, result: dict) -> None:
 
 def _kept_file(kind: str, device: str) -> Path:
     device = "cpu" if device == "cpu" else f"cuda:{gpu.index(device)}"
-    digest = hashlib.sha256(json.dumps(_machine_key(device), sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
+    key = json.dumps(_machine_key(device), sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
 
 

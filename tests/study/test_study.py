@@ -218,8 +218,8 @@ def test_a_signal_ends_a_study_with_130_and_how_to_go_on(shelf, tmp_path, stop, 
         time.sleep(0.05)
     os.kill(process.pid, getattr(signal, stop))
     said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
-    assert f"python -m llmperf run --resume {folder}" in said and "Traceback" not in said
+    assert process.returncode == 130, said
+    assert f"python -m llmperf run --resume {folder}" in said and "Traceback" not in said, said
     assert yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["done"] == {}
 
 
