@@ -192,9 +192,8 @@ def simulated(o, load_per_s: float, slo: Mapping[str, float], tokens: int) -> tu
 def _arrivals(load_per_s: float, rows: int, tokens: int) -> Workload:
     """Poisson arrivals; as many as fill whole batches, so that no last one waits for ever."""
     n = ceil(ARRIVALS / rows) * rows
-    times = load.arrival_times("poisson", n, rate_per_s=load_per_s)
-    each = (Request(i, (0,), tokens, arrival_s=float(t)) for i, t in enumerate(times))
-    return Workload(tuple(each))
+    work = Workload(tuple(Request(i, (0,), tokens) for i in range(n)))
+    return load.arriving(work, "poisson", rate_per_s=load_per_s)
 
 
 def _extrapolated(o, tokens: int) -> Iterator[str]:

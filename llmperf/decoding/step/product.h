@@ -7,7 +7,6 @@
 typedef struct { float *full; uint16_t *narrow; float *blocks; int64_t stride; int rows; } Input;
 typedef struct { float *to; int64_t stride; int add; float scale; } Output;
 
-
 // Store the sums of `width` weight rows from n on for r input rows from `row` on.
 INLINE void put(const Matrix *w, Output out, int row, int n, int width, int r, v16 total) {
   float sum[16];
