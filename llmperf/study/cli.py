@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import logging
 import os
 import re
 import signal
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # no traceback of the task it cuts off
     raise Interrupted
 
 

@@ -201,6 +201,31 @@ runpy.run_module("llmperf", run_name="__main__", alter_sys=True)
 """
 
 
+CUT_OFF = """
+import asyncio, gc, os, signal
+from llmperf.study import cli
+
+async def cut_off():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(10):
+        pass
+
+async def other():
+    task = asyncio.create_task(cut_off())
+    await asyncio.sleep(5)
+
+cli._models = lambda arguments: asyncio.run(other())
+print(cli.main(["models"]))
+gc.collect()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
+def test_an_interrupt_inside_a_task_prints_no_traceback():
+    done = subprocess.run([sys.executable, "-c", CUT_OFF], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("130\n", "llmperf: interrupted\n")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent differently there")
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("how", [[], ["--no-notebooks"]])
