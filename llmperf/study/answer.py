@@ -44,11 +44,12 @@ def of_run(run: Run) -> Answer:
     verdicts = findings.judge_all(run.records)
     judged = _counted(v.verdict for v in verdicts)
     scored = f"Of {len(verdicts)} published findings here: {judged}."
-    if seen := _counted(v.here.partition(":")[0] for v in verdicts if ":" in v.here):
+    untested = (v.here for v in verdicts if v.verdict == findings.NOT_TESTABLE and ":" in v.here)
+    if seen := _counted(here.partition(":")[0] for here in untested):
         scored += f" What this machine shows of them, at smaller levels or without a GPU: {seen}."
     what = str(findings.recommend(table, LOAD_PER_S)).splitlines()[0]
     lines = (
-        *_single(best if alone is None else alone),
+        *_single(best, alone),
         findings.headline(table).rstrip(".") + _why(best) + ".",
         f"At {LOAD_PER_S:g} request/s: {what[:1].lower()}{what[1:]}",
         scored,
@@ -67,8 +68,9 @@ def of_notebook(run: Run, stem: str) -> str:
     return findings.headline(findings.options(rows)) if rows else ""
 
 
-def _single(option: pd.Series) -> tuple[str, str]:
+def _single(best: pd.Series, alone: pd.Series | None) -> tuple[str, str]:
     """The ceilings of the machine, and what one request gets of them."""
+    option = best if alone is None else alone
     ceilings = "This machine's ceilings are not in these records."
     if pd.notna(option.read_bytes_per_s):
         ceilings = f"This machine reads {option.read_bytes_per_s / 1e9:.3g} GB/s"
@@ -76,6 +78,8 @@ def _single(option: pd.Series) -> tuple[str, str]:
             flops = option.flops_per_s / 1e12
             ceilings += f" and computes {flops:.2g} TFLOP/s in {option['dtype']}"
         ceilings += "."
+    if alone is None:
+        return ceilings, "One request alone was not measured here."
     how = f"{findings.public_model(str(option.model))} in {option.precision}, {option.loop}"
     gets = f"One request gets {option.output_tokens_per_s:.3g} tokens/s ({how})"
     if pd.notna(option.bound_tpot_ms):

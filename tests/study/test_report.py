@@ -68,6 +68,15 @@ def test_the_answer_has_every_number_from_records(folder):
     assert run.startswith("At 1 request/s: ") and re.search(r"Of 17 published findings", score)
 
 
+def test_a_batch_is_never_called_one_request(folder):
+    path = folder / "records.jsonl"
+    batches = [line for line in path.read_text().splitlines(True) if '"level": 10' in line]
+    path.write_text("".join(batches), encoding="utf-8")
+    found = answer.of_run(answer.load(folder)).lines
+    assert found[0].startswith("This machine reads") and "was not measured here" in found[1]
+    assert "31.6 tokens/s" in found[2] and "times one request" not in found[2]
+
+
 def test_the_answer_does_not_name_the_folder_of_a_local_model(folder):
     path = folder / "records.jsonl"
     path.write_text(path.read_text().replace('"gpt2"', '"/home/ann/tuned"'), encoding="utf-8")
