@@ -48,9 +48,11 @@ def past_caches_bytes(device: str) -> int:
     return min(1 << 30, free // 8)
 
 
-def read_bandwidth(device: str = "cpu", repeats: int = 9) -> dict:
-    """Bytes per second read past the caches: the fastest of three reductions, by median."""
-    (buffer,) = allocate_like([torch.empty(past_caches_bytes(device) // 4, device="meta")], device)
+def read_bandwidth(device: str = "cpu", repeats: int = 9, share: float = 1.0) -> dict:
+    """Bytes per second read past the caches: the fastest of three reductions, by median. `share`
+    of `past_caches_bytes` is read."""
+    floats = int(share * past_caches_bytes(device)) // 4
+    (buffer,) = allocate_like([torch.empty(floats, device="meta")], device)
     buffer.fill_(0.01)
     reductions = (
         buffer.sum,
@@ -106,7 +108,7 @@ def matmul_seconds(
     `product(weight)` gives the callable that is timed, by default the plain product. Each weight
     is repeated until no cache holds all copies.
     """
-    target, found = past_caches_bytes("cpu") // 4, {}
+    target, found = past_caches_bytes("cpu") // 8, {}
     product = product or (lambda weight: lambda x: torch.nn.functional.linear(x, weight))
     for n, k in dict.fromkeys(shapes):
         weight = torch.randn(n, k).to(getattr(torch, DTYPES[dtype]))

@@ -77,7 +77,7 @@ def test_matmul_rates_reads_its_weights_from_memory(half_a_second, small_buffer)
         return run
 
     seconds = rates.matmul_seconds([(64, 128), (64, 128)], "bf16", 4, product)
-    copies = MIB // (64 * 128 * 2)  # so that no cache holds them all
+    copies = MIB // 2 // (64 * 128 * 2)  # so that no cache holds them all
     assert len({pointer for _, _, pointer in seen}) == copies
     assert {shapes[:2] for shapes in seen} == {((64, 128), (4, 128))}
     assert seconds == {(64, 128): 0.5 / copies}
@@ -156,7 +156,7 @@ def test_now_takes_the_higher_bandwidth_of_a_processor_and_measures_none_of_a_ca
     monkeypatch.setattr(ceilings, "cached", lambda device: rate(2.0))
     kept = []
     monkeypatch.setattr(ceilings.description, "store_measurement", lambda *args: kept.append(args))
-    read = lambda device, repeats: {"median": next(fresh)}  # noqa: E731
+    read = lambda device, **how: {"median": next(fresh)}  # noqa: E731
     monkeypatch.setattr(ceilings.rates, "read_bandwidth", read)
     assert [ceilings.now("cpu")["read_bytes_per_s"]["median"] for _ in range(2)] == [3.0, 2.0]
     assert [found["read_bytes_per_s"]["median"] for _, _, found in kept] == [3.0]
@@ -166,7 +166,7 @@ def test_now_takes_the_higher_bandwidth_of_a_processor_and_measures_none_of_a_ca
 
 def test_this_minute_takes_the_bandwidth_as_it_is_and_keeps_the_highest_sample(monkeypatch):
     fresh = iter(({"median": 3.0, "samples": [2.0, 3.0, 4.0]}, {"median": 1.0}))
-    monkeypatch.setattr(ceilings.rates, "read_bandwidth", lambda device, repeats: next(fresh))
+    monkeypatch.setattr(ceilings.rates, "read_bandwidth", lambda device, **how: next(fresh))
     limits, seen = {"read_bytes_per_s": {"median": 2.0, "samples": [2.5]}}, []
     for _ in range(2):
         limits = ceilings.this_minute(limits)
