@@ -16,7 +16,7 @@ DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
 RUNS = DATA / "runs"
 
-os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # CUDA counts cards as NVML does
+os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # whatever the user's is: as NVML counts cards
 
 
 def lazy_face(room: str, /, **files: str) -> tuple[Callable[[str], object], list[str]]:

@@ -14,7 +14,7 @@ TEXT = [ord(c) - ord("!") for c in "all-cats-are-grey-in-the-dark."]
 def engine(decode):
     """What `inference` asks for: slots of this decoding loop, in groups or joining."""
 
-    def slots(batching, rows, max_length, loop, threads):
+    def slots(batching, rows, max_length, loop, processes, threads):
         kind = Joining if batching == "slots" else GroupedSlots
         return kind(decode, rows, loop)
 

@@ -26,13 +26,15 @@ def free_and_held(model: Model) -> tuple[int, int]:
     return budget(platform, free + held, total) - held, held
 
 
-def cap_allocator(model: Model) -> None:
-    """Where a full card spills, let this process's allocator fail before that."""
+def cap_allocator(model: Model, processes: int = 1) -> None:
+    """Where a full card spills, let this process's allocator fail before that. So many processes
+    share what is free."""
     device = model.device
     if device == "cpu" or machine.platform_word(device) not in SPILLS:
         return
     import torch
 
-    most = max(0, free_and_held(model)[0]) + torch.cuda.memory_reserved(device)
+    further = max(0, free_and_held(model)[0]) // processes
+    most = further + torch.cuda.memory_reserved(device)
     share = min(1.0, most / torch.cuda.mem_get_info(device)[1])
     torch.cuda.set_per_process_memory_fraction(share, device)

@@ -13,15 +13,15 @@ from llmperf.strategies.inference import GroupedSlots
 def load(config: dict) -> Callable:
     """Load the model of `config["spec"]`, over the mapped weights in `config["folder"]` if named.
 
-    Returns `slots(batching, rows, max_length, loop, threads)`: something with the methods of
-    `decoding.Slots`, one group at a time for `groups`.
+    Returns `slots(batching, rows, max_length, loop, processes, threads)`: something with the
+    methods of `decoding.Slots`, one group at a time for `groups`. So many processes share the card.
     """
     spec, folder = config["spec"], config["folder"]
     model = mapped.load(Path(folder), models.LoadSpec(**spec)) if folder else models.load(**spec)
     all_threads = torch.get_num_threads()
 
-    def slots(batching: str, rows: int, max_length: int, loop: str, threads: int | None):
-        predict.cap_allocator(model)
+    def slots(batching: str, rows: int, max_length: int, loop: str, processes: int, threads):
+        predict.cap_allocator(model, processes)
         torch.set_num_threads(threads or all_threads)  # a run before may have had fewer
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()

@@ -133,10 +133,11 @@ class Server:
         self.start(processes)
         requests, places = workload.requests, range(processes)
         threads = None if processes == 1 else max(1, machine.usable_cores() // processes)
+        how = {"rows": rows, "batching": batching, "loop": loop, "processes": processes}
         prepared = self._ask(
             places,
             do="prepare",
-            how={"rows": rows, "batching": batching, "loop": loop, "threads": threads},
+            how=how | {"threads": threads},
             prompt_tokens=max(len(r.prompt_ids) for r in requests),
             new_tokens=max(r.max_new_tokens for r in requests),
             window_s=window_s if batching == "groups" else 0.0,

@@ -158,8 +158,11 @@ def test_hidden_cards_are_not_described(fake_nvml, monkeypatch):
     assert found["gpus"] == [] and "CUDA_VISIBLE_DEVICES hides it" in found["reasons"]["gpus"]
 
 
-def test_cuda_counts_cards_as_nvml_does():
-    assert os.environ["CUDA_DEVICE_ORDER"]
+def test_cuda_counts_cards_as_nvml_does_whatever_the_user_says():
+    code = "import llmperf, os; print(os.environ['CUDA_DEVICE_ORDER'])"
+    env = {**os.environ, "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    said = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
+    assert said == "PCI_BUS_ID\n"
 
 
 # --- asking --------------------------------------------------------------------------------------

@@ -171,3 +171,6 @@ def test_where_a_full_card_spills_the_allocator_is_capped(tiny, monkeypatch):
         monkeypatch.setitem(machine.PROBES, "os", lambda system=system: system)
         predict.cap_allocator(on_card)
     assert told == [(pytest.approx(0.85), "cuda:0")] * 2
+    monkeypatch.setitem(machine.PROBES, "os", lambda: "Windows")
+    predict.cap_allocator(on_card, processes=3)  # which share what is free beyond the reserve
+    assert told[2] == (pytest.approx((7.5 / 3 + 1) / 10), "cuda:0")

@@ -147,7 +147,7 @@ def test_a_single_process_gets_back_the_threads_that_a_run_before_took(tiny):
         slots = model_engine.load({"spec": asdict(tiny.source), "folder": None})
         how = {"batching": "slots", "rows": 1, "max_length": 8, "loop": "cached"}
         for threads, expected in ((1, 1), (None, 3)):
-            slots(**how, threads=threads)
+            slots(**how, processes=1, threads=threads)
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

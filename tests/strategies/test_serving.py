@@ -94,7 +94,7 @@ def test_several_processes_share_the_requests():
 def test_an_idle_process_waits_the_window_and_no_longer_for_a_full_batch():
     inbox = Queue()
     work = inference.InferenceLoop(None, inbox, None)
-    work._slots = engines.engine(engines.letters)("groups", 2, 9, "cached", None)
+    work._slots = engines.engine(engines.letters)("groups", 2, 9, "cached", 1, None)
     put = lambda key: inbox.put({"do": "run", "key": key, "prompt": [1], "new": 1, "seed": 0})  # noqa: E731
     put(0)
     put(1)
