@@ -142,6 +142,21 @@ def yi_deployment() -> pd.DataFrame:
     return rows
 
 
+def console_line(r: Record) -> str:
+    """The line that the publication printed after a run, from a record. GB means GiB, `free` what
+    torch's allocator keeps without using it."""
+    requests, seconds = r.condition["level"], r.metric("duration_s") or 0.0
+    card = next(iter(r.environment.get("gpus") or []), {})
+    held = [r.memory.get(name, {}).get("last") for name in ("reserved", "allocated")]
+    sizes = (*held, held[0] - held[1], card.get("memory_total_bytes")) if None not in held else ()
+    names = ("reserved", "allocated", "free", "total")
+    vram = ", ".join(f"{n} {(x or 0) / GIB:.3f} GB" for n, x in zip(names, sizes, strict=False))
+    return (
+        f"Generated {requests} x {r.condition['new_tokens']} tokens and took {seconds:.3f} s;"
+        f" GPU VRAM: {vram or 'none, it ran on the processor'} ---> {r.condition['strategy']}"
+    )
+
+
 @cache
 def published_records() -> tuple[Record, ...]:
     """One record a published run, so that it can be judged and audited like anyone's."""

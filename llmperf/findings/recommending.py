@@ -21,7 +21,7 @@ FOREVER_S = 1e9  # a batch waits until it is full; a server groups what comes in
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
 ASKED = ("model", "quantization", "dtype", "loop", "prompt_tokens", "output_tokens", "requests_ok")
-LIMITS = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms", "limit")  # of the prediction
+CEILINGS = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms")  # of the prediction of each run
 PEAKS = ("max_device_used_bytes", "max_reserved_bytes", "max_rss_bytes")
 
 
@@ -50,15 +50,18 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
         return rows
     rows["record"] = counted
     rows = rows[~rows.foreign]
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, *ASKED, *LIMITS])))
+    rows = rows.reindex(
+        columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, *ASKED, *CEILINGS, "limit"]))
+    )
     rows["precision"] = rows.quantization.astype(object).fillna(rows["dtype"])
     rows["loop"] = rows.loop.astype(object).fillna("cached")
     rows["answer_tokens"] = rows.output_tokens / rows.requests_ok.fillna(rows.level)
     rows["memory_gib"] = rows[list(PEAKS)].bfill(axis=1).iloc[:, 0] / GIB
-    first = ("record", "label", "model", "dtype", "precision", "loop", "prompt_tokens", *LIMITS)
+    rows[list(CEILINGS)] = rows[list(CEILINGS)].apply(pd.to_numeric, errors="coerce")
+    first = ("record", "label", "model", "dtype", "precision", "loop", "prompt_tokens", "limit")
     found = rows.groupby(["setting", "variant", "level"], sort=False).agg(
         **{name: (name, "first") for name in first},
-        **{name: (name, "median") for name in (*TIMES, "answer_tokens")},
+        **{name: (name, "median") for name in (*TIMES, *CEILINGS, "answer_tokens")},
         memory_gib=("memory_gib", "max"),
         runs=("status", "size"),
         warning=("warnings", "max"),

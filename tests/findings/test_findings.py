@@ -454,3 +454,21 @@ def test_scorecard_has_no_empty_cell():
         card = findings.scorecard(records)
         assert len(card) == 17 and (card.map(len) > 0).all().all()
         assert list(card) == ["claim", "at", "verdict", "figures", "here", "published rows"]
+
+
+def test_a_record_is_printed_as_the_publication_printed_its_runs():
+    gib = 2**30
+    run = Record(
+        "03-batch",
+        {"strategy": "batch", "level": 10, "new_tokens": 256},
+        0,
+        environment={"gpus": [{"memory_total_bytes": 4 * gib}]},
+        metrics={"duration_s": 3.549},
+        memory={"reserved": {"last": 1.051 * gib}, "allocated": {"last": 0.484 * gib}},
+    )
+    assert published.console_line(run) == (
+        "Generated 10 x 256 tokens and took 3.549 s; GPU VRAM: reserved 1.051 GB, allocated"
+        " 0.484 GB, free 0.567 GB, total 4.000 GB ---> batch"
+    )
+    on_cpu = replace(run, memory={"reserved": {"status": "unavailable"}})
+    assert "GPU VRAM: none, it ran on the processor ---> batch" in published.console_line(on_cpu)

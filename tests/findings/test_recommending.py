@@ -176,3 +176,13 @@ def test_headline():
     assert headline(rows[:1]).endswith("tokens/s.")
     text = headline(rows)
     assert text.startswith("Batches of 4, fp32: the most") and "4.0 times one request" in text
+
+
+def test_the_ceilings_of_an_option_are_those_of_its_median_round():
+    bandwidths = (60e9, 34e9, 33e9)  # neighbours of a virtual machine come and go
+    runs = [
+        rec("sequential", 1, 90, 9, i, prediction={"read_bytes_per_s": b, "flops_per_s": None})
+        for i, b in enumerate(bandwidths)
+    ]
+    (option,) = findings.options(runs).itertuples()
+    assert option.read_bytes_per_s == 34e9 and np.isnan(option.flops_per_s)
