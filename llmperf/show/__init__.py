@@ -7,9 +7,12 @@ __getattr__, __all__ = lazy_face(
     plots="COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels logarithmic"
     " published_groups roofline stacked strategies_figure",
     replaying="replay replay_svg",
-    sentences="agreement_sentence check loops_sentence ratio_sentence value_sentence",
-    widgets="Question calculator draw_memory draw_queue draw_roofline draw_sampling explore",
+    sentences="agreement_sentence check guess_sentence loops_sentence ratio_sentence"
+    " value_sentence",
+    widgets="Question calculator draw_batch draw_memory draw_queue draw_roofline draw_sampling"
+    " explore",
     anatomy="PHASES split",
+    diagrams="lock_lanes positions slots",
     profiling="STEP profile_steps shares",
     other_tools="METRICS TOOLS score_as",
 )

@@ -254,18 +254,23 @@ def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
     return rows.merge(best[["strategy", "setting", "variant"]])
 
 
+def strategy_curves(ax: Axes, rows: pd.DataFrame, y: str, title: str, unit: str) -> None:
+    """A quantity of `comparable_rows` over the requests at once, a curve a strategy."""
+    for name, runs in rows[rows[y].notna()].groupby("strategy", sort=False):
+        curve(ax, runs, "level", y, name)
+    ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
+    ax.set_title(title, fontsize=10)
+    levels(ax, sorted(rows.level.unique()))
+
+
 def strategies_figure(records: Iterable[measure.Record]) -> Figure | None:
     """Throughput and what each request pays for it, over requests at once. None without runs."""
     rows = comparable_rows(records)
     if not len(rows):
         return None
     fig, axes = figure(columns=2, height=3.8)
-    for ax, (y, title, unit) in zip(axes, PANELS, strict=True):
-        for name, runs in rows[rows[y].notna()].groupby("strategy", sort=False):
-            curve(ax, runs, "level", y, name)
-        ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
-        ax.set_title(title, fontsize=10)
-        levels(ax, sorted(rows.level.unique()))
+    for ax, panel in zip(axes, PANELS, strict=True):
+        strategy_curves(ax, rows, *panel)
     legend(axes[1])
     caption(fig, rows)
     return fig

@@ -61,7 +61,7 @@ def _panel(name: str, trace: Trace, tokenizer, x: int, slower: float) -> Iterato
         yield f'<text y="{LINE * (row + 2) + 8}"><tspan fill="{GREY}">{r.id + 1}  </tspan>'
         before = ""
         for n, at in enumerate(r.token_s, start=1):
-            said = _line(tokenizer.decode(r.tokens[:n]).rstrip(HALF))
+            said = _line(tokenizer.decode(r.tokens[:n], skip_special_tokens=True).rstrip(HALF))
             before, piece = said, escape(said[len(before) :])
             appears = f"0;{at * slower / WHOLE_S:.4f};1"
             yield f'<tspan class="t" xml:space="preserve">{piece}'

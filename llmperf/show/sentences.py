@@ -96,6 +96,24 @@ def loops_sentence(records: Iterable[Record]) -> str:
     return f"Loops: {'; '.join(found) or 'not noted in these runs'}."
 
 
+def guess_sentence(
+    what: str, guess: float | None, measured: float | None, unit: str = "", right: float = 0.1
+) -> str:
+    """How a reader's guess compares with what was measured: right within 10 %."""
+    if measured is None or math.isnan(measured):
+        return f"{what}: not measured."
+    found = f"{what}: {measured:.3g}{unit}"
+    if guess is None:
+        return f"{found}. No guess was written down above."
+    if isinstance(guess, str) or not math.isfinite(guess):
+        return f"{found}. Your guess {guess!r} is no number: write it without its unit."
+    if abs(guess - measured) <= right * abs(measured):
+        return f"{found}. Your guess, {guess:g}{unit}, was right."
+    much = "" if measured and 0.5 <= guess / measured <= 2 else "much "
+    side = "high" if guess > measured else "low"
+    return f"{found}. Your guess, {guess:g}{unit}, was {much}too {side}."
+
+
 def check(
     question: str, answer: float | str | None, expected: float | str, rel: float = 0.02
 ) -> None:

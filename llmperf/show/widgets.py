@@ -1,6 +1,6 @@
 """Forms that draw again at every change, and their figures, which can be drawn without a form.
 
-The memory calculator; a step under the roofline; the draw of a token; a queue.
+The memory calculator; a step under the roofline; the draw of a token; a batch size; a queue.
 """
 
 import textwrap
@@ -122,6 +122,30 @@ def draw_roofline(
     least = steps[f"batch {batch}"]
     words = f"at least {least.seconds * 1e3:.3g} ms a step, {least.limit} sets it: at most "
     ax.set_title(words + f"{batch / least.seconds:,.0f} tokens/s", fontsize=10, loc="left")
+    return fig
+
+
+def draw_batch(frame: pd.DataFrame, batch: int = 1) -> Figure:
+    """Each batch size as a point: what one user gets against what all get together. `batch`, or the
+    measured size next to it, is marked. `frame`: runs of the strategy `batch`."""
+    speeds = (
+        frame[frame.status == "ok"].groupby("level")[["tpot_ms", "output_tokens_per_s"]].median()
+    )
+    each = 1e3 / speeds.tpot_ms
+    batch = min(each.index, key=lambda level: abs(level - batch))
+    fig, ax = plots.figure(height=3)
+    ax.plot(each, speeds.output_tokens_per_s, "-o", color=plots.GREY)
+    ax.plot(
+        each[batch], speeds.output_tokens_per_s[batch], "o", color=plots.COLORS[1], markersize=11
+    )
+    for level, (x, y) in zip(
+        each.index, zip(each, speeds.output_tokens_per_s, strict=True), strict=True
+    ):
+        ax.annotate(str(level), (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="tokens/s of each user, once its answer has begun", ylabel="tokens/s of all")
+    ax.set(xlim=(0, None), ylim=(0, 1.2 * speeds.output_tokens_per_s.max()))
+    words = f"batch {batch}: {speeds.output_tokens_per_s[batch]:.0f} tokens/s for all, "
+    ax.set_title(words + f"{each[batch]:.0f} for each user", fontsize=10, loc="left")
     return fig
 
 

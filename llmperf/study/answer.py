@@ -1,6 +1,8 @@
 """The answer of a study in five lines, every number from its records; and as a card to share."""
 
+import base64
 import html
+import io
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,15 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from llmperf import findings
 from llmperf.findings import Run
 from llmperf.measure import Record
+from llmperf.show import plots
 
 LOAD_PER_S = 1.0  # requests a second that the recommendation is for
 CARD_STYLE = (
     "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;overflow:hidden;"
-    "font:26px/1.4 sans-serif"
+    "font:16px/1.35 sans-serif"
 )
 
 
@@ -111,17 +115,43 @@ def not_ok(records: Sequence[Record]) -> str | None:
 
 
 def write_card(folder: Path | str, found: Answer) -> tuple[Path, Path]:
-    """`card.png` and `card.html`, 1200 x 630 pixels, in a study's folder."""
+    """`card.png` and `card.html`, 1200 x 630 pixels, in a study's folder: the answer in words, and
+    the tokens/s of every strategy as a plot."""
     png, page = Path(folder) / "card.png", Path(folder) / "card.html"
-    fig, y = Figure(figsize=(12, 6.3), dpi=100, facecolor="white"), 0.92
-    paragraphs = ""
-    texts = (*found.lines, f"llmperf on {found.run.caption}")
-    for points, text in zip((22, 22, 22, 15, 15, 12), texts, strict=True):
-        lines = textwrap.wrap(text, 1450 // points)
-        fig.text(0.05, y, "\n".join(lines), fontsize=points, va="top", linespacing=1.35)
+    fig, y, plot = Figure(figsize=(12, 6.3), dpi=100, facecolor="white"), 0.94, _plot(found.run)
+    if plot:
+        fig.figimage(imread(io.BytesIO(plot)), 740, 170)
+    paragraphs = image(plot, "Tokens/s of every strategy", "float:right;margin-left:30px")
+    where = f"llmperf on {found.run.caption}"
+    fig.text(0.63, 0.2, textwrap.fill(where, 60), fontsize=10, va="top", color=plots.GREY)
+    for points, text in zip((17, 17, 17, 12, 12), found.lines, strict=True):
+        lines = textwrap.wrap(text, 870 // points)
+        fig.text(0.04, y, "\n".join(lines), fontsize=points, va="top", linespacing=1.35)
         y -= (len(lines) * points * 1.5 + 12) / 450
         paragraphs += f"<p style='font-size:{points * 1.38:.0f}px'>{html.escape(text)}</p>"
     fig.savefig(png)
+    paragraphs += f"<p>{html.escape(where)}</p>"
     head = f"<!doctype html><meta charset='utf-8'><title>llmperf</title><body style='{CARD_STYLE}'>"
     page.write_text(f"{head}{paragraphs}</body>", encoding="utf-8")
     return png, page
+
+
+def _plot(run: Run) -> bytes:
+    """A PNG of 430 x 390 pixels; empty when no runs can be compared."""
+    rows, drawn = plots.comparable_rows(run.records), io.BytesIO()
+    if not len(rows):
+        return b""
+    fig = Figure(figsize=(4.3, 3.9), dpi=100, layout="constrained")
+    ax = fig.add_subplot()
+    plots.strategy_curves(ax, rows, *plots.PANELS[0])
+    ax.set_title(f"{rows.work.iloc[0].partition(',')[0]}, {rows.loop.iloc[0]}", fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
+    fig.savefig(drawn)
+    return drawn.getvalue()
+
+
+def image(png: bytes, alt: str, style: str = "") -> str:
+    """An image inside a page; nothing for none."""
+    data = base64.b64encode(png).decode()
+    source = f'alt="{html.escape(alt)}" style="{style}" src="data:image/png;base64,{data}"'
+    return f"<img {source}>" if png else ""

@@ -2,7 +2,6 @@
 names are escaped, outputs are cleaned, and no script runs.
 """
 
-import base64
 import html
 import io
 import re
@@ -64,16 +63,11 @@ def _first_screen(folder: Path, run: findings.Run) -> str:
     if figure is not None:
         figure.savefig(drawn, format="png", dpi=110)
     return (
-        f"{_image(card.read_bytes(), ' '.join(found.lines))}"
+        f"{answers.image(card.read_bytes(), ' '.join(found.lines))}"
         f"<p>Measured on {html.escape(run.caption)}.</p>{notes}"
-        f"{_image(drawn.getvalue(), 'Throughput and waiting of every strategy')}"
+        f"{answers.image(drawn.getvalue(), 'Throughput and waiting of every strategy')}"
         f"{_findings(findings.scorecard(run.records))}"
     )
-
-
-def _image(png: bytes, alt: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">' if png else ""
 
 
 def _findings(card: pd.DataFrame) -> str:

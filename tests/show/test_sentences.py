@@ -113,3 +113,25 @@ def test_check_says_what_kind_of_answer_it_wants(capsys):
     sentences.check("share", 0.7, 0.8)
     kind, near, off = capsys.readouterr().out.splitlines()
     assert "is a text. Give a number" in kind and "right" in near and "too low" in off
+
+
+@pytest.mark.parametrize(
+    ("guess", "end"),
+    [
+        (6.5, "Your guess, 6.5 times, was right."),
+        (8, "Your guess, 8 times, was too high."),
+        (4, "Your guess, 4 times, was too low."),
+        (2, "Your guess, 2 times, was much too low."),
+        (16, "Your guess, 16 times, was much too high."),
+        (None, "No guess was written down above."),
+        ("ten", "Your guess 'ten' is no number: write it without its unit."),
+    ],
+)
+def test_a_guess_is_compared_in_words(guess, end):
+    said = sentences.guess_sentence("Batch of 16", guess, 6.25, " times")
+    assert said == f"Batch of 16: 6.25 times. {end}"
+
+
+@pytest.mark.parametrize("measured", [None, float("nan")])
+def test_a_guess_of_what_was_not_measured(measured):
+    assert sentences.guess_sentence("Threads", 2, measured) == "Threads: not measured."

@@ -5,6 +5,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -144,3 +145,16 @@ def test_a_form_takes_its_first_values_from_the_function():
     assert slider.value == 3.0 and not slider.continuous_update
     slider.value = 5.0
     assert drawn[-1] == 5.0 and plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(("asked", "marked"), [(4, 4), (5, 4), (99, 8)])
+def test_a_batch_size_is_marked_with_what_it_gives(asked, marked):
+    rows = [(n, 10.0 + n, 90.0 * n, "ok") for n in (1, 4, 8)] + [(16, None, None, "oom")]
+    frame = pd.DataFrame(rows, columns=["level", "tpot_ms", "output_tokens_per_s", "status"])
+    fig = widgets.draw_batch(frame, asked)
+    title = fig.axes[0].get_title(loc="left")
+    assert title == (
+        f"batch {marked}: {90 * marked} tokens/s for all, {1e3 / (10 + marked):.0f} for each user"
+    )
+    (point,) = fig.axes[0].lines[1].get_xydata()
+    assert tuple(point) == pytest.approx((1e3 / (10 + marked), 90 * marked))

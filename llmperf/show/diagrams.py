@@ -1,0 +1,82 @@
+"""Diagrams of ideas: what a step computes, who holds the lock, which slot has which request."""
+
+from heapq import heappop, heappush
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from llmperf.decoding.trace import Trace
+from llmperf.show.plots import COLORS, GREY
+
+LIGHT = "#e6e8eb"
+
+
+def positions(ax: Axes, prompt: int, new: int, loop: str) -> int:
+    """What each step of a loop computes: a row a step, a column a position of the text. Gives the
+    number of positions that are computed in all."""
+    grid = np.zeros((new, prompt + new - 1))  # 0: not there yet, 1: kept, 2: computed
+    for step in range(new):
+        text = prompt + step
+        grid[step, :text] = 2 if loop == "recompute" or not step else 1
+        grid[step, text - 1] = 2
+    colors = ListedColormap(["white", LIGHT, COLORS[0]])
+    ax.pcolormesh(grid, cmap=colors, edgecolor="white", vmin=0, vmax=2)
+    computed = int((grid == 2).sum())
+    ax.set(xlabel="position in the text", ylabel="step")
+    ax.set_title(f"{loop}: {computed} positions computed", fontsize=10)
+    ax.invert_yaxis()
+    marks = [
+        Patch(color=COLORS[0], label="computed"),
+        Patch(color=LIGHT, label="kept in the cache"),
+    ]
+    ax.legend(handles=marks[: 1 if loop == "recompute" else 2], frameon=False, fontsize=8)
+    return computed
+
+
+def lock_lanes(
+    ax: Axes, threads: int, lock_ms: float, operator_ms: float, tokens: int = 3
+) -> float:
+    """Simulated threads with a core each: every token takes the lock first, and then runs operators
+    without it. Gives the ms until the last one ends."""
+    asking = [(0.0, thread, tokens) for thread in range(threads)]  # when, who, tokens left
+    free = end = 0.0
+    while asking:
+        asked, thread, left = heappop(asking)
+        start = max(asked, free)
+        free = start + lock_ms
+        end = free + operator_ms
+        for begin, until, color in (
+            (asked, start, LIGHT),
+            (start, free, COLORS[1]),
+            (free, end, COLORS[5]),
+        ):
+            ax.barh(thread, until - begin, left=begin, color=color, height=0.8)
+        if left > 1:
+            heappush(asking, (end, thread, left - 1))
+    for color, label in (
+        (LIGHT, "waits for the lock"),
+        (COLORS[1], "Python: holds it"),
+        (COLORS[5], "operators"),
+    ):
+        ax.barh(0, 0, color=color, label=label)
+    ax.set(xlabel="time (ms)", ylabel="thread", yticks=range(threads))
+    ax.invert_yaxis()
+    return end
+
+
+def slots(ax: Axes, trace: Trace) -> None:
+    """Which request had which slot: a bar from its start to its last token, with its number."""
+    ends: list[float] = []  # of the last request in each slot
+    answered = (r for r in trace.requests if r.started_s is not None and r.token_s)
+    for r in sorted(answered, key=lambda r: (r.started_s, r.id)):
+        slot = next((i for i, end in enumerate(ends) if end <= r.started_s), len(ends))
+        ends[slot : slot + 1] = [r.token_s[-1]]
+        color = COLORS[r.id % (len(COLORS) - 1)]  # without black
+        ax.barh(slot, r.token_s[-1] - r.started_s, left=r.started_s, color=color, edgecolor="white")
+        ax.annotate(str(r.id + 1), (r.started_s, slot), (2, 0), textcoords="offset points",
+                    va="center", fontsize=7, color="white")  # fmt: skip
+    ax.axvline(max(ends), color=GREY, lw=0.8)
+    ax.set(xlabel="time (s)", ylabel="slot", yticks=range(len(ends)), xlim=(0, None))
+    ax.invert_yaxis()
