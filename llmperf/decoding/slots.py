@@ -15,7 +15,9 @@ from llmperf.decoding.loops import prepare
 from llmperf.decoding.requests import DEFAULT_LOOP, Request, Stop, check_length, graph_size
 from llmperf.decoding.sampling import Sampling, uniforms
 
-PREFILL_TOKENS = 64  # of prompts in one step while other requests decode
+# Of each prompt in one step while other requests decode. On a processor a prompt's token costs as
+# much as a row of the batch; a card reads the weights as long for one as for many.
+PREFILL_TOKENS = {"cpu": 8, "cuda": 64}
 
 
 @dataclass
@@ -102,10 +104,11 @@ class Slots:
         return [self._take(slot, token) for slot, token in zip(ready, tokens, strict=True)]
 
     def _pieces(self) -> list[Piece]:
-        """Last token of each decoding request, and prompt tokens: at most PREFILL_TOKENS while
-        another request decodes."""
+        """The last token of each decoding request, and a piece of each prompt: the whole one where
+        no request decodes."""
         waits = any(row and row.generated for row in self._rows)
-        decoding, prompts, budget = [], [], PREFILL_TOKENS if waits else None
+        most = PREFILL_TOKENS[self.model.device.partition(":")[0]] if waits else None
+        decoding, prompts = [], []
         for slot, row in enumerate(self._rows):
             if row is None:
                 continue
@@ -113,11 +116,10 @@ class Slots:
             if row.generated:
                 start = len(prompt) + row.generated - 1
                 decoding.append(Piece(slot, (row.token,), start, True))
-            elif budget is None or budget > 0:
-                ids = prompt[row.prompt_done :][:budget]
+            else:
+                ids = prompt[row.prompt_done :][:most]
                 whole = row.prompt_done + len(ids) == len(prompt)
                 prompts.append(Piece(slot, ids, row.prompt_done, whole))
-                budget = None if budget is None else budget - len(ids)
         return decoding + prompts
 
     def _draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[int]:
