@@ -12,9 +12,11 @@ import psutil
 
 from llmperf.machine import gpu
 from llmperf.machine.child import Parent
+from llmperf.machine.description import NVML_WINDOW_S
 from llmperf.memory.channels import GPU_CHANNELS, SYSTEM_CHANNELS, summary
 
 SLOW_SHARE = 0.004  # of one core, that the costly readings may take
+TOO_SHORT = f"the run was shorter than the {NVML_WINDOW_S:g} s that NVML averages over"
 
 # Video memory of processes as Windows counts it, the view of its Task Manager: under WDDM the
 # driver does not tell NVML. `Dedicated Usage` is what a process has committed on the card, `Shared
@@ -135,7 +137,7 @@ class Probe:
 def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict[str, dict]:
     """Each channel's summary until the next message; `started` is called after the first one."""
     values: dict[str, list] = {name: [] for name in GPU_CHANNELS | SYSTEM_CHANNELS}
-    due = 0.0
+    due, opened = 0.0, time.perf_counter()
 
     def keep(slow: bool) -> None:
         nonlocal due
@@ -143,7 +145,10 @@ def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict
             began = time.perf_counter()
             read, ended = probe.slow(), time.perf_counter()
             due = ended + (ended - began) / SLOW_SHARE
-        for name, value in (probe.fast() | (read if slow else {})).items():
+        found = probe.fast() | (read if slow else {})
+        if time.perf_counter() < opened + NVML_WINDOW_S:
+            found.pop("utilization", None)  # it would be in part of what ran before
+        for name, value in found.items():
             values[name].append(value)
 
     keep(slow=True)
@@ -155,7 +160,8 @@ def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict
         except queue.Empty:
             keep(slow=time.perf_counter() >= due)
     keep(slow=True)
-    return {name: summary(name, seen, probe.reasons.get(name)) for name, seen in values.items()}
+    reasons = {"utilization": TOO_SHORT} | probe.reasons
+    return {name: summary(name, seen, reasons.get(name)) for name, seen in values.items()}
 
 
 def main(pid: str, interval_s: str, device: str) -> None:

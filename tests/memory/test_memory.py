@@ -1,6 +1,7 @@
 """The sampler: what it sees, what it cannot see, and that it ends with its parent."""
 
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from llmperf.machine import gpu
 from llmperf.memory import CHANNELS, GPU_CHANNELS, Sampler, summary
+from llmperf.memory import probe as probe_file
 from llmperf.memory import sampler as sampler_file
 from llmperf.memory.probe import Probe
 
@@ -342,3 +344,32 @@ def test_a_summary_by_hand():
     assert summary("power", (), "this card has no power meter") == {
         "status": "unavailable", "reason": "this card has no power meter", "unit": "watts",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "seen"), [([0.0, 0.2, 0.4, 0.9], None), ([0.0, 0.5, 1.2, 1.4, 2.0], 50.0)]
+)
+def test_utilisation_of_a_run_shorter_than_its_average_is_not_told(seconds, seen, monkeypatch):
+    """NVML's figure of the first second is in part that of what ran before: 99 % here."""
+    clock, inbox = iter(seconds), queue.Queue()
+    now = [next(clock)]
+    fake = SimpleNamespace(
+        reasons={},
+        slow=lambda: {"uss": 1},
+        fast=lambda: {"rss": 1, "utilization": 99.0 if now[0] < 1 else 50.0},
+    )
+
+    def get(timeout):
+        try:
+            now[0] = next(clock)
+        except StopIteration:
+            return {}
+        raise queue.Empty
+
+    inbox.get = get
+    monkeypatch.setattr(probe_file.time, "perf_counter", lambda: now[0])
+    found = probe_file.sample(fake, 0.02, inbox, lambda: None)["utilization"]
+    if seen is None:
+        assert "shorter than the 1 s that NVML averages over" in found["reason"]
+    else:
+        assert found["min"] == found["max"] == seen
