@@ -5,6 +5,7 @@ stats, machine, models, decoding, memory, predict, strategies, measure, findings
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,10 @@ DATA = ROOT / "data"
 REFERENCE = DATA / "reference"
 RUNS = DATA / "runs"
 
-os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # whatever the user's is: as NVML counts cards
+# NVML counts cards by PCI bus: in another order it would name other cards than CUDA does.
+if os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID") != "PCI_BUS_ID":
+    warnings.warn("CUDA_DEVICE_ORDER is set to PCI_BUS_ID here, which NVML uses", stacklevel=2)
+os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
 def lazy_face(room: str, /, **files: str) -> tuple[Callable[[str], object], list[str]]:

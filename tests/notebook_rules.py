@@ -151,6 +151,15 @@ def code_cells_are_short(nb):
         yield f"half of the code cells are longer than {MEDIAN_LINES} lines: split them"
 
 
+def answers_hide_no_import(nb):
+    """A reader's `name = None` must not take the place of something that other cells call."""
+    source = "\n".join(c.source for c in code(nb))
+    imports = " ".join(re.findall(r"^\s*(?:from \S+ )?import (.+)$", source, re.MULTILINE))
+    for name in re.findall(r"^(\w+) = None", source, re.MULTILINE):
+        if re.search(rf"\b{name}\b", imports):
+            yield f"the answer {name!r} hides an import of this name"
+
+
 def nothing_is_installed(nb):
     for cell in code(nb):
         if re.search(r"^\s*[!%].*\b(pip|conda|mamba)\b", cell.source, re.MULTILINE):
@@ -176,6 +185,7 @@ RULES: list[Rule] = [
     no_machine_path,
     errors_are_meant,
     code_cells_are_short,
+    answers_hide_no_import,
     nothing_is_installed,
     images_are_png,
 ]

@@ -15,9 +15,9 @@ from llmperf.decoding.loops import prepare
 from llmperf.decoding.requests import DEFAULT_LOOP, Request, Stop, check_length, graph_size
 from llmperf.decoding.sampling import Sampling, uniforms
 
-# Of each prompt in one step while other requests decode. On a processor a prompt's token costs as
-# much as a row of the batch; a card reads the weights as long for one as for many.
-PREFILL_TOKENS = {"cpu": 8, "cuda": 64}
+# Tokens of a prompt in one step, while other requests decode. In the step in C they are rows of the
+# same pass, and each prompt enters; elsewhere one prompt enters, in a pass of its own.
+PREFILL_TOKENS, PASS_TOKENS = 8, 64
 
 
 @dataclass
@@ -104,10 +104,11 @@ class Slots:
         return [self._take(slot, token) for slot, token in zip(ready, tokens, strict=True)]
 
     def _pieces(self) -> list[Piece]:
-        """The last token of each decoding request, and a piece of each prompt: the whole one where
-        no request decodes."""
+        """The last token of each decoding request, and pieces of prompts: whole ones where no
+        request decodes."""
         waits = any(row and row.generated for row in self._rows)
-        most = PREFILL_TOKENS[self.model.device.partition(":")[0]] if waits else None
+        together = isinstance(self._engine, _CpuRows)
+        most = (PREFILL_TOKENS if together else PASS_TOKENS) if waits else None
         decoding, prompts = [], []
         for slot, row in enumerate(self._rows):
             if row is None:
@@ -120,7 +121,7 @@ class Slots:
                 ids = prompt[row.prompt_done :][:most]
                 whole = row.prompt_done + len(ids) == len(prompt)
                 prompts.append(Piece(slot, ids, row.prompt_done, whole))
-        return decoding + prompts
+        return decoding + (prompts if together or not waits else prompts[:1])
 
     def _draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[int]:
         """The next token of each slot: logits (slots, vocabulary)."""

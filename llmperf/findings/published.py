@@ -145,15 +145,16 @@ def yi_deployment() -> pd.DataFrame:
 def console_line(r: Record) -> str:
     """The line that the publication printed after a run, from a record. GB means GiB, `free` what
     torch's allocator keeps without using it."""
-    requests, seconds = r.condition["level"], r.metric("duration_s") or 0.0
     card = next(iter(r.environment.get("gpus") or []), {})
     held = [r.memory.get(name, {}).get("last") for name in ("reserved", "allocated")]
     sizes = (*held, held[0] - held[1], card.get("memory_total_bytes")) if None not in held else ()
+    words = ["unknown" if x is None else f"{x / GIB:.3f} GB" for x in sizes]
     names = ("reserved", "allocated", "free", "total")
-    vram = ", ".join(f"{n} {(x or 0) / GIB:.3f} GB" for n, x in zip(names, sizes, strict=False))
+    vram = ", ".join(f"{n} {word}" for n, word in zip(names, words, strict=False))
+    work = f"{r.condition['level']} x {r.condition['new_tokens']} tokens"
     return (
-        f"Generated {requests} x {r.condition['new_tokens']} tokens and took {seconds:.3f} s;"
-        f" GPU VRAM: {vram or 'none, it ran on the processor'} ---> {r.condition['strategy']}"
+        f"Generated {work} and took {r.metrics['duration_s']:.3f} s; GPU VRAM:"
+        f" {vram or 'none, it ran on the processor'} ---> {r.condition['strategy']}"
     )
 
 

@@ -85,7 +85,8 @@ def highest_rate(
     """The highest rate (requests/s) at which `share` of the requests meet every limit of `slo`.
 
     `run(rate, seed)` answers one load. Bisection on the logarithm of the rate, as a bracket: one
-    run a rate, so a short load may miss the true rate.
+    run a rate, so a short load may miss the true rate. The lowest is tried again when it fails: one
+    disturbed run would end the search.
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"rates from {low} to {high}: give two numbers above 0, the lower first")
@@ -95,7 +96,7 @@ def highest_rate(
         probes.append(probe(rate, run(rate, seed + len(probes)), slo))
         return probes[-1].attained >= share
 
-    if not holds(low):
+    if not (holds(low) or holds(low)):
         return HighestRate(tuple(probes), None, low)
     if holds(high):
         return HighestRate(tuple(probes), high, None)

@@ -155,7 +155,8 @@ class _Session:
         )
 
     def prepare(self, i: int) -> None:
-        """Once a condition and process: reference, and short runs until times settle on a card.
+        """Once a condition and process: the reference, then a short run (on a card, until the times
+        of two settle).
 
         Raises DoesNotFit for what surely does not fit.
         """

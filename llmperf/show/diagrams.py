@@ -24,7 +24,11 @@ def positions(ax: Axes, prompt: int, new: int, loop: str) -> int:
     colors = ListedColormap(["white", LIGHT, COLORS[0]])
     ax.pcolormesh(grid, cmap=colors, edgecolor="white", vmin=0, vmax=2)
     computed = int((grid == 2).sum())
-    ax.set(xlabel="position in the text", ylabel="step")
+    ax.axvline(prompt, color="black", lw=0.8)  # the end of the prompt
+    places, steps = range(0, prompt + new - 1, 2), range(0, new, 2)
+    ax.set_xticks([i + 0.5 for i in places], [str(i + 1) for i in places])
+    ax.set_yticks([i + 0.5 for i in steps], [str(i + 1) for i in steps])
+    ax.set(xlabel="position in the text (line: end of the prompt)", ylabel="step")
     ax.set_title(f"{loop}: {computed} positions computed", fontsize=10)
     ax.invert_yaxis()
     marks = [
@@ -67,16 +71,16 @@ def lock_lanes(
 
 
 def slots(ax: Axes, trace: Trace) -> None:
-    """Which request had which slot: a bar from its start to its last token, with its number."""
+    """A lane a request at a time: a bar from its start to its last token, with its number."""
     ends: list[float] = []  # of the last request in each slot
     answered = (r for r in trace.requests if r.started_s is not None and r.token_s)
     for r in sorted(answered, key=lambda r: (r.started_s, r.id)):
         slot = next((i for i, end in enumerate(ends) if end <= r.started_s), len(ends))
         ends[slot : slot + 1] = [r.token_s[-1]]
-        color = COLORS[r.id % (len(COLORS) - 1)]  # without black
-        ax.barh(slot, r.token_s[-1] - r.started_s, left=r.started_s, color=color, edgecolor="white")
+        width = r.token_s[-1] - r.started_s
+        ax.barh(slot, width, left=r.started_s, color=COLORS[0], edgecolor="white")
         ax.annotate(str(r.id + 1), (r.started_s, slot), (2, 0), textcoords="offset points",
                     va="center", fontsize=7, color="white")  # fmt: skip
-    ax.axvline(max(ends), color=GREY, lw=0.8)
+    ax.axvline(max(ends, default=0), color=GREY, lw=0.8)
     ax.set(xlabel="time (s)", ylabel="slot", yticks=range(len(ends)), xlim=(0, None))
     ax.invert_yaxis()

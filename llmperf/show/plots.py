@@ -242,7 +242,8 @@ def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
     rows = measure.frame(r for r in records if r.counts and not r.condition.get("arrivals"))
     if not len(rows):
         return rows
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *MODEL, "e2el_ms", "requests_ok"])))
+    needed = (*MODEL, "e2el_ms", "requests_ok", "output_tokens", "output_tokens_per_s")
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *needed])))
     rows = rows[~rows.foreign & rows.output_tokens_per_s.notna()]
     model = rows.groupby(MODEL, dropna=False).ngroup()
     rows = rows[model == model.mode()[0]].copy()

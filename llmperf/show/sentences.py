@@ -33,22 +33,28 @@ def ratio_sentence(
 ) -> str:
     """`batch of 10: 4.2 (3.9 to 4.5) times the tokens/s of batch of 1, more`.
 
-    `a` and `b` are a label or values of columns; `quantity` is a column. Rounds that hold both are
-    compared in pairs. `more`, `less` and `unclear` end the sentence when the 95 % interval lies
-    above `than`, below it, or around it; `unclear` too where the rounds are too few for one.
+    `a`, `b` and `quantity` are those of `ratio`. `more`, `less` and `unclear` end the sentence when
+    the 95 % interval lies above `than`, below it, or around it; `unclear` too where the rounds are
+    too few for one.
     """
-    left, right = (_samples(frame, quantity, side) for side in (a, b))
     names = names or tuple(s if isinstance(s, str) else str(dict(s)) for s in (a, b))
     of = WORDS.get(quantity, quantity.replace("_", " "))
-    for name, values in zip(names, (left, right), strict=True):
-        if values.empty:
+    for name, side in zip(names, (a, b), strict=True):
+        if _samples(frame, quantity, side).empty:
             return f"not measured: the {of} of {name}."
+    found = ratio(frame, quantity, a, b)
+    end = _outcome(found, than, more, less, unclear)
+    return f"{names[0]}: {_shown(found)} times the {of} of {names[1]}, {end}."
+
+
+def ratio(frame: pd.DataFrame, quantity: str, a: str | Mapping, b: str | Mapping) -> Interval:
+    """`a` over `b`, each a label or values of columns, in a column. Rounds that hold both are
+    compared in pairs; without runs of one of them the value is None."""
+    left, right = (_samples(frame, quantity, side) for side in (a, b))
     common = left.index.intersection(right.index)
     if pairs := len(common) > 1:
         left, right = left[common], right[common]
-    found = stats.ratio_interval(left.tolist(), right.tolist(), paired=pairs)
-    end = _outcome(found, than, more, less, unclear)
-    return f"{names[0]}: {_shown(found)} times the {of} of {names[1]}, {end}."
+    return stats.ratio_interval(left.tolist(), right.tolist(), paired=pairs)
 
 
 def value_sentence(
@@ -99,13 +105,13 @@ def loops_sentence(records: Iterable[Record]) -> str:
 def guess_sentence(
     what: str, guess: float | None, measured: float | None, unit: str = "", right: float = 0.1
 ) -> str:
-    """How a reader's guess compares with what was measured: right within 10 %."""
+    """How a reader's guess compares with what was measured: right within a share of it."""
     if measured is None or math.isnan(measured):
         return f"{what}: not measured."
     found = f"{what}: {measured:.3g}{unit}"
     if guess is None:
         return f"{found}. No guess was written down above."
-    if isinstance(guess, str) or not math.isfinite(guess):
+    if type(guess) not in (int, float) or not math.isfinite(guess):
         return f"{found}. Your guess {guess!r} is no number: write it without its unit."
     if abs(guess - measured) <= right * abs(measured):
         return f"{found}. Your guess, {guess:g}{unit}, was right."

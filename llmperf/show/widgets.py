@@ -131,6 +131,8 @@ def draw_batch(frame: pd.DataFrame, batch: int = 1) -> Figure:
     speeds = (
         frame[frame.status == "ok"].groupby("level")[["tpot_ms", "output_tokens_per_s"]].median()
     )
+    if speeds.empty:
+        raise ValueError("no run of a batch went through")
     each = 1e3 / speeds.tpot_ms
     batch = min(each.index, key=lambda level: abs(level - batch))
     fig, ax = plots.figure(height=3)

@@ -19,6 +19,7 @@ from llmperf.measure import Record
 from llmperf.show import plots
 
 LOAD_PER_S = 1.0  # requests a second that the recommendation is for
+CARD_TEXT = 0.93  # of the card's height, for the five lines
 CARD_STYLE = (
     "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;overflow:hidden;"
     "font:16px/1.35 sans-serif"
@@ -124,16 +125,29 @@ def write_card(folder: Path | str, found: Answer) -> tuple[Path, Path]:
     paragraphs = image(plot, "Tokens/s of every strategy", "float:right;margin-left:30px")
     where = f"llmperf on {found.run.caption}"
     fig.text(0.63, 0.2, textwrap.fill(where, 60), fontsize=10, va="top", color=plots.GREY)
-    for points, text in zip((17, 17, 17, 12, 12), found.lines, strict=True):
-        lines = textwrap.wrap(text, 870 // points)
+    for points, text, lines, height in _fitted(found.lines):
         fig.text(0.04, y, "\n".join(lines), fontsize=points, va="top", linespacing=1.35)
-        y -= (len(lines) * points * 1.5 + 12) / 450
+        y -= height
         paragraphs += f"<p style='font-size:{points * 1.38:.0f}px'>{html.escape(text)}</p>"
     fig.savefig(png)
     paragraphs += f"<p>{html.escape(where)}</p>"
     head = f"<!doctype html><meta charset='utf-8'><title>llmperf</title><body style='{CARD_STYLE}'>"
     page.write_text(f"{head}{paragraphs}</body>", encoding="utf-8")
     return png, page
+
+
+def _fitted(texts: Sequence[str]) -> list[tuple[float, str, list[str], float]]:
+    """Of each text its points, itself, its lines and its share of the card's height: the largest
+    letters with which all of them fit."""
+    for scale in (1.0, 0.9, 0.8, 0.7, 0.6):
+        found = []
+        for text, points in zip(texts, (17, 17, 17, 12, 12), strict=True):
+            lines = textwrap.wrap(text, int(870 / (scale * points)))
+            height = (len(lines) * scale * points * 1.5 + 12) / 450
+            found.append((scale * points, text, lines, height))
+        if sum(height for *_, height in found) <= CARD_TEXT:
+            break
+    return found
 
 
 def _plot(run: Run) -> bytes:
@@ -144,7 +158,8 @@ def _plot(run: Run) -> bytes:
     fig = Figure(figsize=(4.3, 3.9), dpi=100, layout="constrained")
     ax = fig.add_subplot()
     plots.strategy_curves(ax, rows, *plots.PANELS[0])
-    ax.set_title(f"{rows.work.iloc[0].partition(',')[0]}, {rows.loop.iloc[0]}", fontsize=10)
+    model = f"{rows.work.iloc[0].partition(',')[0]}, {rows.loop.iloc[0]}"
+    ax.set_title(f"All strategies in {model}", fontsize=10)
     ax.legend(frameon=False, fontsize=8)
     fig.savefig(drawn)
     return drawn.getvalue()

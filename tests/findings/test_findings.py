@@ -470,5 +470,7 @@ def test_a_record_is_printed_as_the_publication_printed_its_runs():
         "Generated 10 x 256 tokens and took 3.549 s; GPU VRAM: reserved 1.051 GB, allocated"
         " 0.484 GB, free 0.567 GB, total 4.000 GB ---> batch"
     )
+    shared = replace(run, environment={"gpus": [{"memory_total_bytes": None}]})
+    assert "free 0.567 GB, total unknown ---> batch" in published.console_line(shared)
     on_cpu = replace(run, memory={"reserved": {"status": "unavailable"}})
     assert "GPU VRAM: none, it ran on the processor ---> batch" in published.console_line(on_cpu)

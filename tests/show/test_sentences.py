@@ -125,6 +125,8 @@ def test_check_says_what_kind_of_answer_it_wants(capsys):
         (16, "Your guess, 16 times, was much too high."),
         (None, "No guess was written down above."),
         ("ten", "Your guess 'ten' is no number: write it without its unit."),
+        ([1, 2], "Your guess [1, 2] is no number: write it without its unit."),
+        (True, "Your guess True is no number: write it without its unit."),
     ],
 )
 def test_a_guess_is_compared_in_words(guess, end):

@@ -163,6 +163,7 @@ BROKEN = [
     (rules.errors_are_meant, lambda nb: nb.cells[3].outputs.append(ERROR)),
     (rules.code_cells_are_short, source("\n\n".join("a" * 16))),
     (rules.code_cells_are_short, lambda nb: [c.update(source="a\n" * 7) for c in nb.cells[2:]]),
+    (rules.answers_hide_no_import, source("from x import a, b as c\nc = None  # your answer")),
     (rules.nothing_is_installed, source("import os\n!pip install x")),
     (rules.nothing_is_installed, source("%pip install x")),
     (rules.nothing_is_installed, source("!{sys.executable} -m pip install x")),

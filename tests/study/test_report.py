@@ -93,6 +93,14 @@ def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
     assert all(html.escape(line) in text for line in found.lines)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_long_lines_get_smaller_letters_so_that_the_card_holds_them(folder, times):
+    lines = [" ".join([line] * times) for line in answer.of_run(answer.load(folder)).lines]
+    fitted = answer._fitted(lines)
+    assert sum(height for *_, height in fitted) <= 0.93
+    assert [text for _, text, *_ in fitted] == lines and all(points >= 7 for points, *_ in fitted)
+
+
 def test_a_failure_that_was_measured_again_does_not_count(tmp_path):
     failed = made_up("batch", 4, 20, 9, kind="failed", status="error", reason="killed", metrics={})
     assert "1 records are not ok (1 error)" in answer.not_ok([*RUNS, failed])
