@@ -227,7 +227,7 @@ def _check_value(stem: str, name: str, value, default) -> None:
     words = WORDS.get(name, ())
     if words and (wrong := [x for x in entries if str(x).partition(":")[0] not in words]):
         raise ValueError(f"{what}: {wrong[0]!r:.60} is none of {', '.join(words)}")
-    if like and all(isinstance(x, int | float) for x in like):
+    if like and all(type(x) in (int, float) for x in like):  # no bool
         kinds = (int,) if isinstance(like[0], int) else (int, float)
         least = 0 if (stem, name) in MAY_BE_ZERO else 1 if kinds == (int,) else 1e-9
         if not entries or not all(type(x) in kinds and x >= least for x in entries):
