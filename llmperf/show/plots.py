@@ -87,7 +87,7 @@ def caption(
         if len(failed := frame[frame.status != "ok"]):
             lines.append(f"left out: {len(failed)} runs, {failed.status.iloc[0]}")
     text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
-    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left", parse_math=False)
 
 
 def _machines(frame: pd.DataFrame | None) -> str:
@@ -129,6 +129,7 @@ def curve(
     found = {key: stats.median_interval(values) for key, values in samples.items()}
     ax.plot(rows[x], rows[y] * scale, marker, color=color, alpha=0.35, markersize=4, linewidth=0)
     line, face = LINES[nth % len(LINES)], color if not nth else "white"
+    label = label.replace("$", r"\$")  # a name, no formula
     look = {"color": color, "marker": marker, "markerfacecolor": face, "label": label}
     repeated = [key for key, values in samples.items() if len(values) > 1]
     drawn = "points are runs, lines their medians" if repeated else "points are single runs"

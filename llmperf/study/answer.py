@@ -124,9 +124,10 @@ def write_card(folder: Path | str, found: Answer) -> tuple[Path, Path]:
         fig.figimage(imread(io.BytesIO(plot)), 740, 170)
     paragraphs = image(plot, "Tokens/s of every strategy", "float:right;margin-left:30px")
     where = f"llmperf on {found.run.caption}"
-    fig.text(0.63, 0.2, textwrap.fill(where, 60), fontsize=10, va="top", color=plots.GREY)
+    plain = {"va": "top", "parse_math": False}  # names from strangers may hold a $
+    fig.text(0.63, 0.2, textwrap.fill(where, 60), fontsize=10, color=plots.GREY, **plain)
     for points, text, lines, height in _fitted(found.lines):
-        fig.text(0.04, y, "\n".join(lines), fontsize=points, va="top", linespacing=1.35)
+        fig.text(0.04, y, "\n".join(lines), fontsize=points, linespacing=1.35, **plain)
         y -= height
         paragraphs += f"<p style='font-size:{points * 1.38:.0f}px'>{html.escape(text)}</p>"
     fig.savefig(png)
@@ -159,7 +160,7 @@ def _plot(run: Run) -> bytes:
     ax = fig.add_subplot()
     plots.strategy_curves(ax, rows, *plots.PANELS[0])
     model = f"{rows.work.iloc[0].partition(',')[0]}, {rows.loop.iloc[0]}"
-    ax.set_title(f"All strategies in {model}", fontsize=10)
+    ax.set_title(f"All strategies in {model}", fontsize=10, parse_math=False)
     ax.legend(frameon=False, fontsize=8)
     fig.savefig(drawn)
     return drawn.getvalue()

@@ -101,6 +101,14 @@ def test_long_lines_get_smaller_letters_so_that_the_card_holds_them(folder, time
     assert [text for _, text, *_ in fitted] == lines and all(points >= 7 for points, *_ in fitted)
 
 
+def test_a_name_with_dollars_is_no_formula(folder):
+    path = folder / "records.jsonl"
+    odd = path.read_text().replace("AMD EPYC", r"A $\\frac{ B$").replace('"batch"', r'"$\\frac{$"')
+    path.write_text(odd, encoding="utf-8")
+    page = report.write(folder, STATE).read_text(encoding="utf-8")
+    assert "Nothing to judge yet" not in page and r"$\frac{ B$" in page
+
+
 def test_a_failure_that_was_measured_again_does_not_count(tmp_path):
     failed = made_up("batch", 4, 20, 9, kind="failed", status="error", reason="killed", metrics={})
     assert "1 records are not ok (1 error)" in answer.not_ok([*RUNS, failed])
