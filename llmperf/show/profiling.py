@@ -12,8 +12,8 @@ from llmperf.decoding.requests import GREEDY, Request
 from llmperf.models import Model
 
 KINDS = {
-    "matrix products": ("linear", "mm", "addmm", "bmm", "matmul", "gemm", "gemv"),
-    "attention": ("attention", "attend", "sdpa", "flash", "fmha"),
+    "matrix products": ("linear", "mm", "matmul"),
+    "attention": ("attention",),
 }
 OTHER = "other operations"
 STEP = "decode step"
@@ -66,21 +66,12 @@ def rows_of(events) -> pd.DataFrame:
             "ms": event.time_range.elapsed_us() / 1e3,
         }
         for step, span in enumerate(spans)
-        for event in (span, *_operations(span))
+        for event in (span, *span.cpu_children)
     )
 
 
-def _operations(event) -> list:
-    """The outermost operations inside `event`, those of a compiled graph instead of the graph."""
-    found = []
-    for child in event.cpu_children:
-        graph = "CompiledFxGraph" in child.name or child.name.startswith("Torch-Compiled Region")
-        found += _operations(child) if graph else [child]
-    return found
-
-
 def kind_of(name: str) -> str:
-    """The kind of an operation or kernel by its name: aten::linear is a matrix product."""
+    """The kind of an operation by its name: aten::linear is a matrix product."""
     lower = name.lower()
     found = (kind for kind, marks in reversed(KINDS.items()) if any(m in lower for m in marks))
     return next(found, OTHER)
