@@ -1,6 +1,7 @@
 """Diagrams of ideas: what a step computes, who holds the lock, which slot has which request."""
 
 from heapq import heappop, heappush
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from llmperf.decoding.trace import Trace
 from llmperf.show.plots import COLORS, GREY
 
 LIGHT = "#e6e8eb"
+LANES = {LIGHT: "waits for the lock", COLORS[1]: "Python: holds it", COLORS[5]: "operators"}
 
 
 def positions(ax: Axes, prompt: int, new: int, loop: str) -> int:
@@ -31,11 +33,9 @@ def positions(ax: Axes, prompt: int, new: int, loop: str) -> int:
     ax.set(xlabel="position in the text (line: end of the prompt)", ylabel="step")
     ax.set_title(f"{loop}: {computed} positions computed", fontsize=10)
     ax.invert_yaxis()
-    marks = [
-        Patch(color=COLORS[0], label="computed"),
-        Patch(color=LIGHT, label="kept in the cache"),
-    ]
-    ax.legend(handles=marks[: 1 if loop == "recompute" else 2], frameon=False, fontsize=8)
+    marks = {"computed": COLORS[0]} | ({"kept in the cache": LIGHT} if loop != "recompute" else {})
+    handles = [Patch(color=color, label=label) for label, color in marks.items()]
+    ax.legend(handles=handles, frameon=False, fontsize=8)
     return computed
 
 
@@ -51,19 +51,11 @@ def lock_lanes(
         start = max(asked, free)
         free = start + lock_ms
         end = free + operator_ms
-        for begin, until, color in (
-            (asked, start, LIGHT),
-            (start, free, COLORS[1]),
-            (free, end, COLORS[5]),
-        ):
+        for (begin, until), color in zip(pairwise((asked, start, free, end)), LANES, strict=True):
             ax.barh(thread, until - begin, left=begin, color=color, height=0.8)
         if left > 1:
             heappush(asking, (end, thread, left - 1))
-    for color, label in (
-        (LIGHT, "waits for the lock"),
-        (COLORS[1], "Python: holds it"),
-        (COLORS[5], "operators"),
-    ):
+    for color, label in LANES.items():
         ax.barh(0, 0, color=color, label=label)
     ax.set(xlabel="time (ms)", ylabel="thread", yticks=range(threads))
     ax.invert_yaxis()

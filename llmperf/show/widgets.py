@@ -128,26 +128,24 @@ def draw_roofline(
 def draw_batch(frame: pd.DataFrame, batch: int = 1) -> Figure:
     """Each batch size as a point: what one user gets against what all get together. `batch`, or the
     measured size next to it, is marked. `frame`: runs of the strategy `batch`."""
-    speeds = (
-        frame[frame.status == "ok"].groupby("level")[["tpot_ms", "output_tokens_per_s"]].median()
-    )
+    of_all, tpot = "output_tokens_per_s", "tpot_ms"
+    speeds = frame[frame.status == "ok"].groupby("level")[[tpot, of_all]].median()
     if speeds.empty:
         raise ValueError("no run of a batch went through")
-    each = 1e3 / speeds.tpot_ms
+    all_users, each = speeds[of_all], 1e3 / speeds[tpot]
     batch = min(each.index, key=lambda level: abs(level - batch))
     fig, ax = plots.figure(height=3)
-    ax.plot(each, speeds.output_tokens_per_s, "-o", color=plots.GREY)
-    ax.plot(
-        each[batch], speeds.output_tokens_per_s[batch], "o", color=plots.COLORS[1], markersize=11
-    )
-    for level, (x, y) in zip(
-        each.index, zip(each, speeds.output_tokens_per_s, strict=True), strict=True
-    ):
-        ax.annotate(str(level), (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    ax.plot(each, all_users, "-o", color=plots.GREY)
+    ax.plot(each[batch], all_users[batch], "o", color=plots.COLORS[1], markersize=11)
+    for level in each.index:
+        at = (each[level], all_users[level])
+        ax.annotate(str(level), at, (5, 4), textcoords="offset points", fontsize=8)
     ax.set(xlabel="tokens/s of each user, once its answer has begun", ylabel="tokens/s of all")
-    ax.set(xlim=(0, None), ylim=(0, 1.2 * speeds.output_tokens_per_s.max()))
-    words = f"batch {batch}: {speeds.output_tokens_per_s[batch]:.0f} tokens/s for all, "
-    ax.set_title(words + f"{each[batch]:.0f} for each user", fontsize=10, loc="left")
+    ax.set(xlim=(0, None), ylim=(0, 1.2 * all_users.max()))
+    words = (
+        f"batch {batch}: {all_users[batch]:.0f} tokens/s for all, {each[batch]:.0f} for each user"
+    )
+    ax.set_title(words, fontsize=10, loc="left")
     return fig
 
 

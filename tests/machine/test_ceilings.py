@@ -43,6 +43,7 @@ def test_seconds_waits_before_it_reads_the_clock_and_drops_the_first(monkeypatch
 
 def test_read_bandwidth_counts_the_bytes_of_the_buffer(half_a_second, small_buffer):
     rate = rates.read_bandwidth()
+    assert rates.read_bandwidth(share=0.5)["median"] == rate["median"] / 2
     assert rate["median"] == 4 * MIB / 0.5
 
 

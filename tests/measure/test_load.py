@@ -125,6 +125,18 @@ def attained(rate, limit_s, service_s=0.1, n=50_000):
     return np.mean(waits + service_s <= limit_s)
 
 
+def test_one_disturbed_run_of_the_lowest_rate_does_not_end_the_search():
+    seen = []
+
+    def disturbed_once(rate, seed):
+        seen.append((rate, seed))
+        return queue(rate, seed, service_s=9.0 if len(seen) == 1 else 0.1)
+
+    found = load.highest_rate(disturbed_once, {"ttft_ms": 60_000}, 1.0, 5.0)
+    assert (found.holds_per_s, found.misses_per_s) == (5.0, None)
+    assert [rate for rate, _ in seen] == [1.0, 1.0, 5.0] and seen[0][1] != seen[1][1]
+
+
 def test_a_limit_that_never_or_always_holds_says_so():
     never = load.highest_rate(queue, {"ttft_ms": 50}, 1.0, 5.0)
     assert (never.holds_per_s, never.misses_per_s) == (None, 1.0)

@@ -474,17 +474,21 @@ def long_run(minutes: float, seed: int, folder: Path) -> str:
             for name in dice.sample(names, len(names)):
                 work = build(model.tokenizer, 3, 8, 16, seed=dice.randrange(1000))
                 tokens += strategies.STRATEGIES[name](model, work, {}).output_tokens
+            speed = tokens / (time.perf_counter() - began)
+            time.sleep(0.1)  # a thread may be just ending
             state = (me.memory_info().rss, me.num_fds(), me.num_threads(), len(me.children()))
-            rounds.append((tokens / (time.perf_counter() - began), *state))
+            rounds.append((speed, *state))
     tenth = max(1, len(rounds) // 10)
     first, last = rounds[tenth : 2 * tenth] or rounds[:1], rounds[-tenth:]
-    before, after = ([sum(x) / len(x) for x in zip(*part, strict=True)] for part in (first, last))
-    speed, rss = (b / a for a, b in zip(before[:2], after[:2], strict=True))
-    more = [b - a for a, b in zip(before[2:], after[2:], strict=True)]
-    found = f"{len(rounds)} rounds; last tenth over first: speed {speed:.2f}, RSS {rss:.2f}; "
-    found += "more files {:+.1f}, threads {:+.1f}, children {:+.1f}".format(*more)
-    # One that is just ending may be seen; a leak has one a round.
-    assert rss < 1.05 and max(more) <= min(2, len(rounds) / 2), found
+    speed, rss, files, threads, children = (
+        sum(x[i] for x in last) / len(last) / max(1e-9, sum(x[i] for x in first) / len(first))
+        if any(x[i] for x in first)
+        else 1.0
+        for i in range(5)
+    )
+    found = f"{len(rounds)} rounds; last tenth over first: speed {speed:.2f}, RSS {rss:.2f}, "
+    found += f"files {files:.2f}, threads {threads:.2f}, children {children:.2f}"
+    assert rss < 1.05 and files < 1.05 and threads < 1.05 and children <= 1.05, found
     return found
 
 
