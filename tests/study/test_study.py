@@ -55,6 +55,15 @@ def test_a_notebook_that_fails_is_named_and_the_others_go_on(shelf, tmp_path):
     assert "RuntimeError: broke" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_kernel_is_killed_at_the_end_without_waiting_for_its_clean_up(shelf, tmp_path):
+    left = tmp_path / "cleaned-up"
+    cleans_up = f"import atexit, pathlib\natexit.register(pathlib.Path({str(left)!r}).touch)"
+    write_notebook(shelf, "00-first", body=cleans_up)
+    folder = study.start(Profile("p"), only=["00"], out=tmp_path / "run")
+    assert study.run(folder).done == {"00-first": "ok"}
+    assert not left.exists()  # to free torch takes seconds, in each of twelve notebooks
+
+
 def test_resume_runs_only_what_is_left(shelf, tmp_path):
     folder = study.start(Profile("p"), out=tmp_path / "run")
     state = study.load_state(folder)
