@@ -149,18 +149,23 @@ def _step_copies(s: RunSpec) -> int:
 def _activations(s: RunSpec, tokens: int) -> tuple[int, int]:
     """Bytes alive at the widest place of a layer: in its feed-forward part or in its attention.
 
-    At least the residual, its normed copy, the outputs of the block's first linear layers and the
-    input of its last. At most: the norm in fp32, rotated copies, a GELU written in Python.
+    At least the residual, its normed copy, and `widest_layer`. At most the norm in fp32 too.
     """
-    shape, item = s.shape, dtype_bytes(s.dtype)
+    hidden, item = s.shape.hidden, dtype_bytes(s.dtype)
+    wide, most = widest_layer(s.shape)
+    return tokens * (2 * hidden + wide) * item, tokens * ((2 * hidden + most) * item + 8 * hidden)
+
+
+def widest_layer(shape: ModelShape) -> tuple[int, int]:
+    """Elements of a token that are alive inside the widest block: at least the outputs of its first
+    linear layers and the input of its last; at most also rotated copies, or a GELU in Python."""
     feed, attention = shape.widths("feed-forward", "expert"), shape.widths("attention")
     wide = max((first + last for first, last in feed | attention), default=0)
     most = max(
         *(2 * first + last for first, last in attention | {(0, 0)}),
         *(max(2 * first, (5 if first <= last else 4) * last) for first, last in feed | {(0, 0)}),
     )
-    low = tokens * (2 * shape.hidden + wide) * item
-    return low, tokens * ((2 * shape.hidden + most) * item + 2 * shape.hidden * 4)
+    return wide, most
 
 
 @lru_cache(maxsize=128)

@@ -11,6 +11,7 @@ __getattr__, __all__ = lazy_face(
     " value_sentence",
     widgets="Question calculator draw_batch draw_memory draw_queue draw_roofline draw_sampling"
     " explore",
+    static_calculator="calculator_page",
     anatomy="PHASES split",
     diagrams="lock_lanes positions slots",
     profiling="STEP profile_steps shares",

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import webbrowser
 from pathlib import Path
 
 from llmperf import findings, machine, models, predict, study
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = command("models", _models, "sizes of the presets, or of the models named")
     add("models", nargs="*", help="preset, hub id, folder or config.json")
+    add = command("calculator", _calculator, "does a model fit a card: a page for the browser")
+    add("models", nargs="*", help="a hub id, folder or config.json beside the presets")
+    add("--out", metavar="FILE", help="write the page there and open nothing")
     add = command("compare", _compare, "put runs side by side, from any machines")
     add("runs", nargs="+", metavar="RUN", help="a folder, or a shared file")
     add("--quantity", default="output_tokens_per_s", help="any rate or time, e.g. ttft_ms.median")
@@ -182,6 +186,17 @@ def _models(arguments) -> None:
             f" {cache_mib:>7,.1f} MiB of cache for 1,000 tokens"
         )
     print("Any hub id (owner/model), local folder and config.json work too.")
+
+
+def _calculator(arguments) -> None:
+    from llmperf.show import calculator_page
+
+    kept = Path(arguments.out) if arguments.out else machine.cache_dir() / "calculator.html"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(calculator_page(arguments.models), encoding="utf-8")
+    if not arguments.out:
+        webbrowser.open(kept.resolve().as_uri())
+    _say(f"Calculator: {kept}")
 
 
 def _compare(arguments) -> None:

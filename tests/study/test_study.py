@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import webbrowser
 
 import pytest
 import yaml
 from filelock import FileLock
 from made_up_notebooks import write_notebook
 
-from llmperf import study
+from llmperf import machine, models, study
 from llmperf.measure import Store
 from llmperf.study import Profile, profile
 from llmperf.study.cli import main
@@ -312,6 +314,31 @@ def test_the_command_line_lists_models(capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert "smollm2-135m" in out and "135 M parameters" in out
+
+
+def test_the_calculator_is_a_page_of_the_models_named_and_of_this_card(
+    tmp_path, monkeypatch, capsys
+):
+    card = {"name": "NVIDIA GeForce RTX 4090", "memory_total_bytes": 24 << 30}
+    monkeypatch.setattr(models, "PRESETS", ("gpt2",))
+    monkeypatch.setitem(machine.PROBES, "gpus", lambda: [card])
+    monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", "n_layer": 3, "vocab_size": 99}))
+    assert main(["calculator", str(config)]) == 0
+    page = tmp_path / "calculator.html"
+    assert opened == [page.as_uri()] and str(page) in capsys.readouterr().out
+    numbers = re.search("const data = (.*), GIB", page.read_text(encoding="utf-8"))[1]
+    found = json.loads(numbers)
+    assert list(found["models"]) == [str(config), "gpt2"]
+    assert found["models"][str(config)]["vocab"] == 99
+    assert found["first"]["model"] == str(config)
+    assert found["first"]["card"] == "NVIDIA GeForce RTX 4090 (this machine)"
+    assert found["cards"]["NVIDIA GeForce RTX 4090 (this machine)"] == [24, 1008e9]
+    assert main(["calculator", "no-such-model"]) == 2
+    assert main(["calculator", "--out", str(tmp_path)]) == 1
 
 
 def test_the_machine_command_prints_json():

@@ -1,0 +1,75 @@
+"""The memory calculator as one page that needs neither a kernel nor a network.
+
+Python measures each preset once; the page repeats `predict.memory` for the loop `cached` from that.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, replace
+from importlib.resources import files
+
+from tqdm import tqdm
+
+from llmperf import models, predict
+from llmperf.machine import DTYPE_BYTES, GIB, PROBES, ask, platform_word
+from llmperf.predict import ledger
+from llmperf.show.widgets import QUANTIZATIONS, Question
+
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def calculator_page(names: Sequence[str] = ()) -> str:
+    """The page as HTML, for the models named (preset, hub id, folder or config.json) and all
+    presets. Reading the shapes of all presets takes about half a minute once. Raises ValueError."""
+    template = files("llmperf.show").joinpath("web", "calculator.html").read_text("utf-8")
+    numbers = json.dumps(_numbers(names), separators=(",", ":"))
+    return template.replace("DATA", numbers.replace("<", "\\u003c"))  # ends no script
+
+
+def _numbers(names: Sequence[str]) -> dict:
+    """All numbers of the page; those of a model by dtype and quantization."""
+    first, cards = asdict(Question()), list(predict.known_cards())
+    for found in ask(PROBES["gpus"])[0] or ():
+        card = predict.card(found["name"], found["memory_total_bytes"] / GIB)
+        cards.append(replace(card, name=f"{found['name']} (this machine)"))
+        first |= {"card": cards[-1].name, "platform": platform_word("cuda")}
+    if names:
+        first["model"] = names[0]
+    every = tqdm(dict.fromkeys([*names, *models.PRESETS]), desc="shapes of models", leave=False)
+    return {
+        "first": first,
+        "cards": {c.name: [c.memory_gib, c.bandwidth_bytes_s] for c in cards},
+        "models": {name: _of_model(models.shape_of(name)) for name in every},
+        "item": {dtype: DTYPE_BYTES[dtype] for dtype in DTYPES},
+        "quantizations": QUANTIZATIONS,
+        "overhead": {k: v for k, v in ledger.OVERHEAD_GIB.items() if k != "cpu"},
+        "idle": ledger.IDLE_GIB,
+        "workspace": [ledger.CUBLAS_WORKSPACE, ledger.CUBLAS_WORKSPACE_HOPPER],
+        "segments": 2 * (ledger.LARGE_SEGMENT + ledger.ROUND_LARGE),
+    }
+
+
+def _of_model(shape: models.ModelShape) -> dict:
+    held = {}
+    for dtype in DTYPES:
+        buffers = sum(predict.buffers(shape, dtype))
+        for word in QUANTIZATIONS:
+            how = (shape, dtype, None if word == "as stored" else word)
+            placed = predict.at_rest(*how)
+            rounding = placed.allocated - placed.requested
+            spare = placed.reserved - placed.allocated
+            weights, read = predict.weights_bytes(*how), predict.weights_read(*how)
+            held[f"{dtype} {word}"] = [weights, buffers, rounding, spare, read]
+    copied = shape.kv_heads * shape.head_dim
+    if shape.latent:
+        copied = max(outputs for outputs, _ in shape.widths("attention"))
+    return {
+        "held": held,
+        "hidden": shape.hidden,
+        "vocab": shape.vocab,
+        "positions": shape.max_positions,
+        "widths": predict.widest_layer(shape),
+        "copies": copied,
+        "cache": [[n, *astuple(layer)] for layer, n in Counter(shape.cache).items()],
+    }
