@@ -88,7 +88,7 @@ def _single(best: pd.Series, alone: pd.Series | None) -> tuple[str, str]:
     how = f"{findings.public_model(str(option.model))} in {option.precision}, {option.loop}"
     gets = f"One request gets {option.output_tokens_per_s:.3g} tokens/s ({how})"
     if pd.notna(option.bound_tpot_ms):
-        gets += f" of at most {1e3 / option.bound_tpot_ms:.3g}; its limit is {option.limit}"
+        gets += f"; {option.limit} allows at most {1e3 / option.bound_tpot_ms:.3g}"
     return ceilings, f"{gets}."
 
 
