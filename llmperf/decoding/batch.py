@@ -59,13 +59,18 @@ class Piece:
     start: int  # position of the first of them
     last: bool
 
+    @property
+    def end(self) -> int:
+        """Position after the last of them."""
+        return self.start + len(self.ids)
+
 
 def run_piece(module, piece: Piece, caches: dict[int, DynamicCache]) -> torch.Tensor:
     """Run a piece alone over its slot's cache, which the first piece makes: (1, vocabulary)."""
     if piece.start == 0:
         caches[piece.slot] = DynamicCache(config=module.config)
     ids = torch.tensor([list(piece.ids)], device=module.device)
-    place = torch.arange(piece.start, piece.start + len(piece.ids), device=ids.device)
+    place = torch.arange(piece.start, piece.end, device=ids.device)
     out = module(
         input_ids=ids, position_ids=place[None], logits_to_keep=last_column(ids),
         **with_cache(module, caches[piece.slot]),

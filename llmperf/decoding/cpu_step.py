@@ -8,11 +8,13 @@ runs `cached`.
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from llmperf.decoding.batch import Piece
 from llmperf.decoding.cpu_library import Unsupported, ffi, library, processor
 from llmperf.decoding.sampling import Sampling, next_tokens
 
@@ -23,8 +25,8 @@ _pool = threading.Lock()  # one caller at a time works with several threads
 _tables_lock = threading.Lock()
 
 
-def _at(tensor: torch.Tensor, form: str = "void *"):
-    return ffi.cast(form, tensor.data_ptr())
+def _at(tensor: torch.Tensor):
+    return ffi.cast("void *", tensor.data_ptr())
 
 
 class CpuStep:
@@ -44,24 +46,6 @@ class CpuStep:
         self.table_length = 0
         self.description = ffi.new("Model *", self._describe())
 
-    def new_cache(self, slots: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values: (layers, slots, kv_heads, length, head_dim), in the model's dtype.
-
-        Memory is taken page by page as tokens are written.
-        """
-        d = self.description
-        shape = (d.layer_count, slots, d.kv_heads, length, d.head_dim)
-        dtype = self.module.get_input_embeddings().weight.dtype
-        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-
-    def scratch(self, rows: int, length: int) -> torch.Tensor:
-        """Working memory for calls of up to `rows` tokens, with the threads that torch has now."""
-        return torch.empty(self._scratch_floats(rows, length), dtype=torch.float32)
-
-    def _scratch_floats(self, rows: int, length: int) -> int:
-        threads = torch.get_num_threads()
-        return self.library.scratch_floats(self.description, rows, length, threads)
-
     def next_tokens(self, logits, sampling: Sampling, uniform) -> torch.Tensor:
         """As `sampling.next_tokens`, without torch's threads; falls back to torch above
         MOST_CANDIDATES.
@@ -73,14 +57,11 @@ class CpuStep:
         if top_k is None or top_k > self.library.MOST_CANDIDATES:
             return next_tokens(logits, sampling, uniform)
         suppressed = ffi.new("int32_t[]", sampling.suppress)
-        how = {"suppressed": suppressed, "suppressed_count": len(sampling.suppress)}
-        how |= {"top_k": min(top_k, logits.shape[1]), "top_p": sampling.top_p or 1.0}
-        how = ffi.new("Sampling *", how | {"temperature": sampling.temperature})
+        counts = len(sampling.suppress), min(top_k, logits.shape[1])
+        limits = sampling.temperature, sampling.top_p or 1.0
+        how = ffi.new("Sampling *", (suppressed, *counts, *limits))
         tokens = torch.empty(len(logits), dtype=torch.int32)
-        self.library.next_tokens(
-            *[_at(logits, "float *"), *logits.shape, how],
-            *[_at(uniform, "double *"), _at(tokens, "int32_t *")],
-        )
+        self.library.next_tokens(_at(logits), *logits.shape, how, _at(uniform), _at(tokens))
         return tokens
 
     def first_layer_seconds(
@@ -98,10 +79,10 @@ class CpuStep:
         layers = ffi.new("Layer[]", [layer[0]] * self.description.layer_count)
         alike = ffi.new("Model *", self.description[0])
         alike.layers = layers
-        cache, scratch = self.new_cache(rows, position + 1), self.scratch(rows, position + 1)
-        for tensor in (*cache, scratch):
-            tensor.zero_()  # fetches the memory; arithmetic on what lies there could be slow
-        call = ([0] * rows, list(range(rows)), [position] * rows, [], cache, scratch)
+        buffers = CpuRows(self, rows, position + 1)
+        for tensor in (buffers.keys, buffers.values):
+            tensor.zero_()  # fetches the memory; see `scratch`
+        call = ([0] * rows, list(range(rows)), [position] * rows, [False] * rows, buffers)
         seconds = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -109,27 +90,27 @@ class CpuStep:
             seconds.append(time.perf_counter() - start)
         return seconds[1:]  # the first one fetches the layer
 
-    def __call__(
-        self, ids, slots, positions, wanted, cache, scratch, description=None
-    ) -> torch.Tensor:
+    def __call__(self, ids, slots, positions, wanted, buffers, description=None) -> torch.Tensor:
         """Run tokens through the model; lists of equal length, one entry a token.
 
-        `wanted` are the indices of the tokens whose logits are asked for: → (wanted, vocabulary),
-        fp32. Keys and values are written to `cache` at each token's slot and position.
-        `description`: of another model than its own.
+        Gives the logits of the tokens that are `wanted`: (wanted, vocabulary), fp32. Keys and
+        values are written to `buffers` (CpuRows) at each token's slot and position. `description`:
+        of another model than its own.
         """
-        (keys, values), description = cache, description or self.description
-        self._tables(keys.shape[3])
-        if scratch.numel() < self._scratch_floats(len(ids), keys.shape[3]):
-            scratch = self.scratch(len(ids), keys.shape[3])  # there are more threads than then
+        description, threads = description or self.description, torch.get_num_threads()
+        _, slot_count, _, length, _ = buffers.keys.shape
+        self._tables(length)
+        floats = self.library.scratch_floats(description, len(ids), length, threads)
+        if buffers.scratch.numel() < floats:
+            buffers.scratch = torch.zeros(floats)  # arithmetic on what lies there could be slow
         numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
-        asked = torch.tensor(wanted, dtype=torch.int32)
-        logits, threads = torch.empty(len(wanted), description.vocabulary), torch.get_num_threads()
-        whole = [_at(t, "int32_t *") for t in (*numbers, asked)]
-        sizes = (len(ids), len(wanted), keys.shape[1], keys.shape[3], threads)
-        step = (*whole, _at(logits, "float *"), _at(keys), _at(values), _at(scratch, "float *"))
+        asked = torch.tensor([i for i, want in enumerate(wanted) if want], dtype=torch.int32)
+        logits = torch.empty(len(asked), description.vocabulary)
+        tensors = (*numbers, asked, logits, buffers.keys, buffers.values, buffers.scratch)
+        sizes = (len(ids), len(asked), slot_count, length, threads)
+        step = ffi.new("Step *", (*map(_at, tensors), *sizes))
         with _pool if threads > 1 else nullcontext():
-            failed = self.library.run_step(description, ffi.new("Step *", (*step, *sizes)))
+            failed = self.library.run_step(description, step)
         if failed:
             raise RuntimeError("the threads of the compiled step could not be started")
         return logits
@@ -190,7 +171,7 @@ class CpuStep:
         qkv = [joint] if joint else [_first(attention, n) for n in ("q_proj", "k_proj", "v_proj")]
         found["qkv"] = list(map(self._matrix, qkv))
         found["out"] = self._matrix(_first(attention, "o_proj", "c_proj", "dense"))
-        d["attention_scale"] = _first(attention, "scaling", default=d["head_dim"] ** -0.5)
+        d["attention_scale"] = getattr(attention, "scaling", None) or d["head_dim"] ** -0.5
         joint = getattr(feed, "gate_up_proj", None)
         gated = [feed.gate_proj, feed.up_proj] if hasattr(feed, "gate_proj") else None
         up = [joint] if joint is not None else gated or [_first(feed, "c_fc", "fc1", "up_proj")]
@@ -212,52 +193,32 @@ class CpuStep:
 
     def _tables(self, length: int) -> None:
         """Cosines and sines of all positions up to `length`, for each kind of layer once."""
-        decoder = self.module.get_decoder()
+        decoder, tables = self.module.get_decoder(), {}
         if length <= self.table_length or not hasattr(decoder, "rotary_emb"):
             return
         with _tables_lock:
-            self._make_tables(decoder, length)
-
-    def _make_tables(self, decoder, length: int) -> None:
-        like = torch.empty(1, dtype=torch.float32)
-        position = torch.arange(length)[None]
-        tables: dict = {}
-        for place, layer in enumerate(_first(decoder, "layers", "h")):
-            kind = getattr(_first(layer, "self_attn", "attn"), "layer_type", None)
-            kind = kind or getattr(layer, "attention_type", None)
-            if kind not in tables:
-                tables[kind] = self._table(decoder.rotary_emb, like, position, kind)
-            cosine, sine = tables[kind]
-            if not getattr(_first(layer, "self_attn", "attn"), "use_rope", True):
-                continue
-            at = self.layers[place]
-            at.cosine, at.sine = _at(cosine, "float *"), _at(sine, "float *")
-            self.description.rotary = 2 * cosine.shape[1]
-        self.kept.append(tables)  # the old ones too: another thread may be reading them
-        self.table_length = max(length, self.table_length)
-
-    @staticmethod
-    def _table(rotary, like, position, kind) -> list[torch.Tensor]:
-        try:
-            tables = rotary(like, position)
-        except (TypeError, AttributeError):  # several kinds of layers (Gemma 3)
-            tables = rotary(like, position, layer_type=kind)
-        half = tables[0].shape[-1] // 2
-        return [t[0, :, :half].float().contiguous() for t in tables]
+            for at, layer in zip(self.layers, _first(decoder, "layers", "h"), strict=True):
+                attention = _first(layer, "self_attn", "attn")
+                kind = getattr(attention, "layer_type", None)
+                kind = kind or getattr(layer, "attention_type", None)
+                if kind not in tables:
+                    tables[kind] = _rotary_tables(decoder.rotary_emb, length, kind)
+                if getattr(attention, "use_rope", True):
+                    at.cosine, at.sine = map(_at, tables[kind])
+                    self.description.rotary = 2 * tables[kind][0].shape[1]
+            self.kept.append(tables)  # the old ones too: another thread may be reading them
+            self.table_length = max(length, self.table_length)
 
     def _norm(self, norm) -> dict:
         weight = norm.weight.detach().float()
         if "Gemma" in type(norm).__name__:  # it multiplies by 1 + weight
             weight = weight + 1
-        bias = getattr(norm, "bias", None)
-        return {"weight": self._floats(weight)} | (
-            {} if bias is None else {"bias": self._floats(bias)}
-        )
+        return {"weight": self._copy(weight), "bias": self._copy(getattr(norm, "bias", None))}
 
-    def _floats(self, tensor):
-        return ffi.cast("float *", self._copy(tensor, torch.float32))
-
-    def _copy(self, tensor, dtype):
+    def _copy(self, tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32):
+        """The address of a copy that is kept; null where there is no tensor."""
+        if tensor is None:
+            return ffi.NULL
         made = tensor.detach().to(dtype).contiguous().clone()
         self.kept.append(made)
         self.extra_bytes += made.nbytes
@@ -278,17 +239,53 @@ class CpuStep:
             if columns % group or group % 64 or rows % 64 or "AVX512" not in processor():
                 raise Unsupported("its 4-bit weights are packed for another kind of step")
             scale = scale.transpose(1, 2)
-        small = {"bias": getattr(linear, "bias", None), "scale": scale}
-        small = {name: self._floats(t) for name, t in small.items() if t is not None}
+        small = {"bias": self._copy(getattr(linear, "bias", None)), "scale": self._copy(scale)}
         sizes = {"rows": rows, "columns": columns, "kind": KINDS[weight.dtype], "group": group}
         return {"weight": address, **small, **sizes}
 
 
-def _first(owner, *names: str, default=None):
+def _first(owner, *names: str):
     """The first of these attributes; Unsupported when there is none."""
     for name in names:
         if (found := getattr(owner, name, None)) is not None:
             return found
-    if default is not None:
-        return default
     raise Unsupported(f"its {type(owner).__name__} has no {' or '.join(names)}")
+
+
+def _rotary_tables(rotary, length: int, kind: str | None) -> list[torch.Tensor]:
+    """Cosine and sine, each (length, half of what is rotated)."""
+    like, position = torch.empty(1, dtype=torch.float32), torch.arange(length)[None]
+    try:
+        tables = rotary(like, position)
+    except (TypeError, AttributeError):  # several kinds of layers (Gemma 3)
+        tables = rotary(like, position, layer_type=kind)
+    half = tables[0].shape[-1] // 2
+    return [t[0, :, :half].float().contiguous() for t in tables]
+
+
+class CpuRows:
+    """Slots of up to `length` tokens; every token of every piece is a row of the step.
+
+    `keys` and `values`: (layers, slots, kv_heads, length, head_dim), in the model's dtype; their
+    memory is taken page by page as tokens are written. `scratch` grows with the rows of a call and
+    the threads that torch has.
+    """
+
+    def __init__(self, step: CpuStep, slots: int, length: int):
+        self._step, d = step, step.description
+        shape = (d.layer_count, slots, d.kv_heads, length, d.head_dim)
+        dtype = step.module.get_input_embeddings().weight.dtype
+        self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        self.scratch = torch.empty(0)
+
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Logits (pieces with `last`, vocabulary); at most MOST_ROWS tokens in one call."""
+        rows = [
+            (id, piece.slot, place, piece.last and place == piece.end - 1)
+            for piece in pieces
+            for place, id in enumerate(piece.ids, piece.start)
+        ]
+        found = []
+        for at in range(0, len(rows), MOST_ROWS):
+            found.append(self._step(*zip(*rows[at : at + MOST_ROWS], strict=True), self))
+        return found[0] if len(found) == 1 else torch.cat(found)

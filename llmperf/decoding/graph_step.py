@@ -108,8 +108,8 @@ class GraphRows:
     On the CPU, where tests run it, steps run without a graph.
     """
 
-    def __init__(self, model, step: GraphStep, rows: int, max_length: int):
-        self._model, self._step = model, step  # a step does not keep its model alive
+    def __init__(self, step: GraphStep, rows: int, max_length: int):
+        self._step = step
         self._rows, self._length = graph_size(rows, max_length)
         kept = step.kept.setdefault((self._rows, self._length), [])
         self.keys, self.values, self._graphs = kept.pop() if kept else (None, None, {})

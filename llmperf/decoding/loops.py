@@ -66,11 +66,7 @@ def prepare(model, loop: str = DEFAULT_LOOP) -> Prepared:
 def _prepare(model, on_gpu: bool) -> Prepared:
     start = time.perf_counter()
     try:
-        if on_gpu:
-            step = _graph_step(model)
-        else:
-            step = cpu_step.CpuStep(model)
-            _check(model, step)
+        step = _graph_step(model) if on_gpu else _cpu_step(model)
     except (cpu_step.Unsupported, RuntimeError, AttributeError, TypeError) as error:
         word = "" if isinstance(error, cpu_step.Unsupported) else f"{type(error).__name__}: "
         return Prepared("cached", word + first_line(error), time.perf_counter() - start)
@@ -78,58 +74,47 @@ def _prepare(model, on_gpu: bool) -> Prepared:
 
 
 def _graph_step(model) -> graph_step.GraphStep:
-    """Captured and checked once. Fused by Triton, else plain: it may be there without the C
-    compiler that it needs."""
+    """Captured and checked with a prompt of three tokens and two steps. Fused by Triton, else
+    plain: it may be there without the C compiler that it needs."""
     if reason := graph_step.obstacle(model.module):
         raise cpu_step.Unsupported(reason)
     step = graph_step.GraphStep(model)
+    calls = [[Piece(0, (1, 2, 3), 0, True)], [Piece(0, (4,), 3, True)], [Piece(0, (5,), 4, True)]]
     try:
-        _check_graph(model, step)
+        _check(model, graph_step.GraphRows(step, 1, 5), calls)
+        return step
     except Exception:  # what Triton, torch's compiler and the driver raise is of any kind
-        step.kept.clear()
         step.function = graph_step.forward
-        _check_graph(model, step)
+    step.kept.clear()  # only now: the exception held the rows with the graph of the other function
+    _check(model, graph_step.GraphRows(step, 1, 5), calls)
     return step
 
 
-def _check_graph(model, step: graph_step.GraphStep) -> None:
-    """Compare a prompt of three tokens and two steps with the eager model."""
-    pieces = [Piece(0, ids, start, True) for ids, start in (((1, 2, 3), 0), ((4,), 3), ((5,), 4))]
-    with torch.no_grad():
-        tokens = torch.tensor([[1, 2, 3, 4, 5]], device=model.torch_device)
-        expected = model.module(tokens, use_cache=False).logits[0, 2:].float()
-        rows = graph_step.GraphRows(model, step, 1, 5)
-        found = torch.cat([rows.forward([piece]) for piece in pieces]).float()
-    _compare(model, found, expected)
-
-
-def _check(model, step: cpu_step.CpuStep) -> None:
-    """Compare with the eager model, the first half as a prompt and the rest token by token.
-
-    The text is longer than any sliding window that fits.
-    """
-    config = model.module.config.get_text_config()
-    room = getattr(config, "max_position_embeddings", MOST_CHECK_TOKENS)
-    window = getattr(config, "sliding_window", None) or 0
+def _cpu_step(model) -> cpu_step.CpuStep:
+    """Built, and checked with a prompt and 16 single tokens: a text that is longer than any sliding
+    window that fits."""
+    step = cpu_step.CpuStep(model)
+    room = getattr(step.config, "max_position_embeddings", MOST_CHECK_TOKENS)
+    window = getattr(step.config, "sliding_window", None) or 0
     count = min(room, max(CHECK_TOKENS, min(window + 16, MOST_CHECK_TOKENS)))
     vocabulary = step.description.vocabulary
     ids = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-    with torch.inference_mode():
-        expected = model.module(torch.tensor([ids]), use_cache=False).logits[0].float()
-    cache, scratch = step.new_cache(2, count), step.scratch(cpu_step.MOST_ROWS, count)
-    ends = [*range(0, count - 16, cpu_step.MOST_ROWS), *range(count - 16, count), count]
-    parts = []
-    for start, end in zip(ends, ends[1:], strict=False):
-        places = list(range(start, end))
-        call = (ids[start:end], [1] * len(places), places, list(range(len(places))))
-        parts.append(step(*call, cache, scratch))
-    _compare(model, torch.cat(parts), expected)
+    pieces = [Piece(1, (id,), place, True) for place, id in enumerate(ids)]
+    calls = [pieces[:-16], *([piece] for piece in pieces[-16:])]
+    _check(model, cpu_step.CpuRows(step, 2, count), calls)
+    return step
 
 
-def _compare(model, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise Unsupported when logits (positions, vocabulary) are too far from the eager ones. In
-    bf16 the median over positions counts, since single positions of the eager model are off by
-    more through its own rounding."""
+def _check(model, rows: cpu_step.CpuRows | graph_step.GraphRows, calls: list[list[Piece]]) -> None:
+    """Raise Unsupported when logits of a text, whose pieces are run call by call, are too far from
+    the eager ones. In bf16 the median over positions counts, since single positions of the eager
+    model are off by more through its own rounding."""
+    pieces = [piece for call in calls for piece in call]
+    ids = torch.tensor([[id for piece in pieces for id in piece.ids]], device=model.torch_device)
+    with torch.no_grad():
+        logits = model.module(ids, use_cache=False).logits[0].float()
+        found = torch.cat([rows.forward(call) for call in calls]).float()
+    expected = logits[[piece.end - 1 for piece in pieces]]  # (pieces, vocabulary)
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     error = (errors.max() if model.dtype == "fp32" else errors.median()).item()
     lowest = QUANTISED_TOLERANCE if model.quantization else 0.0

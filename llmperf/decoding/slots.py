@@ -22,12 +22,12 @@ PREFILL_TOKENS, PASS_TOKENS = 8, 64
 
 @dataclass
 class _Row:
-    """A request in its slot: `prompt_done` tokens of its prompt are in the cache."""
+    """A request in its slot."""
 
     key: object
     request: Request
     uniforms: torch.Tensor  # (max_new_tokens,)
-    prompt_done: int = 0
+    cached: int = 0  # its tokens that are in the cache
     generated: int = 0
     token: int = 0  # the last one generated
 
@@ -49,13 +49,12 @@ class Slots:
         self.model, self.max_length = model, max_length
         self.sampling, self.stop = sampling or Sampling(), stop or Stop()
         self.loop, self.reason = chosen.loop, chosen.reason
-        self._engine = (
-            _EagerRows(model)
-            if chosen.step is None
-            else graph_step.GraphRows(model, chosen.step, rows, max_length)
-            if isinstance(chosen.step, graph_step.GraphStep)
-            else _CpuRows(chosen.step, rows, max_length)
-        )
+        if chosen.step is None:
+            self._engine = _EagerRows(model)
+        elif isinstance(chosen.step, graph_step.GraphStep):
+            self._engine = graph_step.GraphRows(chosen.step, rows, max_length)
+        else:
+            self._engine = cpu_step.CpuRows(chosen.step, rows, max_length)
         self._next_tokens = chosen.next_tokens
         self._rows: list[_Row | None] = [None] * rows
 
@@ -96,40 +95,31 @@ class Slots:
         with torch.no_grad():
             logits = self._engine.forward(pieces)  # (pieces that end in a token, vocabulary)
             for piece in pieces:
-                row = self._rows[piece.slot]
-                if row.generated == 0:
-                    row.prompt_done += len(piece.ids)
+                self._rows[piece.slot].cached = piece.end
             ready = [piece.slot for piece in pieces if piece.last]
-            tokens = self._draw(ready, logits)
+            if not ready:
+                return []
+            rows = [self._rows[slot] for slot in ready]
+            uniform = torch.stack([r.uniforms[r.generated] for r in rows]).to(logits.device)
+            tokens = self._next_tokens(logits, self.sampling, uniform).tolist()
         return [self._take(slot, token) for slot, token in zip(ready, tokens, strict=True)]
 
     def _pieces(self) -> list[Piece]:
         """The last token of each decoding request, and pieces of prompts: whole ones where no
         request decodes."""
         waits = any(row and row.generated for row in self._rows)
-        together = isinstance(self._engine, _CpuRows)
+        together = isinstance(self._engine, cpu_step.CpuRows)
         most = (PREFILL_TOKENS if together else PASS_TOKENS) if waits else None
         decoding, prompts = [], []
         for slot, row in enumerate(self._rows):
-            if row is None:
-                continue
-            prompt = row.request.prompt_ids
-            if row.generated:
-                start = len(prompt) + row.generated - 1
-                decoding.append(Piece(slot, (row.token,), start, True))
-            else:
-                ids = prompt[row.prompt_done :][:most]
-                whole = row.prompt_done + len(ids) == len(prompt)
-                prompts.append(Piece(slot, ids, row.prompt_done, whole))
+            if row and row.generated:
+                decoding.append(Piece(slot, (row.token,), row.cached, True))
+            elif row:
+                prompt = row.request.prompt_ids
+                ids = prompt[row.cached :][:most]
+                whole = row.cached + len(ids) == len(prompt)
+                prompts.append(Piece(slot, ids, row.cached, whole))
         return decoding + (prompts if together or not waits else prompts[:1])
-
-    def _draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[int]:
-        """The next token of each slot: logits (slots, vocabulary)."""
-        rows = [self._rows[slot] for slot in slots]
-        if not rows:
-            return []
-        uniform = torch.stack([r.uniforms[r.generated] for r in rows]).to(logits.device)
-        return self._next_tokens(logits, self.sampling, uniform).tolist()
 
     def _take(self, slot: int, token: int) -> tuple[object, int, bool]:
         row = self._rows[slot]
@@ -139,31 +129,6 @@ class Slots:
         if last:
             self._rows[slot] = None
         return row.key, token, last
-
-
-class _CpuRows:
-    """Every token of every piece is a row of the step in C."""
-
-    def __init__(self, step: cpu_step.CpuStep, rows: int, max_length: int):
-        self._step, self._cache = step, step.new_cache(rows, max_length)
-        self._scratch, self._room = None, 0
-
-    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Logits (pieces with `last`, vocabulary); at most MOST_ROWS tokens in one call."""
-        ids = [i for p in pieces for i in p.ids]
-        slots = [p.slot for p in pieces for _ in p.ids]
-        places = [p.start + i for p in pieces for i in range(len(p.ids))]
-        wanted = [p.last and i == len(p.ids) - 1 for p in pieces for i in range(len(p.ids))]
-        rows = min(len(ids), cpu_step.MOST_ROWS)
-        if rows > self._room:
-            self._scratch, self._room = self._step.scratch(rows, self._cache[0].shape[3]), rows
-        found = []
-        for at in range(0, len(ids), rows):
-            here = slice(at, at + rows)
-            asked = [i for i, want in enumerate(wanted[here]) if want]
-            call = (ids[here], slots[here], places[here], asked, self._cache, self._scratch)
-            found.append(self._step(*call))
-        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class _EagerRows:

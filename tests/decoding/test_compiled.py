@@ -190,8 +190,7 @@ def test_bf16_is_as_close_to_fp32_as_the_eager_model(case):
     ids = [(5 * i) % 90 + 3 for i in range(40)]
     exact.module.load_state_dict(half.module.state_dict())  # the same rounded weights
     step = cpu_step.CpuStep(half)
-    call = (ids, [0] * 40, list(range(40)), list(range(40)))
-    ours = step(*call, step.new_cache(1, 40), step.scratch(40, 40))
+    ours = step(ids, [0] * 40, range(40), [True] * 40, cpu_step.CpuRows(step, 1, 40))
     eager, truth = (m.module(torch.tensor([ids])).logits[0].float() for m in (half, exact))
     assert (ours - truth).norm() < 1.2 * (eager - truth).norm()
 
@@ -384,15 +383,15 @@ def test_a_step_takes_as_many_threads_as_torch_has_at_that_moment():
     """More, then fewer, then more again: the others sleep, and the logits stay the same."""
     model = tiny("llama")
     step = decoding.prepare(model).step
-    cache, before, found = step.new_cache(1, 8), torch.get_num_threads(), []
+    rows, before, found = cpu_step.CpuRows(step, 1, 8), torch.get_num_threads(), []
     busy = {}
     try:
         for threads in (2, 4, 2, 1, 3):
             torch.set_num_threads(threads)
-            scratch, cpu_s, start = step.scratch(1, 8), cpu_seconds(), time.monotonic()
+            cpu_s, start = cpu_seconds(), time.monotonic()
             busy[threads] = 0
             while time.monotonic() < start + (0.5 if busy[threads] >= threads else 30):
-                logits = step([5], [0], [0], [0], cache, scratch)
+                logits = step([5], [0], [0], [True], rows)
                 gained = [s - cpu_s.get(id, 0.0) for id, s in cpu_seconds().items()]
                 # Counted in steps of 10 ms; one that goes to sleep looks around for a moment.
                 busy[threads] = sum(s >= max(0.02, 0.2 * max(gained)) for s in gained)
@@ -501,7 +500,8 @@ def test_a_group_that_is_not_full_uses_the_buffers_of_a_full_one(monkeypatch):
 def test_a_graph_is_checked_before_it_is_promised(monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(graph_step, "_fused", lambda function: broken)
-    assert loops._graph_step(model).function is graph_step.forward  # without Triton it works
+    step = loops._graph_step(model)  # without Triton it works
+    assert step.function is graph_step.forward and buffers(step) == {(1, 256): 1}
     monkeypatch.setattr(graph_step, "forward", lambda *args: 2 * plain(*args))
     with pytest.raises(ValueError, match="its logits differ from the eager ones"):
         loops._graph_step(model)
