@@ -11,8 +11,6 @@ from llmperf.decoding.sampling import Sampling, next_tokens, uniforms
 from llmperf.decoding.slots import Slots
 from llmperf.decoding.trace import Recorder
 
-EAGER = {"recompute": eager.recompute, "cached": eager.cached}
-
 
 def decode(
     model,
@@ -52,7 +50,8 @@ def _eager(model, requests, loop: str, sampling: Sampling, stop: Stop) -> Iterat
     streams = uniforms([r.seed for r in requests], batch.steps).to(device)  # (rows, steps)
     draw = lambda logits, step: next_tokens(logits, sampling, streams[:, step])  # noqa: E731
     left = [r.max_new_tokens for r in requests]
-    tokens_of_steps = EAGER[loop](model, batch, draw)
+    generate = eager.recompute if loop == "recompute" else eager.cached
+    tokens_of_steps = generate(model, batch, draw)
     for step in range(1, batch.steps + 1):
         with torch.inference_mode():  # per step: a suspended generator must not leave it on
             tokens = next(tokens_of_steps).tolist()  # waits for the device
@@ -66,21 +65,10 @@ def _eager(model, requests, loop: str, sampling: Sampling, stop: Stop) -> Iterat
             return
 
 
-def run(
-    model,
-    requests: Sequence[Request],
-    recorder: Recorder,
-    *,
-    on_step: Callable[[], None] | None = None,
-    **how,
-) -> None:
-    """Decode `requests` as one batch and record when each token came.
-
-    `how` is what `steps` takes; `on_step` is called after each step.
-    """
+def run(model, requests: Sequence[Request], recorder: Recorder, **how) -> None:
+    """Decode `requests` as one batch and record when each token came; `how` as for `steps`."""
     for _ in steps(model, requests, recorder, **how):
-        if on_step:
-            on_step()
+        pass
 
 
 def steps(
@@ -90,11 +78,13 @@ def steps(
     *,
     loop: str = DEFAULT_LOOP,
     worker: str = "0",
+    on_step: Callable[[], None] | None = None,
     **how,
 ) -> Iterator[None]:
     """As `run`, for a caller that wants the processor back after each step.
 
-    `how` is what `decode` takes; `worker` is the name that the trace gives to who decodes.
+    `how` is what `decode` takes; `worker` is the name that the trace gives to who decodes;
+    `on_step` is called after each step.
     """
     chosen = prepare(model, loop)
     recorder.started([r.id for r in requests], worker)
@@ -104,4 +94,6 @@ def steps(
         for request, token in zip(requests, row, strict=True):
             if token is not None:
                 recorder.token(request.id, token, now)
+        if on_step:
+            on_step()
         yield

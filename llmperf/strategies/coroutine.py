@@ -35,22 +35,18 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     variant = options["variant"]
     tasks = options.get("workers", len(workload.requests))
     cancel = threading.Event()
-    how, queue = run_control.how(workload, options), run_control.in_order(workload.requests)
-    step = run_control.stepper(cancel, how.pop("on_step"))
-
-    def block(request: Request, worker: str) -> None:
-        """The decoding loop to its end: whoever calls this does nothing else meanwhile."""
-        decoding.run(model, [request], recorder, on_step=step, worker=worker, **how)
+    how = run_control.how(workload, options, cancel)
+    queue = run_control.in_order(workload.requests)
 
     async def answer(request: Request, worker: str) -> None:
+        given, named = (model, [request], recorder), how | {"worker": worker}
         if variant == "blocking":  # nobody else runs: there is no `await`
-            block(request, worker)
+            decoding.run(*given, **named)
         elif variant == "yielding":
-            for _ in decoding.steps(model, [request], recorder, worker=worker, **how):
-                step()
+            for _ in decoding.steps(*given, **named):
                 await asyncio.sleep(0)
         else:
-            await asyncio.to_thread(block, request, worker)
+            await asyncio.to_thread(decoding.run, *given, **named)
 
     async def task(worker: str) -> None:
         try:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 
 from llmperf.decoding.requests import Request, Workload
 from llmperf.decoding.trace import Recorder
@@ -15,10 +15,21 @@ class Cancelled(Exception):
     """The run was ended from outside: by Ctrl-C, or because another worker failed."""
 
 
-def how(workload: Workload, options: Mapping) -> dict:
-    """How to decode, as `decoding.run` takes it; without `loop` the default of `decoding` holds."""
+def how(workload: Workload, options: Mapping, cancel: threading.Event | None = None) -> dict:
+    """How to decode, as `decoding.run` takes it; without `loop` the default of `decoding` holds.
+
+    When `cancel` is set, the decoding loop raises Cancelled after its next token.
+    """
+    on_step = options.get("on_step")
+
+    def step() -> None:
+        if cancel.is_set():
+            raise Cancelled
+        if on_step:
+            on_step()
+
     loop = {"loop": options["loop"]} if "loop" in options else {}
-    return loop | {"sampling": workload.sampling, "on_step": options.get("on_step")}
+    return loop | {"sampling": workload.sampling, "on_step": step if cancel else on_step}
 
 
 def in_order(requests: Iterable[Request]) -> Iterator[Request]:
@@ -40,18 +51,6 @@ def wait_for_arrival(
         time.sleep(min(left, SLEEP_S))
         if cancel and cancel.is_set():
             raise Cancelled
-
-
-def stepper(cancel: threading.Event, on_step: Callable | None) -> Callable[[], None]:
-    """What a decoding loop calls after each token: it ends the loop when the run is cancelled."""
-
-    def step() -> None:
-        if cancel.is_set():
-            raise Cancelled
-        if on_step:
-            on_step()
-
-    return step
 
 
 def run_async(work: Coroutine):
