@@ -1,25 +1,15 @@
 """The table of strategies: to add one, write its file and list it here."""
 
 from collections.abc import Mapping
+from importlib import import_module
 
 from llmperf.models import Model
-from llmperf.strategies import (
-    batch,
-    continuous,
-    coroutine,
-    dynamic,
-    endpoint,
-    peer,
-    processes,
-    sequential,
-    threads,
-)
 from llmperf.strategies.strategy import Strategy
 
-_FILES = (
-    sequential, batch, coroutine, threads, processes, dynamic, continuous, endpoint, peer,
-)  # fmt: skip
-STRATEGIES: dict[str, Strategy] = {file.STRATEGY.name: file.STRATEGY for file in _FILES}
+FILES = "sequential batch coroutine threads processes dynamic continuous endpoint peer"
+STRATEGIES: dict[str, Strategy] = {
+    name: import_module(f"llmperf.strategies.{name}").STRATEGY for name in FILES.split()
+}
 
 
 def check(name: str, model: Model, level: int = 1, options: Mapping | None = None) -> None:

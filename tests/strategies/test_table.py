@@ -13,15 +13,6 @@ from llmperf.measure.records import Store
 from llmperf.strategies import STRATEGIES
 
 PACKAGE = Path(llmperf.__file__).parent
-# Comparisons that are still on the way out: file → at most so many.
-ALLOWED = {
-    "predict/ledger_lines.py": 3,
-    "findings/published.py": 3,
-    "findings/published_audit.py": 3,
-    "findings/published_rows.py": 2,
-    "findings/space.py": 1,
-    "findings/verdict.py": 1,
-}
 
 
 def named(node: ast.AST) -> bool:
@@ -44,7 +35,7 @@ def test_only_a_strategys_own_file_names_it_in_a_comparison():
     files = [f for f in sorted(PACKAGE.rglob("*.py")) if f not in own]
     names = {f: f.relative_to(PACKAGE).as_posix() for f in files}
     found = {names[f]: comparisons(f.read_text(encoding="utf-8")) for f in files}
-    assert not {f: n for f, n in found.items() if n > ALLOWED.get(f, 0)}
+    assert not {f: n for f, n in found.items() if n}
 
 
 @pytest.mark.parametrize(
