@@ -79,7 +79,7 @@ def load(
     a word of `models.QUANTIZATIONS`, or None for what the checkpoint declares. Raises ValueError
     for unknown words and wrong tensors, ModelUnavailable when the model cannot be had.
     """
-    spec, folder = _found(LoadSpec(name, dtype, device, weights, quantization))
+    spec, folder = _resolved(LoadSpec(name, dtype, device, weights, quantization))
     # compiled code is kept between processes; by default it goes to a temporary folder
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
@@ -116,7 +116,7 @@ def load(
 
 def _check_memory(spec: LoadSpec, shape: ModelShape) -> None:
     """Refuse what cannot be held, before the system ends this process for it."""
-    how = words.scheme(shape, spec.quantization)
+    how = words.scheme(spec.quantization or shape.quantization)
     bits = how.bits if how else 8 * DTYPE_BYTES[spec.dtype]
     least, cpu = shape.parameters() * bits // 8, spec.device == "cpu"
     free = ram_available() if cpu else torch.cuda.mem_get_info(spec.device)[0]
@@ -144,7 +144,7 @@ def _tokenizer(folder: str | None):
         raise ValueError(f"the tokenizer of {name} cannot be loaded: {why}") from error
 
 
-def _found(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
+def _resolved(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
     """The spec without `auto`, and the folder of the trained weights; None for random ones."""
     if asked.dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {asked.dtype!r}: choose auto, {', '.join(DTYPES)}")
@@ -245,12 +245,12 @@ def _trained(folder: str, spec: LoadSpec):
 
 
 def _check_tensors(name: str, info: dict) -> None:
-    found = {
+    wrong = {
         "lacks": info["missing_keys"],
         "has, unknown to the model,": info["unexpected_keys"],
         "has in another shape": [key[0] for key in info["mismatched_keys"]],
     }
-    for what, keys in found.items():
+    for what, keys in wrong.items():
         if keys:
             raise ValueError(
                 f"the checkpoint {name} {what} {', '.join(sorted(keys)[:4])}: it would run on"

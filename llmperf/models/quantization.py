@@ -32,16 +32,11 @@ class Scheme:
     double: bool = False  # the scales are quantised as well (bnb-4)
 
 
-def scheme(shape: ModelShape, quantization: str | None = None) -> Scheme | None:
-    """The quantisation asked for, or else the one that the checkpoint declares.
+def scheme(word: str | None) -> Scheme | None:
+    """The quantisation of a word; None for `none` and None. ValueError for an unknown one.
 
     Words: `QUANTIZATIONS`, `mxfp4`, and with sizes `gptq-8-g64`, `bnb-4-double`, `fp8-b128`.
     """
-    return parsed(quantization or shape.quantization)
-
-
-def parsed(word: str | None) -> Scheme | None:
-    """The quantisation of a word; None for `none` and None. ValueError for an unknown one."""
     if word in (None, "none"):
         return None
     match = WORD.fullmatch(word)
@@ -92,7 +87,7 @@ def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
 
 def check(word: str | None, dtype: str, device: str) -> None:
     """Raise ValueError for a word that is unknown or cannot run in `dtype` on `device`."""
-    parsed(word)
+    scheme(word)
     if word == "int4" and device != "cpu":
         raise ValueError("int4 has torch's kernel for CPUs only: use bnb-4 on a GPU")
     if word == "int4" and dtype != "bf16":

@@ -17,7 +17,7 @@ def tensors(
     shape: ModelShape, dtype: str, quantization: str | None = None
 ) -> tuple[tuple[Tensor, int], ...]:
     """Each stored tensor as (parameter it belongs to, bytes), in the order of registration."""
-    item, how = dtype_bytes(dtype), scheme(shape, quantization)
+    item, how = dtype_bytes(dtype), scheme(quantization or shape.quantization)
     found = []
     for t in shape.tensors:
         element = t.item_bytes or item

@@ -109,12 +109,12 @@ def test_schemes_of_checkpoints_by_hand():
     }
     shape = tiny_shape("llama")
     for word, expected in sizes.items():
-        assert list(stored(one, scheme(shape, word), 2)) == expected, word
-    gpt_oss, mxfp4 = shape_of("gpt-oss-20b"), scheme(shape_of("gpt-oss-20b"))
+        assert list(stored(one, scheme(word), 2)) == expected, word
+    gpt_oss, mxfp4 = shape_of("gpt-oss-20b"), scheme(shape_of("gpt-oss-20b").quantization)
     kinds = {t.role for t in gpt_oss.tensors if converted(gpt_oss, t, mxfp4)}
     assert kinds == {"expert"}
     kept = replace(shape, unquantized=("layers.0.self_attn",))
-    assert not converted(kept, one, scheme(kept, "awq"))
+    assert not converted(kept, one, scheme("awq"))
 
 
 def test_experts_that_a_batch_hits_are_read():
