@@ -129,25 +129,20 @@ class GraphRows:
             found |= {p.slot: logits[p.slot : p.slot + 1] for p in steps}
         for piece in pieces:
             if piece not in steps:
-                found[piece.slot] = self._prefill(piece)
+                found[piece.slot] = run_piece(self._step.module, piece, self._prompts)
+                if piece.last:
+                    self._copy(piece.slot, self._prompts.pop(piece.slot))
         wanted = [found[p.slot] for p in pieces if p.last]
         return torch.cat(wanted) if wanted else torch.empty(0, device=self._step.device)
 
-    def _prefill(self, piece) -> torch.Tensor:
-        logits = run_piece(self._step.module, piece, self._prompts)
-        if piece.last:
-            self._copy(piece.slot, self._prompts.pop(piece.slot))
-        return logits
-
     def _copy(self, slot: int, cache: DynamicCache) -> None:
         if self.keys is None:
-            self.keys, self.values = (
-                [
-                    x.new_zeros(self._rows, x.shape[1], self._length, x.shape[3])
-                    for x in (getattr(layer, name) for layer in cache.layers)
-                ]
-                for name in ("keys", "values")
-            )
+
+            def empty(x: torch.Tensor) -> torch.Tensor:
+                return x.new_zeros(self._rows, x.shape[1], self._length, x.shape[3])
+
+            self.keys = [empty(layer.keys) for layer in cache.layers]
+            self.values = [empty(layer.values) for layer in cache.layers]
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             columns = layer.keys.shape[2]
             keys[slot, :, :columns] = layer.keys[0]

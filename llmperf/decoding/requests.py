@@ -136,22 +136,19 @@ def build(
     `prompt_tokens` and `new_tokens` are one number for all, or a sequence that is cycled through.
     Request i depends on i, `seed` and the lengths only: a load of 4 is the start of a load of 8.
     """
-    for name, value in (("n", n), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-        lowest = min(value) if isinstance(value, Sequence) else value
-        if lowest < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-    texts = prompts()
+    asked = {"n": n, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    several = {k: v if isinstance(v, Sequence) else (v,) for k, v in asked.items()}
+    for name, counts in several.items():
+        if min(counts) < 1:
+            raise ValueError(f"{name} is {asked[name]}: it must be at least 1")
+    texts, lengths, new = prompts(), several["prompt_tokens"], several["new_tokens"]
     requests = []
     for i in range(n):
         ids = tokenizer(texts[i % len(texts)]["text"], add_special_tokens=False)["input_ids"]
-        length = _cycled(prompt_tokens, i)
+        length = lengths[i % len(lengths)]
         tiled = (ids * (length // len(ids) + 1))[:length]
-        requests.append(Request(i, tuple(tiled), _cycled(new_tokens, i), seed=seed * 1_000_003 + i))
+        requests.append(Request(i, tuple(tiled), new[i % len(new)], seed=seed * 1_000_003 + i))
     return Workload(tuple(requests), sampling or Sampling())
-
-
-def _cycled(value: int | Sequence[int], i: int) -> int:
-    return value[i % len(value)] if isinstance(value, Sequence) else value
 
 
 MARKS = (".", "。", "!", "！", " ", "?", "？", ",", "，", ";", "；", ":", "：")

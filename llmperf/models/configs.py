@@ -51,7 +51,7 @@ def config_of(source: str | Path) -> dict:
     if known := preset(str(source)):
         return known["config"]
     if file := _local_file(source):
-        return _read(file)
+        return _read_config(file)
     if str(source).count("/") != 1:
         raise ModelUnavailable(
             f"unknown model {str(source)!r}: choose {', '.join(PRESETS)}, a hub id such as"
@@ -63,7 +63,7 @@ def config_of(source: str | Path) -> dict:
             f"cannot fetch the config.json of {source}: download it once, give its file or folder,"
             f" or choose {', '.join(PRESETS)}"
         )
-    return _read(found / "config.json")
+    return _read_config(found / "config.json")
 
 
 def _first_layers(config: dict, count: int) -> dict:
@@ -110,7 +110,7 @@ def hub_answers() -> bool:
     return False
 
 
-def _read(file: Path) -> dict:
+def _read_config(file: Path) -> dict:
     found = None
     with suppress(ValueError, RecursionError):
         found = json.loads(file.read_text(encoding="utf-8"))

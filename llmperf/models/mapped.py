@@ -37,10 +37,8 @@ def load(folder: Path, source: LoadSpec) -> Model:
     for name, tensor in load_file(folder / WEIGHTS).items():  # maps the file, copies nothing
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-        else:
-            owner._buffers[leaf] = tensor
+        is_parameter = isinstance(getattr(owner, leaf), torch.nn.Parameter)
+        setattr(owner, leaf, torch.nn.Parameter(tensor, False) if is_parameter else tensor)
     module.tie_weights()
     module.eval().requires_grad_(False)
     how = (source.dtype, source.device, source.weights, source.quantization)

@@ -40,7 +40,7 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder: use a decoder-only model")
     try:
-        return _read(config, name, quantization, unquantized)
+        return _shape(config, name, quantization, unquantized)
     except Exception as error:  # what a strange configuration raises is of any kind
         raise ValueError(
             f"transformers cannot build and run a decoder of type {config.model_type!r}"
@@ -48,7 +48,7 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
         ) from error
 
 
-def _read(config, name, quantization, unquantized) -> ModelShape:
+def _shape(config, name, quantization, unquantized) -> ModelShape:
     module = _module_of(config)
     cache, (kv_heads, head_dim), flops = _passes(module, config)
     text, output = config.get_text_config(decoder=True), module.get_output_embeddings()

@@ -4,7 +4,6 @@ time. Needs the optional extra `llamacpp`."""
 import ctypes
 import importlib.util
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -81,5 +80,5 @@ def gguf(dtype: str) -> Path:
         paths = str(source).encode(), str(made).encode()
         if code := llama_cpp.llama_model_quantize(*paths, ctypes.byref(how)):
             raise RuntimeError(f"writing {name} gave {code}")
-        shutil.move(made, file)
+        made.replace(file)  # whole or not at all
     return file

@@ -147,11 +147,7 @@ STRATEGY = Strategy(
         "{n} threads", "intra_op", "stream", single="1 thread", count=capped_by_level("workers")
     ),
     style=1,
-    options={
-        "workers": COUNT,
-        "intra_op": COUNT,
-        "stream": choice("default", "own"),
-    },
+    options={"workers": COUNT, "intra_op": COUNT, "stream": choice("default", "own")},
     defaults={"stream": "default"},
     refuse=_refuse,
     threads=capped_by_level("workers"),
