@@ -6,8 +6,10 @@ The key is read from the environment and goes into one header, never into a reco
 import asyncio
 import os
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import httpx
 import orjson
@@ -197,12 +199,8 @@ def _tokens(tokenizer, chunks: list[Chunk]) -> dict:
     chunks = [c for c in chunks if c.text]
     answer = "".join(c.text for c in chunks)
     found = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    times, i, have = [], 0, len(chunks[0].text) if chunks else 0
-    for _, end in found["offset_mapping"]:
-        while have < end:
-            i += 1
-            have += len(chunks[i].text)
-        times.append(chunks[i].at_s)
+    ends = list(accumulate(len(c.text) for c in chunks))  # of each chunk, in characters
+    times = [chunks[bisect_left(ends, end)].at_s for _, end in found["offset_mapping"]]
     return {"tokens": list(found["input_ids"]), "token_s": times}
 
 

@@ -18,16 +18,16 @@ from llmperf.machine.gpu import torch_in_use
 class GroupedSlots:
     """A group of up to `rows` requests is one batch of `decode`; the next one waits for its end.
 
-    It has the methods of `decoding.Slots`, and `sampling`, which may be set. `decode(requests,
-    sampling)` gives one list of tokens a step, None for rows that ended.
+    It has the methods of `decoding.Slots`, and `sampling`, which may be set.
+    `decode(requests, sampling=...)` gives one list of tokens a step, None for rows that ended.
     """
 
     def __init__(self, decode: Callable, rows: int, loop: str = "", reason: str | None = None):
         self.loop, self.reason = loop, reason
         self._decode, self._rows, self.sampling = decode, rows, Sampling()
         self._group: dict = {}  # key → request, all of the batch
-        self._left: set = set()  # keys that still want tokens
-        self._steps, self._count = None, 0
+        self._left: dict = {}  # key → how many tokens it still wants
+        self._steps = None
 
     @property
     def free(self) -> int:
@@ -36,25 +36,25 @@ class GroupedSlots:
     def admit(self, key, request: Request) -> None:
         """Add a request to the group that starts with the next step."""
         self._group[key] = request
-        self._left.add(key)
+        self._left[key] = request.max_new_tokens
 
     def drop(self, key) -> None:
         """The request is no longer wanted; the group ends when none is."""
-        self._left.discard(key)
+        self._left.pop(key, None)
         if not self._left:
             if self._steps:
                 self._steps.close()
-            self._group, self._steps, self._count = {}, None, 0
+            self._group, self._steps = {}, None
 
     def step(self) -> list[tuple]:
         """(key, token, whether it is the last) of each request that is still wanted."""
         if self._steps is None:
-            self._steps = self._decode(list(self._group.values()), self.sampling)
-        row, found = next(self._steps), []
-        self._count += 1
-        for (key, request), token in zip(self._group.items(), row, strict=True):
+            self._steps = self._decode(list(self._group.values()), sampling=self.sampling)
+        found = []
+        for key, token in zip(self._group, next(self._steps), strict=True):
             if token is not None and key in self._left:
-                found.append((key, token, self._count >= request.max_new_tokens))
+                self._left[key] -= 1
+                found.append((key, token, self._left[key] == 0))
         for key, _, last in found:
             if last:
                 self.drop(key)

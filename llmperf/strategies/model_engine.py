@@ -1,6 +1,7 @@
 """The model in an inference process."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,11 +32,7 @@ def load(config: dict) -> Callable:
             decoding.free_graphs()
         if batching == "slots":
             return decoding.Slots(model, rows, max_length, loop=loop)
-
-        def decode(requests, sampling):
-            how = {"loop": loop, "sampling": sampling, "room": (rows, max_length)}
-            return decoding.decode(model, requests, **how)
-
+        decode = partial(decoding.decode, model, loop=loop, room=(rows, max_length))
         prepared = decoding.prepare(model, loop)
         return GroupedSlots(decode, rows, prepared.loop, prepared.reason)
 
