@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from llmperf.decoding.requests import WINDOW, Request
@@ -26,12 +27,10 @@ class Batch:
 
 def pad(requests: Sequence[Request], device) -> Batch:
     """The prompts of `requests`, flush right in one tensor on `device`."""
-    columns = max(len(r.prompt_ids) for r in requests)
-    ids = torch.zeros(len(requests), columns, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        ids[row, columns - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        mask[row, columns - len(request.prompt_ids) :] = 1
+    texts = [torch.tensor(r.prompt_ids) for r in requests]
+    ids = pad_sequence(texts, batch_first=True, padding_side="left")
+    ones = [torch.ones_like(text) for text in texts]
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
     return Batch(ids.to(device), mask.to(device), max(r.max_new_tokens for r in requests))
 
 

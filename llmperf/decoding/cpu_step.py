@@ -72,7 +72,7 @@ class CpuStep:
         Where a cache holds one layer, this is what a step takes without reading weights from
         memory. The output layer is left out, and without `products` so are all matrix products.
         """
-        self._tables(position + 1)  # before the layer, which points to them, is copied
+        self._enlarge_tables(position + 1)  # before the layer, which points to them, is copied
         layer = ffi.new("Layer *", self.layers[0])
         for matrix in () if products else (*layer.qkv, layer.out, *layer.up, layer.down):
             matrix.rows = 0
@@ -99,7 +99,7 @@ class CpuStep:
         """
         description, threads = description or self.description, torch.get_num_threads()
         _, slot_count, _, length, _ = buffers.keys.shape
-        self._tables(length)
+        self._enlarge_tables(length)
         floats = self.library.scratch_floats(description, len(ids), length, threads)
         if buffers.scratch.numel() < floats:
             buffers.scratch = torch.zeros(floats)  # arithmetic on what lies there could be slow
@@ -191,7 +191,7 @@ class CpuStep:
             found["window"] = getattr(self.config, "sliding_window", None) or 0
         return found
 
-    def _tables(self, length: int) -> None:
+    def _enlarge_tables(self, length: int) -> None:
         """Cosines and sines of all positions up to `length`, for each kind of layer once."""
         decoder, tables = self.module.get_decoder(), {}
         if length <= self.table_length or not hasattr(decoder, "rotary_emb"):

@@ -131,11 +131,11 @@ class GraphRows:
             if piece not in steps:
                 found[piece.slot] = run_piece(self._step.module, piece, self._prompts)
                 if piece.last:
-                    self._copy(piece.slot, self._prompts.pop(piece.slot))
+                    self._copy_prompt(piece.slot, self._prompts.pop(piece.slot))
         wanted = [found[p.slot] for p in pieces if p.last]
         return torch.cat(wanted) if wanted else torch.empty(0, device=self._step.device)
 
-    def _copy(self, slot: int, cache: DynamicCache) -> None:
+    def _copy_prompt(self, slot: int, cache: DynamicCache) -> None:
         if self.keys is None:
 
             def empty(x: torch.Tensor) -> torch.Tensor:

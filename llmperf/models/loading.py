@@ -133,18 +133,18 @@ def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
     return [sizes for sizes, device in others if device == model.device]
 
 
-def _tokenizer(folder: str | None):
+def _tokenizer(folder: Path | None):
     if not folder:
         return byte_tokenizer()
     try:
         # without trust_remote_code it would ask the user
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is of any kind
-        name, why = Path(folder).name, first_line(error)
-        raise ValueError(f"the tokenizer of {name} cannot be loaded: {why}") from error
+        why = f"the tokenizer of {folder.name} cannot be loaded: {first_line(error)}"
+        raise ValueError(why) from error
 
 
-def _resolved(asked: LoadSpec) -> tuple[LoadSpec, str | None]:
+def _resolved(asked: LoadSpec) -> tuple[LoadSpec, Path | None]:
     """The spec without `auto`, and the folder of the trained weights; None for random ones."""
     if asked.dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {asked.dtype!r}: choose auto, {', '.join(DTYPES)}")
@@ -176,18 +176,18 @@ def _device(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
 
 
-def _folder(name: str) -> str | None:
+def _folder(name: str) -> Path | None:
     """A local folder with the model's safetensors files, or None."""
     if configs.SLICE.fullmatch(name):
         return None
     if name.lower() == EMBEDDED:
-        return str(embedded.folder())
+        return embedded.folder()
     known, path = configs.preset(name), Path(name).expanduser()
     if known is None and path.is_dir():
-        return str(path) if _weights_complete(path) else None
+        return path if _weights_complete(path) else None
     hub_id = known["hub_id"] if known else name
-    found = hub_id.count("/") == 1 and configs.from_hub(hub_id, HUB_FILES, _weights_complete)
-    return str(found) if found else None
+    is_hub_id = hub_id.count("/") == 1
+    return configs.from_hub(hub_id, HUB_FILES, _weights_complete) if is_hub_id else None
 
 
 def _weights_complete(folder: Path) -> bool:
@@ -210,8 +210,8 @@ def _weights_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def _trained(folder: str, spec: LoadSpec):
-    plain = configs.config_of(Path(folder) / "config.json")
+def _trained(folder: Path, spec: LoadSpec):
+    plain = configs.config_of(folder / "config.json")
     declared, dtype = configs.declared_word(plain), getattr(torch, DTYPES[spec.dtype])
     word = words.word_of_checkpoint(spec.quantization, declared)
     ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
@@ -239,8 +239,8 @@ def _trained(folder: str, spec: LoadSpec):
     except ImportError:
         raise
     except Exception as error:  # what damaged files raise is of any kind
-        raise ValueError(f"{Path(folder).name} cannot be loaded: {first_line(error)}") from error
-    _check_tensors(Path(folder).name, info)
+        raise ValueError(f"{folder.name} cannot be loaded: {first_line(error)}") from error
+    _check_tensors(folder.name, info)
     return quantize.quantize(module, word, spec.device) if ours else module, word
 
 

@@ -15,7 +15,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `batch_size` (default: all), `loop`, `on_step`.
     """
-    how = run_control.how(workload, options)
+    how = run_control.decode_arguments(workload, options)
     recorder = Recorder(workload.requests)
     requests = tuple(run_control.in_order(workload.requests))
     size = options.get("batch_size", len(requests))

@@ -35,7 +35,7 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
     variant = options["variant"]
     tasks = options.get("workers", len(workload.requests))
     cancel = threading.Event()
-    how = run_control.how(workload, options, cancel)
+    how = run_control.decode_arguments(workload, options, cancel)
     queue = run_control.in_order(workload.requests)
 
     async def answer(request: Request, worker: str) -> None:
@@ -78,14 +78,12 @@ async def _run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
 async def _beat(late: list[float]) -> None:
     """Want a turn every `BEAT_S`, and note in `late` by how much it came later."""
-    due = time.perf_counter() + BEAT_S
-    try:
-        while True:
+    while True:
+        due = time.perf_counter() + BEAT_S
+        try:
             await asyncio.sleep(BEAT_S)
+        finally:  # when nobody else ever ran, the only beat is one that is overdue
             late.append(max(0.0, time.perf_counter() - due))
-            due = time.perf_counter() + BEAT_S
-    finally:  # when nobody else ever ran, the only beat is one that is overdue
-        late.append(max(0.0, time.perf_counter() - due))
 
 
 _tasks = capped_by_level("workers")

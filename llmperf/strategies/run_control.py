@@ -15,8 +15,10 @@ class Cancelled(Exception):
     """The run was ended from outside: by Ctrl-C, or because another worker failed."""
 
 
-def how(workload: Workload, options: Mapping, cancel: threading.Event | None = None) -> dict:
-    """How to decode, as `decoding.run` takes it; without `loop` the default of `decoding` holds.
+def decode_arguments(
+    workload: Workload, options: Mapping, cancel: threading.Event | None = None
+) -> dict:
+    """The arguments of `decoding.run`; without `loop` the default of `decoding` holds.
 
     When `cancel` is set, the decoding loop raises Cancelled after its next token.
     """

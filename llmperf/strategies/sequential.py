@@ -15,7 +15,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     Options: `loop`, `on_step` (called after each token).
     """
-    how = run_control.how(workload, options)
+    how = run_control.decode_arguments(workload, options)
     recorder = Recorder(workload.requests)
     for request in run_control.in_order(workload.requests):
         run_control.wait_for_arrival(request, recorder)

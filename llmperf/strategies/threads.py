@@ -34,7 +34,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     intra_op = options.get("intra_op", torch.get_num_threads())
     stream = options["stream"]
     queue, cancel = run_control.in_order(workload.requests), threading.Event()
-    how = run_control.how(workload, options, cancel)
+    how = run_control.decode_arguments(workload, options, cancel)
     recorder: Recorder | None = None
     seen: dict[int, dict] = {}
 
