@@ -64,9 +64,9 @@ def latest(path: Path | str = "") -> Run:
     """The run in `path` if it has records, else the newest file of each notebook run by hand, else
     the first run that came with the kit. ValueError when there is none of them.
     """
-    files = [f for f in sorted((RUNS / "interactive").glob("*.jsonl")) if f.stat().st_size]
+    files = _filled((RUNS / "interactive").glob("*.jsonl"))
     by_hand = {f.name[:2]: f for f in files}  # the last of each notebook
-    if path and Path(path).is_file() and Path(path).stat().st_size:
+    if path and _filled([Path(path)]):
         return _load([Path(path)])
     if by_hand:
         return _load(list(by_hand.values()))
@@ -93,22 +93,22 @@ def _files(path: Path) -> list[list[Path]]:
         raise ValueError(f"there is no run at {path}: name a folder under data/runs, or a file")
     if not path.is_dir():
         return [[path]]
-    files = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS) and p.is_file())
-    files = [p for p in files if p.stat().st_size]
+    files = _filled(p for p in path.iterdir() if p.name.endswith(ENDINGS))
     if own := [p for p in files if p.name.startswith("records.jsonl")][:1]:
         return [own]
     if files:
         by_hand = [p for p in files if p.suffix != ".gz"]
         return [[p] for p in files if p.suffix == ".gz"] + [by_hand] * bool(by_hand)
-    below = [p for p in sorted(path.iterdir()) if p.is_dir() and _has_records(p)]
+    folders = (p for p in sorted(path.iterdir()) if p.is_dir())
+    below = [p for p in folders if any(_filled(p.rglob(f"*{end}")) for end in ENDINGS)]
     if not below:
         raise ValueError(f"{path} holds no records.jsonl: name a run's folder, or a shared file")
     return [files for p in below for files in _files(p)]
 
 
-def _has_records(folder: Path) -> bool:
-    """A study that was ended at once leaves an empty file."""
-    return any(p.name.endswith(ENDINGS) and p.stat().st_size for p in folder.rglob("*.jsonl*"))
+def _filled(paths: Iterable[Path]) -> list[Path]:
+    """The files with content, sorted; a study that was ended at once leaves an empty one."""
+    return sorted(p for p in paths if p.is_file() and p.stat().st_size)
 
 
 def _load(files: Sequence[Path]) -> Run:
