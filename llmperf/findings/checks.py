@@ -32,10 +32,10 @@ def ratio(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
         return None
     if check.get("exact"):
         grown = max(a) / max(b)
-        return judge(grown, grown, grown, "bytes", check=check, n=n)
+        return _against_limits(grown, grown, grown, "bytes", check=check, n=n)
     floor = check.get("floor", 0.0)
     a, b = ([max(x, floor) for x in side] for side in (a, b))
-    return judge(*_quotient(a, b), check=check, n=n) if min(*a, *b) > 0 else None
+    return _against_limits(*_quotient(a, b), check=check, n=n) if min(*a, *b) > 0 else None
 
 
 def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
@@ -112,13 +112,14 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
             and (r.get("arrivals") or r.get("option_workers", level) == level)
         ]
         scale, name = n if "times" in s else 1, s.get("metric", metric)
-        values = [r[name] * scale for r in _nearest(found, s.get("options", {})) if name in r]
+        nearest = _nearest_variant(found, s.get("options", {}))
+        values = [r[name] * scale for r in nearest if name in r]
         if values:
             return values
     return []
 
 
-def _nearest(rows: Sequence[Row], wanted: Mapping) -> list[Row]:
+def _nearest_variant(rows: Sequence[Row], wanted: Mapping) -> list[Row]:
     """The rows of the variant with the wanted options that is else nearest to the defaults."""
     variants: dict[tuple, list[Row]] = {}
     defaults = strategies.STRATEGIES[rows[0]["strategy"]].defaults if rows else {}
@@ -145,7 +146,9 @@ def _quotient(a: Sequence[float], b: Sequence[float]) -> tuple:
     return found.value, None, None, f"{found.n} repeat{'s' * (found.n > 1)}, no interval"
 
 
-def judge(value: float, low: float | None, high: float | None, basis: str, check: Mapping, n: int):
+def _against_limits(
+    value: float, low: float | None, high: float | None, basis: str, check: Mapping, n: int
+) -> Checked:
     """A value with its interval against the limits of a check; `outside`: it must lie beyond."""
     least, most = check.get("least", -inf), check.get("most", inf)
     inside, outside = (HOLDS, FAILS) if not check.get("outside") else (FAILS, HOLDS)

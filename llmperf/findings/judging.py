@@ -58,7 +58,6 @@ class Verdict:
     verdict: str
     figures: str  # never empty: figures, or what would make it testable
     here: str  # the same mechanism on this machine; never counts as the claim
-    measured: str = ""  # the figures of the deciding setting alone
     points_to: str | None = None
 
     @property
@@ -117,13 +116,13 @@ def _judge(claim: Claim, rows: Sequence[Row]) -> Verdict:
     known = (claim.id, claim.claim, claim.at)
     if not strict:
         why = f"needs {claim.at}: {claim.needs}"
-        return Verdict(*known, NOT_TESTABLE, why, seen, why)
+        return Verdict(*known, NOT_TESTABLE, why, seen)
     verdict, points_to = decided = _joined(strict)
     first, *others = sorted(strict, key=lambda p: (p.verdict, p.points_to) != decided)
     said = [f"{first.text} ({first.setting})"]
     said += [f"Elsewhere {p.verdict}: {p.text} ({p.setting})" for p in others[:2]]
     said += [f"And {len(others) - 2} more settings"] * (len(others) > 2)
-    return Verdict(*known, verdict, ". ".join(said), seen, first.text, points_to)
+    return Verdict(*known, verdict, ". ".join(said), seen, points_to)
 
 
 def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:

@@ -45,14 +45,12 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     step, `servers` the steps at the same time. Foreign engines are left out.
     """
     counted = [r for r in records if r.counts and r.metric("output_tokens_per_s")]
-    rows = frame(counted)
+    rows = frame(counted).assign(record=counted)
     if rows.empty:
         return rows
-    rows["record"] = counted
     rows = rows[~rows.foreign]
-    rows = rows.reindex(
-        columns=list(dict.fromkeys([*rows, *TIMES, *PEAKS, *ASKED, *CEILINGS, "limit"]))
-    )
+    used = [*TIMES, *PEAKS, *ASKED, *CEILINGS, "limit"]
+    rows = rows.reindex(columns=rows.columns.union(used, sort=False))
     rows["precision"] = rows.quantization.astype(object).fillna(rows["dtype"])
     rows["loop"] = rows.loop.astype(object).fillna("cached")
     rows["answer_tokens"] = rows.output_tokens / rows.requests_ok.fillna(rows.level)
@@ -122,7 +120,7 @@ def recommend(
     if not len(found):
         raise ValueError("no record has a speed: measure something first")
     tokens = new_tokens or int(found.answer_tokens.fillna(1).max())
-    found = _nearest(found, tokens)
+    found = _nearest_lengths(found, tokens)
 
     def rank(o, each_per_s: float) -> tuple:
         share, answer_ms = simulated(o, each_per_s, slo, tokens)
@@ -157,7 +155,7 @@ def recommend(
     return Recommendation(name, share, machines, (what, rests, *extrapolated))
 
 
-def _nearest(found: pd.DataFrame, tokens: int) -> pd.DataFrame:
+def _nearest_lengths(found: pd.DataFrame, tokens: int) -> pd.DataFrame:
     """Of equal options the one measured under arrivals, else with answers of nearest length."""
     names = [name_of(o) for o in found.itertuples()]
     order = found.assign(name=names, off=(found.answer_tokens - tokens).abs())
