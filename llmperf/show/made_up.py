@@ -46,9 +46,9 @@ def three_requests() -> Trace:
     return Trace(rows, 2.0)
 
 
-def warming_up(runs: int, steady_ms: float = 40.0) -> np.ndarray:
+def warming_up(runs: int) -> np.ndarray:
     """Milliseconds of each run of a fresh process: the first ones load kernels and wake clocks."""
-    return steady_ms + np.resize([*FIRST_RUNS_MS, *np.zeros(runs)], runs)
+    return 40.0 + np.resize([*FIRST_RUNS_MS, *np.zeros(runs)], runs)
 
 
 def noisy(rng: np.random.Generator, n, percent: float = 3.0) -> np.ndarray:
@@ -56,49 +56,44 @@ def noisy(rng: np.random.Generator, n, percent: float = 3.0) -> np.ndarray:
     return 30 * np.exp(-percent / 100 * np.abs(rng.standard_t(4, size=n)))
 
 
-def throttled(
-    rng: np.random.Generator, order: str, slower: float = 0.0, n: int = 10, lost: float = 0.1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Throughput of programs A and B on a machine that slows by `lost` over its 2n runs.
+def throttled(rng: np.random.Generator, order: str, slower: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Throughput of programs A and B on a machine that slows by 10 % over 10 runs of each.
 
     B is `slower` than A by that share. `order` is "A then B", or "shuffled" (each round has both
     once). Gives positions of A's runs in time, A's throughput and B's.
     """
-    speeds = noisy(rng, 2 * n, 1.0) * np.linspace(1, 1 - lost, 2 * n)
-    first = np.arange(n) if order == "A then B" else 2 * np.arange(n) + rng.integers(0, 2, n)
+    speeds = noisy(rng, 20, 1.0) * np.linspace(1, 0.9, 20)
+    first = np.arange(10) if order == "A then B" else 2 * np.arange(10) + rng.integers(0, 2, 10)
     return first, speeds[first], np.delete(speeds, first) * (1 - slower)
 
 
-def told_apart(order: str, slower: float, paired: bool = False, trials: int = 200) -> float:
-    """The share of trials in which A and B of `throttled` are called different."""
+def told_apart(order: str, slower: float, paired: bool) -> float:
+    """The share of 200 trials in which A and B of `throttled` are called different."""
     rng = np.random.default_rng(0)
-    pairs = (throttled(rng, order, slower)[1:] for _ in range(trials))
+    pairs = (throttled(rng, order, slower)[1:] for _ in range(200))
     found = [stats.ratio_interval(a, b, paired=paired) for a, b in pairs]
-    return sum(not f.low <= 1 <= f.high for f in found) / trials
+    return sum(not f.low <= 1 <= f.high for f in found) / len(found)
 
 
-def interval_width(n: int, trials: int = 300, seed: int = 0) -> float | None:
+def interval_width(n: int) -> float | None:
     """Typical width of the median's interval after n noisy runs, as a share of the median."""
-    rng = np.random.default_rng(seed)
-    found = [stats.median_interval(noisy(rng, n)) for _ in range(trials)]
+    rng = np.random.default_rng(0)
+    found = [stats.median_interval(noisy(rng, n)) for _ in range(300)]
     if found[0].low is None:
         return None
     return float(np.median([(i.high - i.low) / i.value for i in found]))
 
 
-def stalling_server(
-    requests: int = 100, every_s: float = 0.1, takes_s: float = 0.05, stall=(3.0, 2.0)
-) -> Trace:
-    """One connection to a server that answers in `takes_s`, but stalls once: (at, for) s.
+def stalling_server() -> Trace:
+    """One connection to a server that answers in 50 ms, but stalls from second 3 to 5.
 
-    A request is due `every_s`. While the server stalls, the connection is taken, and the requests
+    A request is due every 0.1 s. While the server stalls, the connection is taken, and the requests
     that are due wait to be sent.
     """
     rows, free = [], 0.0
-    for i in range(requests):
-        due = i * every_s
+    for i in range(100):
+        due = i * 0.1
         sent = max(due, free)
-        begins, ends = stall[0], sum(stall)
-        free = (ends if begins <= sent < ends else sent) + takes_s
+        free = (5.0 if 3.0 <= sent < 5.0 else sent) + 0.05
         rows.append(request(i, round(due, 6), round(sent, 6), (free,), started_s=round(sent, 6)))
     return Trace(tuple(rows), round(free, 6))
