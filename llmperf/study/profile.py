@@ -231,8 +231,7 @@ def _check_value(stem: str, name: str, value, default) -> None:
         kinds = (int,) if isinstance(like[0], int) else (int, float)
         least = 0 if (stem, name) in MAY_BE_ZERO else 1 if kinds == (int,) else 1e-9
         if not entries or not all(type(x) in kinds and x >= least for x in entries):
-            above = "above 0" if least < 1 else "from 1 on"
-            above = "from 0 on" if least == 0 else above
+            above = {0: "from 0 on", 1: "from 1 on"}.get(least, "above 0")
             kind = "whole numbers" if kinds == (int,) else "numbers"
             raise ValueError(f"{what}: it takes {kind} {above}, for instance {default!r}")
     if name == "rates" and not (len(value) == 2 and value[0] < value[1]):
