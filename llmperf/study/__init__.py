@@ -6,5 +6,5 @@ __getattr__, __all__ = lazy_face(
     __name__,
     profile="Profile check_parameters load_profile notebooks parameters_of plan profiles read_yaml",
     study="State load_state run start write_report",
-    answer="Answer of_run write_card",
+    answer="of_run write_card",
 )

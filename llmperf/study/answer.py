@@ -6,7 +6,6 @@ import io
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -26,21 +25,16 @@ CARD_STYLE = (
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """`lines`: ceilings, one request, the best strategy, what to run, the scorecard."""
-
-    lines: tuple[str, ...]
-    run: Run
-
-
 def load(folder: Path | str) -> Run:
     """The run in a study's folder. Raises ValueError when it has no records."""
     return findings.load_runs([Path(folder) / "records.jsonl"])[0]
 
 
-def of_run(run: Run) -> Answer:
-    """The answer from the records of a run. Raises ValueError when none of them counts."""
+def of_run(run: Run) -> tuple[str, ...]:
+    """The answer in five lines: ceilings, one request, the best strategy, what to run, scorecard.
+
+    Raises ValueError when no record counts.
+    """
     table = findings.options(run.records)
     if table.empty:
         raise ValueError("no run ended ok")
@@ -53,13 +47,12 @@ def of_run(run: Run) -> Answer:
     if seen := _counted(here.partition(":")[0] for here in untested):
         scored += f" What this machine shows of them, at smaller levels or without a GPU: {seen}."
     what = str(findings.recommend(table, LOAD_PER_S)).splitlines()[0]
-    lines = (
+    return (
         *_single(best, alone),
         findings.headline(table).rstrip(".") + _why(best) + ".",
         f"At {LOAD_PER_S:g} request/s: {what[:1].lower()}{what[1:]}",
         scored,
     )
-    return Answer(lines, run)
 
 
 def _counted(words: Iterable[str]) -> str:
@@ -115,18 +108,18 @@ def not_ok(records: Sequence[Record]) -> str | None:
     return f"{len(bad)} records are not ok ({kinds}); the first: {first}"
 
 
-def write_card(folder: Path | str, found: Answer) -> tuple[Path, Path]:
-    """`card.png` and `card.html`, 1200 x 630 pixels, in a study's folder: the answer in words, and
-    the tokens/s of every strategy as a plot."""
+def write_card(folder: Path | str, run: Run, answer: Sequence[str]) -> tuple[Path, Path]:
+    """`card.png` and `card.html`, 1200 x 630 pixels, in a study's folder: the lines of the answer,
+    and the tokens/s of every strategy as a plot."""
     png, page = Path(folder) / "card.png", Path(folder) / "card.html"
-    fig, y, plot = Figure(figsize=(12, 6.3), dpi=100, facecolor="white"), 0.94, _plot(found.run)
+    fig, y, plot = Figure(figsize=(12, 6.3), dpi=100, facecolor="white"), 0.94, _plot(run)
     if plot:
         fig.figimage(imread(io.BytesIO(plot)), 740, 170)
     paragraphs = image(plot, "Tokens/s of every strategy", "float:right;margin-left:30px")
-    where = f"llmperf on {found.run.caption}"
+    where = f"llmperf on {run.caption}"
     plain = {"va": "top", "parse_math": False}  # names from strangers may hold a $
     fig.text(0.63, 0.2, textwrap.fill(where, 60), fontsize=10, color=plots.GREY, **plain)
-    for points, text, lines, height in _fitted(found.lines):
+    for points, text, lines, height in _fitted(answer):
         fig.text(0.04, y, "\n".join(lines), fontsize=points, linespacing=1.35, **plain)
         y -= height
         paragraphs += f"<p style='font-size:{points * 1.38:.0f}px'>{html.escape(text)}</p>"

@@ -151,9 +151,9 @@ def _ending(folder: Path, state, records_only: bool) -> int:
         bad = answer.not_ok(run.records)
         for line in filter(None, (bad, *run.notes)):
             _say(line, sys.stderr)
-        found = answer.of_run(run)
-        answer.write_card(folder, found)
-        _say("\n".join(("", *found.lines, "")))
+        lines = answer.of_run(run)
+        answer.write_card(folder, run, lines)
+        _say("\n".join(("", *lines, "")))
         took = sum(r.metric("duration_s") or 0 for r in run.measured)
         seconds = sum(state.seconds.values())
         _say(f"Measured runs took {took:.0f} of {seconds:.0f} s ({took / max(seconds, 1):.0%}).")

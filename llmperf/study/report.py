@@ -56,14 +56,14 @@ def write(folder: Path, state) -> Path:
 
 def _first_screen(folder: Path, run: findings.Run) -> str:
     """The card, one figure, and the findings."""
-    found = answers.of_run(run)
-    card, _ = answers.write_card(folder, found)
+    lines = answers.of_run(run)
+    card, _ = answers.write_card(folder, run, lines)
     notes = "".join(f'<p class="failed">Note: {html.escape(text)}</p>' for text in run.notes)
     figure, drawn = show.strategies_figure(run.records), io.BytesIO()
     if figure is not None:
         figure.savefig(drawn, format="png", dpi=110)
     return (
-        f"{answers.image(card.read_bytes(), ' '.join(found.lines))}"
+        f"{answers.image(card.read_bytes(), ' '.join(lines))}"
         f"<p>Measured on {html.escape(run.caption)}.</p>{notes}"
         f"{answers.image(drawn.getvalue(), 'Throughput and waiting of every strategy')}"
         f"{_findings(findings.scorecard(run.records))}"

@@ -60,7 +60,7 @@ def outputs(*bundles):
 
 
 def test_the_answer_has_every_number_from_records(folder):
-    ceilings, one, best, run, score = answer.of_run(answer.load(folder)).lines
+    ceilings, one, best, run, score = answer.of_run(answer.load(folder))
     assert ceilings == "This machine reads 29 GB/s and computes 0.33 TFLOP/s in fp32."
     expected = "One request gets 10 tokens/s (gpt2 in fp32, cached); bandwidth allows at most 50."
     assert one == expected
@@ -72,7 +72,7 @@ def test_a_batch_is_never_called_one_request(folder):
     path = folder / "records.jsonl"
     batches = [line for line in path.read_text().splitlines(True) if '"level": 10' in line]
     path.write_text("".join(batches), encoding="utf-8")
-    found = answer.of_run(answer.load(folder)).lines
+    found = answer.of_run(answer.load(folder))
     assert found[0].startswith("This machine reads") and "was not measured here" in found[1]
     assert "31.6 tokens/s" in found[2] and "times one request" not in found[2]
 
@@ -80,22 +80,23 @@ def test_a_batch_is_never_called_one_request(folder):
 def test_the_answer_does_not_name_the_folder_of_a_local_model(folder):
     path = folder / "records.jsonl"
     path.write_text(path.read_text().replace('"gpt2"', '"/home/ann/tuned"'), encoding="utf-8")
-    found = answer.of_run(answer.load(folder)).lines
+    found = answer.of_run(answer.load(folder))
     assert "(<a local model> in fp32" in found[1] and not re.search("ann|tuned", " ".join(found))
 
 
 def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
-    found = answer.of_run(answer.load(folder))
-    png, page = answer.write_card(folder, found)
+    run = answer.load(folder)
+    found = answer.of_run(run)
+    png, page = answer.write_card(folder, run, found)
     assert struct.unpack(">II", png.read_bytes()[16:24]) == (1200, 630)
     text = page.read_text(encoding="utf-8")
     assert "width:1200px;height:630px" in text
-    assert all(html.escape(line) in text for line in found.lines)
+    assert all(html.escape(line) in text for line in found)
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_long_lines_get_smaller_letters_so_that_the_card_holds_them(folder, times):
-    lines = [" ".join([line] * times) for line in answer.of_run(answer.load(folder)).lines]
+    lines = [" ".join([line] * times) for line in answer.of_run(answer.load(folder))]
     fitted = answer._fitted(lines)
     assert sum(height for *_, height in fitted) <= 0.93
     assert [text for _, text, *_ in fitted] == lines and all(points >= 7 for points, *_ in fitted)
