@@ -10,12 +10,11 @@ import pandas as pd
 
 from llmperf.decoding.requests import Request, Workload
 from llmperf.machine import GIB
-from llmperf.measure import Record, capacity, frame, load
+from llmperf.measure import Record, capacity, frame, load, metrics
 from llmperf.strategies import STRATEGIES
 from llmperf.strategies.server import WINDOW_S
 
 SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}  # MLPerf's for an 8B model
-SHARE = 0.9  # of the requests must be within the limits
 ARRIVALS = 300  # simulated requests
 FOREVER_S = 1e9  # a batch waits until it is full; a server groups what comes in its window
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
@@ -124,7 +123,7 @@ def recommend(
 
     def rank(o, each_per_s: float) -> tuple:
         share, answer_ms = simulated(o, each_per_s, slo, tokens)
-        return share >= SHARE, min(share, 0.99), -answer_ms, o.output_tokens_per_s
+        return share >= metrics.SHARE, min(share, 0.99), -answer_ms, o.output_tokens_per_s
 
     machines, best = None, None
     for n in MACHINES:

@@ -74,12 +74,6 @@ def store_measurement(kind: str, device: str, result: dict) -> None:
 
 def _kept_file(kind: str, device: str) -> Path:
     device = "cpu" if device == "cpu" else f"cuda:{gpu.index(device)}"
-    key = json.dumps(_machine_key(device), sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
-
-
-def _machine_key(device: str) -> dict:
     key = {name: ask(PROBES[name])[0] for name in KEY_PROBES}
     key |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     key |= {"schema": SCHEMA, "device": device}
@@ -88,7 +82,8 @@ def _machine_key(device: str) -> dict:
         cards, _ = ask(PROBES["gpus"])
         names = ("name", "driver", "power_limit_w", "memory_total_bytes")
         key["cards"] = [[card[name] for name in names] for card in cards or []]
-    return key
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
 
 
 def platform_word(device: str, system: str | None = None) -> str:

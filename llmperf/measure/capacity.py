@@ -41,10 +41,10 @@ class Curve:
     def batch_s(self, rows: int) -> tuple[float, float]:
         """(time to the first token, time of each further one) of `rows` requests, interpolated;
         beyond the largest measured size the last slope is drawn on."""
-        return tuple(_line(rows, self.rows, ys) for ys in (self.first_s, self.step_s))
+        return tuple(_extended(rows, self.rows, ys) for ys in (self.first_s, self.step_s))
 
 
-def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+def _extended(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     if x > xs[-1] and len(xs) > 1:
         return ys[-1] + (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) * (x - xs[-1])
     return float(np.interp(x, xs, ys))
@@ -124,11 +124,11 @@ def simulate(
 
 
 def cards_needed(
-    work: Workload, curve: Curve, slo: dict, *, share: float = 0.9, most: int = 64, **grouping
+    work: Workload, curve: Curve, slo: dict, *, most: int = 64, **grouping
 ) -> int | None:
-    """The fewest cards at which `share` of the requests meet `slo`; None if `most` are too few."""
+    """The fewest cards at which 90 % of the requests meet `slo`; None if `most` are too few."""
     for cards in range(1, most + 1):
         rows = metrics.per_request(simulate(work, curve, cards=cards, **grouping), "scheduled")
-        if sum(metrics.meets(row, slo) for row in rows) >= share * len(rows):
+        if sum(metrics.meets(row, slo) for row in rows) >= metrics.SHARE * len(rows):
             return cards
     return None

@@ -73,16 +73,9 @@ def probe(rate_per_s: float, trace: Trace, slo: dict) -> Probe:
 
 
 def highest_rate(
-    run: Callable[[float, int], Trace],
-    slo: dict,
-    low: float,
-    high: float,
-    *,
-    share: float = 0.9,
-    steps: int = 5,
-    seed: int = 0,
+    run: Callable[[float, int], Trace], slo: dict, low: float, high: float, *, steps: int = 5
 ) -> HighestRate:
-    """The highest rate (requests/s) at which `share` of the requests meet every limit of `slo`.
+    """The highest rate (requests/s) at which 90 % of the requests meet every limit of `slo`.
 
     `run(rate, seed)` answers one load. Bisection on the logarithm of the rate, as a bracket: one
     run a rate, so a short load may miss the true rate. The lowest is tried again when it fails: one
@@ -93,8 +86,8 @@ def highest_rate(
     probes: list[Probe] = []
 
     def holds(rate: float) -> bool:
-        probes.append(probe(rate, run(rate, seed + len(probes)), slo))
-        return probes[-1].attained >= share
+        probes.append(probe(rate, run(rate, len(probes)), slo))
+        return probes[-1].attained >= metrics.SHARE
 
     if not (holds(low) or holds(low)):
         return HighestRate(tuple(probes), None, low)

@@ -43,9 +43,7 @@ class Results:
         return stats.compare_speeds(first, second, quantity)
 
 
-def paired(
-    arms: Mapping[str, Callable[[], Trace]], rounds: int, seed: int = 0
-) -> dict[str, list[float]]:
+def paired(arms: Mapping[str, Callable[[], Trace]], rounds: int) -> dict[str, list[float]]:
     """Output tokens/s of every arm in every round; a round has each once, in shuffled order.
 
     Entries i of two arms ran in one round, so `stats.ratio_interval(..., paired=True)` may compare
@@ -53,7 +51,7 @@ def paired(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}: it must be at least 1")
-    order, speeds = random.Random(seed), {name: [] for name in arms}
+    order, speeds = random.Random(0), {name: [] for name in arms}
     for _ in range(rounds + 1):
         for name in order.sample(list(arms), len(arms)):
             trace = arms[name]()

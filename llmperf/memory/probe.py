@@ -96,10 +96,8 @@ class Probe:
     def _each(self, read) -> list[int]:
         values = []
         for process in self.tree:
-            try:
+            with suppress(psutil.NoSuchProcess):  # it ended; a zombie too
                 values.append(read(process))
-            except psutil.NoSuchProcess:  # it ended; a zombie too
-                continue
         return values
 
     def _on_gpu(self) -> dict[str, float]:

@@ -244,7 +244,7 @@ def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
     if not len(rows):
         return rows
     needed = (*MODEL, "e2el_ms", "requests_ok", "output_tokens", "output_tokens_per_s")
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, *needed])))
+    rows = rows.reindex(columns=rows.columns.union(needed, sort=False))
     rows = rows[~rows.foreign & rows.output_tokens_per_s.notna()]
     model = rows.groupby(MODEL, dropna=False).ngroup()
     rows = rows[model == model.mode()[0]].copy()

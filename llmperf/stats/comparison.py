@@ -40,7 +40,9 @@ def compare_speeds(
     """
     sides = [[r for r in records if r.counts] for records in (a_records, b_records)]
     _check_comparable(*sides)
-    higher_is_better = _higher_is_better(quantity)
+    name = quantity.split(".")[0]
+    if not name.endswith(("_per_s", "_ms", "_s")):
+        raise ValueError(f"{quantity!r} is no rate and no time: compare e.g. output_tokens_per_s")
     known = [[(r, v) for r in side if (v := r.metric(quantity)) is not None] for side in sides]
     if any(sides) and not any(known):
         raise ValueError(f"no record has the number {quantity}: try {quantity}.median")
@@ -53,15 +55,8 @@ def compare_speeds(
     found = ratio_interval(a, b, paired=paired)
     verdict = "cannot tell"
     if found.low is not None and (found.low > 1 + margin or found.high < 1 / (1 + margin)):
-        verdict = "faster" if (found.low > 1) == higher_is_better else "slower"
+        verdict = "faster" if (found.low > 1) == name.endswith("_per_s") else "slower"
     return SpeedComparison(verdict, found.value, found.low, found.high, found.reason)
-
-
-def _higher_is_better(quantity: str) -> bool:
-    name = quantity.split(".")[0]
-    if not name.endswith(("_per_s", "_ms", "_s")):
-        raise ValueError(f"{quantity!r} is no rate and no time: compare e.g. output_tokens_per_s")
-    return name.endswith("_per_s")
 
 
 def _check_comparable(a: Sequence, b: Sequence) -> None:

@@ -119,10 +119,8 @@ def _run(arguments) -> int:
         names = {"only": "--only", "values": "--set", "out": "--out", "profile": "--profile"}
         given = [flag for name, flag in names.items() if getattr(arguments, name)]
         if given:
-            left_out = " ".join(given)
-            raise ValueError(
-                f"--resume takes everything from the run's folder: leave out {left_out}"
-            )
+            rule = "--resume takes everything from the run's folder"
+            raise ValueError(f"{rule}: leave out {' '.join(given)}")
         folder = Path(arguments.resume).resolve()
         study.load_state(folder)
     else:
