@@ -81,7 +81,7 @@ class CpuStep:
         alike.layers = layers
         buffers = CpuRows(self, rows, position + 1)
         for tensor in (buffers.keys, buffers.values):
-            tensor.zero_()  # fetches the memory; see `scratch`
+            tensor.zero_()  # fetches the memory; arithmetic on what lies there could be slow
         call = ([0] * rows, list(range(rows)), [position] * rows, [False] * rows, buffers)
         seconds = []
         for _ in range(repeats + 1):

@@ -109,14 +109,15 @@ class GraphRows:
     """
 
     def __init__(self, step: GraphStep, rows: int, max_length: int):
-        self._step = step
+        self._step, self._function = step, step.function
         self._rows, self._length = graph_size(rows, max_length)
         kept = step.kept.setdefault((self._rows, self._length), [])
         self.keys, self.values, self._graphs = kept.pop() if kept else (None, None, {})
         self._prompts: dict[int, DynamicCache] = {}
 
     def __del__(self):
-        if self.keys is not None:  # graphs read these buffers, so both are kept together
+        # graphs read these buffers, so both are kept together; none of a function given up
+        if self.keys is not None and self._function is self._step.function:
             kept = self._step.kept.setdefault((self._rows, self._length), [])
             kept.append((self.keys, self.values, self._graphs))
 

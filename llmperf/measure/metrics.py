@@ -15,7 +15,7 @@ from llmperf.decoding.trace import OK, RequestTrace, Trace
 CLOCKS = ("submitted", "scheduled")
 SLO_KEYS = ("ttft_ms", "tpot_ms", "e2el_ms")
 LATENCIES = (*SLO_KEYS, "queue_delay_ms")
-SHARE = 0.9  # of the requests must meet every limit where a load counts as carried
+SHARE = 0.9  # a load is carried when this share of its requests meets every limit
 _ROUNDING_S = 2e-6  # Trace.to_dict rounds to the microsecond: two times may part by twice that
 
 

@@ -142,7 +142,7 @@ def _step_copies(s: RunSpec) -> int:
         return 0
     size = s.rows * s.length * dtype_bytes(s.dtype)
     if s.shape.latent:
-        return size * max(inputs for inputs, _ in s.shape.widths("attention"))
+        return size * max(first for first, _ in s.shape.widths("attention"))
     return size * s.shape.kv_heads * s.shape.head_dim if s.loop == "cached" else 0
 
 

@@ -1,6 +1,6 @@
 """The memory calculator as one page that needs neither a kernel nor a network.
 
-Python measures each preset once; the page repeats `predict.memory` for the loop `cached` from that.
+From numbers of each model the page computes what `predict.memory` does for the loop `cached`.
 """
 
 import json
@@ -21,7 +21,8 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 def calculator_page(names: Sequence[str] = ()) -> str:
     """The page as HTML, for the models named (preset, hub id, folder or config.json) and all
-    presets. Reading the shapes of all presets takes about half a minute once. Raises ValueError."""
+    presets. Reading the shapes of all presets takes about half a minute once. Raises ValueError
+    for a model that is not known."""
     template = files("llmperf.show").joinpath("web", "calculator.html").read_text("utf-8")
     numbers = json.dumps(_numbers(names), separators=(",", ":"))
     return template.replace("DATA", numbers.replace("<", "\\u003c"))  # ends no script
@@ -31,6 +32,8 @@ def _numbers(names: Sequence[str]) -> dict:
     """All numbers of the page; those of a model by dtype and quantization."""
     first, cards = asdict(Question()), list(predict.known_cards())
     for found in ask(PROBES["gpus"])[0] or ():
+        if not found["memory_total_bytes"]:  # NVML does not say
+            continue
         card = predict.card(found["name"], found["memory_total_bytes"] / GIB)
         cards.append(replace(card, name=f"{found['name']} (this machine)"))
         first |= {"card": cards[-1].name, "platform": platform_word("cuda")}
@@ -63,7 +66,7 @@ def _of_model(shape: models.ModelShape) -> dict:
             held[f"{dtype} {word}"] = [weights, buffers, rounding, spare, read]
     copied = shape.kv_heads * shape.head_dim
     if shape.latent:
-        copied = max(outputs for outputs, _ in shape.widths("attention"))
+        copied = max(first for first, _ in shape.widths("attention"))
     return {
         "held": held,
         "hidden": shape.hidden,

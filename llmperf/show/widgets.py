@@ -76,7 +76,7 @@ def draw_memory(question: Question) -> Figure:
     ax.set_title(words, fontsize=10, loc="left")
     sentences = [*predict.advise(spec, card), *(f"Note: {text}." for text in book.warnings)]
     text = "\n".join(textwrap.fill(s, TEXT_COLUMNS) for s in sentences)
-    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left")
+    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left", parse_math=False)
     return fig
 
 

@@ -73,6 +73,13 @@ def test_the_largest_batch_is_that_of_python(page):
         asked = {**vars(q), "card_gib": gib}
         script = "q => [2, 1].map(i => largest(q, 'batch', 65536, i))"
         assert page.evaluate(script, asked) == list(expected), q
+        for bound, i in (("high", 2), ("low", 1)):
+            found = page.evaluate("([q, i]) => largest(q, 'context', 9999, i)", [asked, i])
+            room = gib * predict.GIB
+            fits_at = [getattr(predict.memory(replace(q, context=n).spec()), bound) <= room
+                       for n in (max(2, found), found + 1)]  # fmt: skip
+            assert fits_at[0] or found == 1, q
+            assert not fits_at[1] or found == 9999, q
 
 
 def test_a_change_answers_anew_and_a_wrong_entry_removes_the_old_answer(page):
@@ -89,6 +96,8 @@ def test_a_change_answers_anew_and_a_wrong_entry_removes_the_old_answer(page):
     page.fill("#batch", "1")
     assert "fits" in page.inner_text("#verdict") and "weights" in page.inner_text("#lines")
     page.select_option("#card", "another")
+    page.fill("#card_gib", "23.98828125")  # as a driver reports 24 GiB
+    assert "of 23.99 GiB" in page.inner_text("#verdict")
     page.fill("#card_gib", "2")
     assert "does not fit: it takes" in page.inner_text("#verdict")
     assert "No batch fits" in page.inner_text("#advice")

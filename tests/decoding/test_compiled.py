@@ -28,6 +28,7 @@ from llmperf.decoding import (
     loops,
 )
 from llmperf.decoding import slots as slots_file
+from llmperf.decoding.batch import Piece
 from llmperf.decoding.requests import Stop
 from llmperf.decoding.sampling import next_tokens
 from llmperf.models import Model, quantize
@@ -464,6 +465,18 @@ def test_every_batch_of_a_graph_runs_once_before_a_measurement(monkeypatch):
     other.kept[1, 256] = [(None, None, {})]
     decoding.warm_up(model, 1, {40})
     assert buffers(graph) == {(1, 256): 1} and not other.kept, "another model holds its graphs"
+
+
+def test_graphs_of_a_function_that_was_given_up_are_not_kept(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(graph_step, "_fused", lambda function: function)
+    graph = graph_step.GraphStep(model)
+    rows = graph_step.GraphRows(graph, 1, 40)
+    rows.forward([Piece(0, (1, 2, 3), 0, True)])
+    graph.function = lambda *args: graph_step.forward(*args)
+    graph.kept.clear()
+    del rows  # later than the change, as when an exception held it
+    assert not graph.kept
 
 
 def buffers(step) -> dict:

@@ -319,7 +319,7 @@ def test_the_command_line_lists_models(capsys):
 def test_the_calculator_is_a_page_of_the_models_named_and_of_this_card(
     tmp_path, monkeypatch, capsys
 ):
-    card = {"name": "NVIDIA GeForce RTX 4090", "memory_total_bytes": 24 << 30}
+    card = {"name": "NVIDIA GeForce RTX 4090", "memory_total_bytes": 25757220864}
     monkeypatch.setattr(models, "PRESETS", ("gpt2",))
     monkeypatch.setitem(machine.PROBES, "gpus", lambda: [card])
     monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
@@ -336,7 +336,7 @@ def test_the_calculator_is_a_page_of_the_models_named_and_of_this_card(
     assert found["models"][str(config)]["vocab"] == 99
     assert found["first"]["model"] == str(config)
     assert found["first"]["card"] == "NVIDIA GeForce RTX 4090 (this machine)"
-    assert found["cards"]["NVIDIA GeForce RTX 4090 (this machine)"] == [24, 1008e9]
+    assert found["cards"]["NVIDIA GeForce RTX 4090 (this machine)"] == [25757220864 / 2**30, 1008e9]
     assert main(["calculator", "no-such-model"]) == 2
     assert main(["calculator", "--out", str(tmp_path)]) == 1
 
