@@ -39,7 +39,8 @@ def _numbers(names: Sequence[str]) -> dict:
         first |= {"card": cards[-1].name, "platform": platform_word("cuda")}
     if names:
         first["model"] = names[0]
-    every = tqdm(dict.fromkeys([*names, *models.PRESETS]), desc="shapes of models", leave=False)
+    every = dict.fromkeys([*names, *models.PRESETS])
+    every = tqdm(every, desc="shapes of models", leave=False, disable=None)  # on a terminal only
     return {
         "first": first,
         "cards": {c.name: [c.memory_gib, c.bandwidth_bytes_s] for c in cards},
