@@ -94,8 +94,8 @@ class CpuStep:
         """Run tokens through the model; lists of equal length, one entry a token.
 
         Gives the logits of the tokens that are `wanted`: (wanted, vocabulary), fp32. Keys and
-        values are written to `buffers` (CpuRows) at each token's slot and position. `description`:
-        of another model than its own.
+        values are written to `buffers` (CpuRows) at each token's slot and position. `description`
+        replaces the model's.
         """
         description, threads = description or self.description, torch.get_num_threads()
         _, slot_count, _, length, _ = buffers.keys.shape

@@ -126,7 +126,7 @@ def simulate(
 def cards_needed(
     work: Workload, curve: Curve, slo: dict, *, most: int = 64, **grouping
 ) -> int | None:
-    """The fewest cards at which 90 % of the requests meet `slo`; None if `most` are too few."""
+    """The fewest cards with which `metrics.SHARE` of the requests meet `slo`; None: over `most`."""
     for cards in range(1, most + 1):
         rows = metrics.per_request(simulate(work, curve, cards=cards, **grouping), "scheduled")
         if sum(metrics.meets(row, slo) for row in rows) >= metrics.SHARE * len(rows):

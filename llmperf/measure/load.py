@@ -75,7 +75,7 @@ def probe(rate_per_s: float, trace: Trace, slo: dict) -> Probe:
 def highest_rate(
     run: Callable[[float, int], Trace], slo: dict, low: float, high: float, *, steps: int = 5
 ) -> HighestRate:
-    """The highest rate (requests/s) at which 90 % of the requests meet every limit of `slo`.
+    """The highest rate (requests/s) at which `metrics.SHARE` of the requests meet `slo`.
 
     `run(rate, seed)` answers one load. Bisection on the logarithm of the rate, as a bracket: one
     run a rate, so a short load may miss the true rate. The lowest is tried again when it fails: one

@@ -153,7 +153,8 @@ def _activations(s: RunSpec, tokens: int) -> tuple[int, int]:
     """
     hidden, item = s.shape.hidden, dtype_bytes(s.dtype)
     wide, most = widest_layer(s.shape)
-    return tokens * (2 * hidden + wide) * item, tokens * ((2 * hidden + most) * item + 8 * hidden)
+    least = tokens * (2 * hidden + wide) * item
+    return least, tokens * ((2 * hidden + most) * item + 2 * hidden * 4)
 
 
 def widest_layer(shape: ModelShape) -> tuple[int, int]:

@@ -16,8 +16,6 @@ from llmperf.machine import DTYPE_BYTES, GIB, PROBES, ask, platform_word
 from llmperf.predict import ledger
 from llmperf.show.widgets import QUANTIZATIONS, Question
 
-DTYPES = ("fp16", "bf16", "fp32")
-
 
 def calculator_page(names: Sequence[str] = ()) -> str:
     """The page as HTML, for the models named (preset, hub id, folder or config.json) and all
@@ -31,8 +29,8 @@ def calculator_page(names: Sequence[str] = ()) -> str:
 def _numbers(names: Sequence[str]) -> dict:
     """All numbers of the page; those of a model by dtype and quantization."""
     first, cards = asdict(Question()), list(predict.known_cards())
-    for found in ask(PROBES["gpus"])[0] or ():
-        if not found["memory_total_bytes"]:  # NVML does not say
+    for found in reversed(ask(PROBES["gpus"])[0] or []):  # the first card is asked for
+        if not found["name"] or not found["memory_total_bytes"]:  # NVML does not say
             continue
         card = predict.card(found["name"], found["memory_total_bytes"] / GIB)
         cards.append(replace(card, name=f"{found['name']} (this machine)"))
@@ -45,7 +43,7 @@ def _numbers(names: Sequence[str]) -> dict:
         "first": first,
         "cards": {c.name: [c.memory_gib, c.bandwidth_bytes_s] for c in cards},
         "models": {name: _of_model(models.shape_of(name)) for name in every},
-        "item": {dtype: DTYPE_BYTES[dtype] for dtype in DTYPES},
+        "item": DTYPE_BYTES,
         "quantizations": QUANTIZATIONS,
         "overhead": {k: v for k, v in ledger.OVERHEAD_GIB.items() if k != "cpu"},
         "idle": ledger.IDLE_GIB,
@@ -56,7 +54,7 @@ def _numbers(names: Sequence[str]) -> dict:
 
 def _of_model(shape: models.ModelShape) -> dict:
     held = {}
-    for dtype in DTYPES:
+    for dtype in DTYPE_BYTES:
         buffers = sum(predict.buffers(shape, dtype))
         for word in QUANTIZATIONS:
             how = (shape, dtype, None if word == "as stored" else word)
