@@ -214,9 +214,12 @@ def test_the_step_draws_the_tokens_that_torch_draws(loaded, sampling):
         assert ours == next_tokens(logits, sampling, uniform).tolist()
 
 
+def in_int8(model: Model) -> Model:
+    return replace(model, module=quantize.quantize(model.module, "int8"), quantization="int8")
+
+
 def test_int8_gives_the_tokens_of_the_eager_int8_model():
-    model = tiny("llama")
-    model = replace(model, module=quantize.quantize(model.module, "int8"), quantization="int8")
+    model = in_int8(tiny("llama"))
     assert decoding.prepare(model).reason is None
     asked = requests((9, 4))
     assert batch(model, asked, "compiled", GREEDY) == batch(model, asked, "cached", GREEDY)
@@ -353,6 +356,31 @@ def test_a_compiler_may_have_blanks_in_its_path_and_say_what_is_no_text(monkeypa
     if os.name != "nt":
         with pytest.raises(cpu_step.Unsupported, match="the C compiler failed: error"):
             cpu_library._build(cpu_library._compiler(), tmp_path / "step.so")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for a compiler is a shell script")
+@pytest.mark.parametrize("processor", ["haswell", "x86-64"])
+def test_a_processor_with_shorter_vectors_gets_the_same_tokens(processor, monkeypatch, tmp_path):
+    if "avx2" not in cpu_library.processor():
+        pytest.skip("this processor has no AVX2")
+    compiler = tmp_path / "cc"
+    swap = f'[ "$x" = -march=native ] && x=-march={processor}'
+    compiler.write_text(
+        f'#!/bin/sh\nfor x; do shift; {swap}; set -- "$@" "$x"; done\nexec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    cpu_library.library.cache_clear()
+    try:
+        asked = requests((9, 4, 17, 2, 5, 3, 8, 6, 7, 1, 2, 3, 4, 5, 6))  # tiles of 8, 4, 2 and 1
+        for case in ("llama", "gemma3", "odd sizes"):
+            model = tiny(case)
+            assert batch(model, asked, "compiled") == batch(model, asked, "cached")
+            assert decoding.prepare(model).reason is None
+        assert decoding.prepare(tiny("llama", "bf16")).reason is None
+        assert decoding.prepare(in_int8(tiny("llama"))).reason is None
+    finally:
+        cpu_library.library.cache_clear()
 
 
 @pytest.mark.parametrize("target", ["x86_64-windows-gnu", "aarch64-macos", "aarch64-linux-gnu"])

@@ -54,9 +54,12 @@ static void normalise(float *to, const float *from, Norm norm, int n, int centre
     for (int i = 0; i < n; i++) total += from[i];
     mean = (float)(total / n);
   }
-  v16 squares = all(0);
+  vector squares = all(0);
   int i = 0;
-  for (; i + 16 <= n; i += 16) { v16 x = load_f32(from + i) - mean; squares += x * x; }
+  for (; i + LANES <= n; i += LANES) {
+    const vector x = load_f32(from + i) - mean;
+    squares += x * x;
+  }
   float total = sum(squares);
   for (; i < n; i++) total += (from[i] - mean) * (from[i] - mean);
   const float scale = 1.0f / sqrtf(total / n + epsilon);
@@ -81,19 +84,19 @@ static void rotate(float *head, const float *cosine, const float *sine, int half
   }
 }
 
-static v16 activate(v16 x, int kind) {
+static vector activate(vector x, int kind) {
   if (kind == SILU) return x / (1.0f + exponential(-x));
   if (kind == RELU) return choose(x > 0.0f, x, all(0));
   if (kind == GELU_TANH)
     return 0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
-  for (int i = 0; i < 16; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+  for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
   return x;
 }
 
-INLINE v16 load_head(const void *from, int64_t at, int count, int half) {
-  if (count >= 16)
+INLINE vector load_head(const void *from, int64_t at, int count, int half) {
+  if (count >= LANES)
     return half ? load_bf16((const uint16_t *)from + at) : load_f32((const float *)from + at);
-  v16 v = all(0);
+  vector v = all(0);
   for (int i = 0; i < count; i++) v[i] = number(from, at + i, half ? OF_BF16 : OF_F32);
   return v;
 }
@@ -102,44 +105,47 @@ INLINE v16 load_head(const void *from, int64_t at, int count, int half) {
 INLINE void attend(float *out, const float *query, const void *keys, const void *values,
                    float *scores, int first, int last, int dim, float scale, float cap, int half) {
   float highest = -INFINITY;
-  for (int block = first; block <= last; block += 16) {
-    v16 acc[16];
+  const int count = last - first + 1;
+  for (int block = 0; block < count; block += 16) {
+    vector acc[16];
     for (int j = 0; j < 16; j++) {
       acc[j] = all(0);
-      const int64_t at = (int64_t)least(block + j, last) * dim;
-      for (int d = 0; d < dim; d += 16)
+      const int64_t at = least(first + block + j, last) * dim;
+      for (int d = 0; d < dim; d += LANES)
         acc[j] += load_head(keys, at + d, dim - d, half) * load_head(query, d, dim - d, 0);
     }
-    v16 found = sums(acc) * scale;
-    if (cap > 0) found = cap * hyperbolic_tangent(found / cap);
-    memcpy(scores + (block - first), &found, 64);
-    for (int j = 0; j < 16 && block + j <= last; j++)
-      highest = found[j] > highest ? found[j] : highest;
+    add_up(scores + block, acc, 16);
+    for (int j = block; j < block + 16; j += LANES) {
+      vector found = load_f32(scores + j) * scale;
+      if (cap > 0) found = cap * hyperbolic_tangent(found / cap);
+      memcpy(scores + j, &found, sizeof found);
+    }
+    for (int j = block; j < block + 16 && j < count; j++)
+      highest = scores[j] > highest ? scores[j] : highest;
   }
-  const int count = last - first + 1;
-  v16 totals = all(0);
-  for (int j = 0; j < count; j += 16) {
-    v16 weight = exponential(load_f32(scores + j) - highest);
-    for (int i = count - j; i < 16; i++) weight[i] = 0;
-    memcpy(scores + j, &weight, 64);
+  vector totals = all(0);
+  for (int j = 0; j < count; j += LANES) {
+    vector weight = exponential(load_f32(scores + j) - highest);
+    for (int i = count - j; i < LANES; i++) weight[i] = 0;
+    memcpy(scores + j, &weight, sizeof weight);
     totals += weight;
   }
   const float share = 1.0f / sum(totals);
-  for (int d = 0; d < dim; d += 64) {  // four sums at once: one waits for its own last addition
-    v16 acc[4] = {all(0), all(0), all(0), all(0)};
-    const int blocks = (int)least(4, (dim - d + 15) / 16);
+  for (int d = 0; d < dim; d += 4 * LANES) {  // four sums: one waits for its own last addition
+    vector acc[4] = {all(0), all(0), all(0), all(0)};
+    const int blocks = (int)least(4, (dim - d + LANES - 1) / LANES);
     for (int j = 0; j < count; j++) {
       const int64_t at = (int64_t)(first + j) * dim + d;
-      if (dim - d >= 64)
+      if (dim - d >= 4 * LANES)
         UNROLL for (int i = 0; i < 4; i++)
-          acc[i] += scores[j] * load_head(values, at + 16 * i, 16, half);
+          acc[i] += scores[j] * load_head(values, at + LANES * i, LANES, half);
       else
         for (int i = 0; i < blocks; i++)
-          acc[i] += scores[j] * load_head(values, at + 16 * i, dim - d - 16 * i, half);
+          acc[i] += scores[j] * load_head(values, at + LANES * i, dim - d - LANES * i, half);
     }
     for (int i = 0; i < blocks; i++) {
       acc[i] *= share;
-      memcpy(out + d + 16 * i, acc + i, 4 * least(16, dim - d - 16 * i));
+      memcpy(out + d + LANES * i, acc + i, 4 * least(LANES, dim - d - LANES * i));
     }
   }
 }
@@ -211,10 +217,10 @@ static void forward(const void *model, const void *step, Team *team, int thread)
       const int64_t row = ((int64_t)s->slots[r] * m->kv_heads + kv) * s->length + s->positions[r];
       if (!half) memcpy(cache + row * dim * 4, head, dim * 4);
       else
-        for (int d = 0; d < dim; d += 16) {
-          uint16_t narrow[16];
+        for (int d = 0; d < dim; d += LANES) {
+          uint16_t narrow[LANES];
           store_bf16(narrow, load_head(head, d, dim - d, 0));
-          memcpy(cache + (row * dim + d) * 2, narrow, 2 * least(16, dim - d));
+          memcpy(cache + (row * dim + d) * 2, narrow, 2 * least(LANES, dim - d));
         }
     }
     FOR_ITEMS(i, rows * m->kv_heads) {
@@ -246,9 +252,9 @@ static void forward(const void *model, const void *step, Team *team, int thread)
     FOR_ITEMS(i, rows * pieces) {
       const int r = i / pieces, from = i % pieces * 256, to = (int)least(m->feed, from + 256);
       float *gate = large + r * wide, *out = full + r * stride;
-      for (int c = from; c < to; c += 16) {
-        const int count = (int)least(16, to - c);
-        v16 value = activate(load_head(gate, c, count, 0), m->activation);
+      for (int c = from; c < to; c += LANES) {
+        const int count = (int)least(LANES, to - c);
+        vector value = activate(load_head(gate, c, count, 0), m->activation);
         if (m->gated) value *= load_head(gate, m->feed + c, count, 0);
         memcpy(out + c, &value, 4 * count);
       }
