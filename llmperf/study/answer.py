@@ -1,4 +1,4 @@
-"""The answer of a study in five lines, every number from its records; and as a card to share."""
+"""The answer of a study in six lines, every number from its records; and as a card to share."""
 
 import base64
 import html
@@ -12,13 +12,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from llmperf import findings
+from llmperf import findings, models, predict
 from llmperf.findings import Run
+from llmperf.machine import GIB
 from llmperf.measure import Record
 from llmperf.show import plots
 
-LOAD_PER_S = 1.0  # requests a second that the recommendation is for
-CARD_TEXT = 0.93  # of the card's height, for the five lines
+LOAD_PER_S, ANSWER_TOKENS = 1.0, 64  # what the recommendation is for, as in notebook 11
+LARGER = "llama-3.1-8b", "bf16", "int4"  # a model that many ask for; its speed is arithmetic
+BUSY_SHARE = 0.2  # of the runs beside other programs, from which on the answer warns
+CARD_TEXT = 0.93  # of the card's height, for the lines
 CARD_STYLE = (
     "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;overflow:hidden;"
     "font:16px/1.35 sans-serif"
@@ -31,7 +34,8 @@ def load(folder: Path | str) -> Run:
 
 
 def of_run(run: Run) -> tuple[str, ...]:
-    """The answer in five lines: ceilings, one request, the best strategy, what to run, scorecard.
+    """The answer in six lines: ceilings, one request, the best strategy, memory, what to run,
+    scorecard.
 
     Raises ValueError when no record counts.
     """
@@ -46,10 +50,13 @@ def of_run(run: Run) -> tuple[str, ...]:
     untested = (v.here for v in verdicts if v.verdict == findings.NOT_TESTABLE and ":" in v.here)
     if seen := _counted(here.partition(":")[0] for here in untested):
         scored += f" What this machine shows of them, at smaller levels or without a GPU: {seen}."
-    what = str(findings.recommend(table, LOAD_PER_S)).splitlines()[0]
+    what = str(findings.recommend(table, LOAD_PER_S, new_tokens=ANSWER_TOKENS)).splitlines()[0]
+    option = best if alone is None else alone
     return (
-        *_single(best, alone),
-        findings.headline(table).rstrip(".") + _why(best) + ".",
+        _ceilings(option) + _others(run.records),
+        "One request alone was not measured here." if alone is None else _single(alone),
+        findings.headline(table).rstrip(".") + _why(best, alone) + ".",
+        _memory(run.records) + _larger(option),
         f"At {LOAD_PER_S:g} request/s: {what[:1].lower()}{what[1:]}",
         scored,
     )
@@ -66,32 +73,77 @@ def of_notebook(run: Run, stem: str) -> str:
     return findings.headline(findings.options(rows)) if rows else ""
 
 
-def _single(best: pd.Series, alone: pd.Series | None) -> tuple[str, str]:
-    """The ceilings of the machine, and what one request gets of them."""
-    option = best if alone is None else alone
-    ceilings = "This machine's ceilings are not in these records."
-    if pd.notna(option.read_bytes_per_s):
-        ceilings = f"This machine reads {option.read_bytes_per_s / 1e9:.3g} GB/s"
-        if pd.notna(option.flops_per_s):
-            flops = option.flops_per_s / 1e12
-            ceilings += f" and computes {flops:.2g} TFLOP/s in {option['dtype']}"
-        ceilings += "."
-    if alone is None:
-        return ceilings, "One request alone was not measured here."
-    how = f"{findings.public_model(str(option.model))} in {option.precision}, {option.loop}"
-    gets = f"One request gets {option.output_tokens_per_s:.3g} tokens/s ({how})"
-    if pd.notna(option.bound_tpot_ms):
-        gets += f"; {option.limit} allows at most {1e3 / option.bound_tpot_ms:.3g}"
-    return ceilings, f"{gets}."
+def _ceilings(option: pd.Series) -> str:
+    """What the machine can do."""
+    if pd.isna(option.read_bytes_per_s):
+        return "This machine's ceilings are not in these records."
+    text = f"This machine reads {option.read_bytes_per_s / 1e9:.3g} GB/s"
+    if pd.notna(option.flops_per_s):
+        text += f" and computes {option.flops_per_s / 1e12:.2g} TFLOP/s in {option['dtype']}"
+    return f"{text}."
 
 
-def _why(option: pd.Series) -> str:
+def _others(records: Sequence[Record]) -> str:
+    """A warning where other programs ran beside many of the runs."""
+    runs = [r for r in records if r.counts]
+    busy = [w for r in runs for w in r.warnings if w.startswith("unstable: ")]
+    if len(busy) < BUSY_SHARE * len(runs):
+        return ""
+    seen = sorted(busy)[len(busy) // 2].partition(": ")[2]
+    return f" Other programs ran at the same time ({seen}): measure again before you use this."
+
+
+def _single(alone: pd.Series) -> str:
+    """What one request gets, and what bounds it."""
+    how = f"{findings.public_model(str(alone.model))} in {alone.precision}, {alone.loop}"
+    text = f"One request gets {alone.output_tokens_per_s:.3g} tokens/s ({how})"
+    if alone.tpot_ms > 0:
+        text += f"; after its first token {1e3 / alone.tpot_ms:.3g}"
+        if pd.notna(alone.bound_tpot_ms):
+            text += f", {alone.bound_tpot_ms / alone.tpot_ms:.0%} of the"
+            text += f" {1e3 / alone.bound_tpot_ms:.3g} that {alone.limit} allows"
+    return f"{text}."
+
+
+def _why(best: pd.Series, alone: pd.Series | None) -> str:
     """What the option does more of at the same time; nothing for one request at a time."""
-    if option["rows"] > 1:
-        return f", because one pass over the weights serves {option['rows']} requests"
-    if option.servers > 1:
-        return f", because {option.servers} requests are computed at the same time"
+    if best["rows"] > 1:
+        text = f", because one pass over the weights serves {best['rows']} requests"
+        if alone is not None and best.tpot_ms > 0 and alone.tpot_ms > 0:
+            text += f" and takes {best.tpot_ms / alone.tpot_ms:.1f} times as long as for one"
+        return text
+    if best.servers > 1:
+        return f", because {best.servers} requests are computed at the same time"
     return ""
+
+
+def _memory(records: Sequence[Record]) -> str:
+    """What notebook 07 measured: its process holds one model."""
+    runs = [r for r in records if r.counts and r.experiment == "07-vram"]
+    rows = findings.options(runs)
+    if rows.empty or rows.memory_gib.isna().any():
+        return "Memory was not measured here: notebook 07 does."
+    rows = rows.sort_values("level")
+    one, most = rows.iloc[0], rows.iloc[-1]
+    takes = ["one request" if n == 1 else f"{n} together" for n in (one.level, most.level)]
+    text = f"Memory in {one.precision}: {takes[0]} {one.memory_gib:.2f} GiB"
+    if held := runs[0].prediction.get("weights_bytes"):
+        text += f" ({held / GIB:.2f} of it weights)"
+    if most.level > one.level:
+        text += f", {takes[1]} {most.memory_gib:.2f}"
+    return f"{text}."
+
+
+def _larger(option: pd.Series) -> str:
+    """The arithmetic for a larger model, at the bandwidth of this machine."""
+    if pd.isna(option.read_bytes_per_s):
+        return ""
+    name, *how = LARGER
+    spec = predict.RunSpec(models.shape_of(name), *how)
+    step = predict.decode_bound(spec, ANSWER_TOKENS, option.read_bytes_per_s)
+    held = predict.weights_bytes(spec.shape, *how) / GIB
+    text = f" By arithmetic the weights of {name} in {how[1]} take {held:.1f} GiB"
+    return f"{text}, and one request would get at most {1 / step.seconds:.2g} tokens/s."
 
 
 def failures(records: Sequence[Record]) -> list[Record]:
@@ -135,7 +187,7 @@ def _fitted(texts: Sequence[str]) -> list[tuple[float, str, list[str], float]]:
     letters with which all of them fit."""
     for scale in (1.0, 0.9, 0.8, 0.7, 0.6):
         found = []
-        for text, points in zip(texts, (17, 17, 17, 12, 12), strict=True):
+        for text, points in zip(texts, (17, 17, 17, 12, 12, 12), strict=True):
             lines = textwrap.wrap(text, int(870 / (scale * points)))
             height = (len(lines) * scale * points * 1.5 + 12) / 450
             found.append((scale * points, text, lines, height))

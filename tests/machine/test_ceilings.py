@@ -149,7 +149,7 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_when_idle(counted
     assert ceilings.cached("cpu")["n"] == 2
 
 
-def test_now_takes_the_higher_bandwidth_of_a_processor_and_measures_none_of_a_card(monkeypatch):
+def test_now_takes_the_bandwidth_of_this_minute_keeps_the_higher_and_measures_no_card(monkeypatch):
     def rate(value):
         return {"read_bytes_per_s": {"median": value}, "flops_per_s": {}}
 
@@ -159,7 +159,7 @@ def test_now_takes_the_higher_bandwidth_of_a_processor_and_measures_none_of_a_ca
     monkeypatch.setattr(ceilings.description, "store_measurement", lambda *args: kept.append(args))
     read = lambda device, **how: {"median": next(fresh)}  # noqa: E731
     monkeypatch.setattr(ceilings.rates, "read_bandwidth", read)
-    assert [ceilings.now("cpu")["read_bytes_per_s"]["median"] for _ in range(2)] == [3.0, 2.0]
+    assert [ceilings.now("cpu")["read_bytes_per_s"]["median"] for _ in range(2)] == [3.0, 1.0]
     assert [found["read_bytes_per_s"]["median"] for _, _, found in kept] == [3.0]
     card = ceilings.now("cuda:0")  # the buffer would stay in torch's allocator
     assert card == rate(2.0) | {"most_read_bytes_per_s": 2.0}

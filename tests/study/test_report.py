@@ -60,12 +60,39 @@ def outputs(*bundles):
 
 
 def test_the_answer_has_every_number_from_records(folder):
-    ceilings, one, best, run, score = answer.of_run(answer.load(folder))
+    ceilings, one, best, memory, run, score = answer.of_run(answer.load(folder))
     assert ceilings == "This machine reads 29 GB/s and computes 0.33 TFLOP/s in fp32."
-    expected = "One request gets 10 tokens/s (gpt2 in fp32, cached); bandwidth allows at most 50."
-    assert one == expected
-    assert "31.6 tokens/s" in best and "one pass over the weights serves 10 requests" in best
-    assert run.startswith("At 1 request/s: ") and re.search(r"Of 17 published findings", score)
+    assert one.startswith("One request gets 10 tokens/s (gpt2 in fp32, cached); after its first")
+    assert one.endswith("token 1.25, 2% of the 50 that bandwidth allows.")  # a made-up TPOT
+    assert "31.6 tokens/s" in best
+    assert "one pass over the weights serves 10 requests and takes " in best
+    assert memory.startswith("Memory was not measured here: notebook 07 does. By arithmetic the")
+    assert "llama-3.1-8b in int4 take 5.6 GiB, and one request would get at most 5.8" in memory
+    assert run.startswith("At 1 request/s: ") and " of 64 tokens takes" in run
+    assert re.search(r"Of 17 published findings", score)
+
+
+def test_the_memory_is_that_of_notebook_07(folder):
+    store = Store(folder / "records.jsonl")
+    for level, peak in ((1, 1.04), (8, 1.5)):
+        held = {"rss": {"unit": "bytes", "max": peak * 2**30, "status": "ok"}}
+        weights = {**PREDICTION, "weights_bytes": 2**29}
+        run = made_up("batch", level, 10, memory=held, prediction=weights)
+        store.append(dataclasses.replace(run, experiment="07-vram"))
+    said = "Memory in fp32: one request 1.04 GiB (0.50 of it weights), 8 together 1.50. By"
+    assert answer.of_run(answer.load(folder))[3].startswith(said)
+
+
+def test_the_answer_says_when_other_programs_ran_beside_many_runs(folder):
+    busy = "unstable: other processes use 67 % of the CPU"
+    store = Store(folder / "records.jsonl")
+    for i in range(3):
+        store.append(made_up("batch", 2, 15, i, warnings=[busy]))
+    assert "Other programs" not in answer.of_run(answer.load(folder))[0]  # 3 of 23 runs
+    for i in range(3, 6):
+        store.append(made_up("batch", 2, 15, i, warnings=[busy]))
+    said = "Other programs ran at the same time (other processes use 67 % of the CPU): measure"
+    assert said in answer.of_run(answer.load(folder))[0]
 
 
 def test_a_batch_is_never_called_one_request(folder):
@@ -94,7 +121,7 @@ def test_the_card_is_an_image_and_a_page_of_the_same_size(folder):
     assert all(html.escape(line) in text for line in found)
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("times", [1, 2])
 def test_long_lines_get_smaller_letters_so_that_the_card_holds_them(folder, times):
     lines = [" ".join([line] * times) for line in answer.of_run(answer.load(folder))]
     fitted = answer._fitted(lines)
