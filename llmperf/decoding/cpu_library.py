@@ -14,7 +14,8 @@ from pathlib import Path
 import cffi
 import torch
 
-from llmperf.machine import PROBES, ask, cache_dir
+from llmperf.machine import PROBES, ask
+from llmperf.machine.description import cache_dir, save_whole
 
 SOURCE = Path(__file__).with_name("step") / "step.c"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c11")
@@ -43,7 +44,7 @@ def library():
     ending = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     target = cache_dir() / "step" / (hashlib.sha256(text).hexdigest()[:16] + ending)
     try:
-        if not target.exists():
+        if not _whole(target):
             _build(compiler, target)
         return ffi.dlopen(str(target))
     except OSError as error:
@@ -79,9 +80,18 @@ def processor() -> str:
     return repr((*found, features and features[0]))
 
 
+def _whole(target: Path) -> bool:
+    """Whether the library is the one that was built: loading half of one ends this process."""
+    try:
+        kept = target.with_suffix(".sha256").read_text(encoding="utf-8")
+        return hashlib.sha256(target.read_bytes()).hexdigest() == kept
+    except (OSError, ValueError):
+        return False
+
+
 def _build(compiler: tuple[str, ...], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(f".{os.getpid()}.part")
+    part = target.with_suffix(f".{os.getpid()}.built")
     libraries = () if sys.platform == "win32" else ("-lm", "-lpthread", "-fPIC", "-D_GNU_SOURCE")
     command = [*compiler, *FLAGS, "-shared", "-o", str(part), str(SOURCE), *libraries]
     try:
@@ -97,6 +107,7 @@ def _build(compiler: tuple[str, ...], target: Path) -> None:
         first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
         raise Unsupported(f"the C compiler failed: {first.strip()[:200]}")
     try:
+        save_whole(target.with_suffix(".sha256"), hashlib.sha256(part.read_bytes()).hexdigest())
         part.replace(target)  # whole or not at all, also when two processes build it
     except OSError:
         if not target.exists():  # on Windows one that is in use cannot be replaced

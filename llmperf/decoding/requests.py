@@ -122,6 +122,11 @@ def prompts(path: Path | None = None) -> list[dict]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
+def several(lengths: int | Sequence[int]) -> Sequence[int]:
+    """Lengths that requests cycle through: those given, or the one."""
+    return lengths if isinstance(lengths, Sequence) else (lengths,)
+
+
 def build(
     tokenizer,
     n: int,
@@ -137,11 +142,10 @@ def build(
     Request i depends on i, `seed` and the lengths only: a load of 4 is the start of a load of 8.
     """
     asked = {"n": n, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    several = {k: v if isinstance(v, Sequence) else (v,) for k, v in asked.items()}
-    for name, counts in several.items():
-        if min(counts) < 1:
-            raise ValueError(f"{name} is {asked[name]}: it must be at least 1")
-    texts, lengths, new = prompts(), several["prompt_tokens"], several["new_tokens"]
+    for name, counts in asked.items():
+        if min(several(counts)) < 1:
+            raise ValueError(f"{name} is {counts}: it must be at least 1")
+    texts, lengths, new = prompts(), several(prompt_tokens), several(new_tokens)
     requests = []
     for i in range(n):
         ids = tokenizer(texts[i % len(texts)]["text"], add_special_tokens=False)["input_ids"]

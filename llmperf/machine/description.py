@@ -57,9 +57,11 @@ def cached_measurement(kind: str, device: str, measured: Callable[[str], dict]) 
     it could not be measured, is not kept.
     """
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(_kept_file(kind, device).read_text(encoding="utf-8"))
-        if not found.get("warning") or busy(device):
-            return found
+        digest, _, text = _kept_file(kind, device).read_text(encoding="utf-8").partition("\n")
+        if digest == _sha256(text):  # else damaged, or written by others
+            found = json.loads(text)
+            if not found.get("warning") or busy(device):
+                return found
     result = measured(device)
     if not result.get("reason"):
         store_measurement(kind, device, result)
@@ -68,8 +70,13 @@ def cached_measurement(kind: str, device: str, measured: Callable[[str], dict]) 
 
 def store_measurement(kind: str, device: str, result: dict) -> None:
     """Put a result into the user's cache. A read-only one costs time, not the answer."""
+    text = json.dumps(result)
     with contextlib.suppress(OSError):
-        save_whole(_kept_file(kind, device), json.dumps(result))
+        save_whole(_kept_file(kind, device), f"{_sha256(text)}\n{text}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _kept_file(kind: str, device: str) -> Path:

@@ -13,6 +13,8 @@ from llmperf.decoding.trace import Trace
 from llmperf.measure import load, metrics, records
 from llmperf.models import Model
 
+MOST_TOKENS = 10_000_000  # of all requests together: they are built before the run
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -34,6 +36,12 @@ class Condition:
         strategies.check(self.strategy, self.model, self.level, self.options)
         decoding.check_loop(self.loop)
         metrics.check_slo(self.slo or {})
+        longest = sum(max(workload.several(n)) for n in (self.prompt_tokens, self.new_tokens))
+        if self.level * longest > MOST_TOKENS:
+            raise ValueError(
+                f"{self.level:,} requests of up to {longest:,} tokens are too many: use at most"
+                f" {MOST_TOKENS:,} tokens in all"
+            )
         most = self.model.shape.max_positions
         for request in self.workload.requests:
             workload.check_length(request, most, "the model has {} positions")

@@ -1,10 +1,11 @@
 """The prediction of a run, made before it: bound, expected step, memory, and whether it fits."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from llmperf import decoding, machine, models, predict
+from llmperf.decoding.requests import several
 from llmperf.decoding.trace import Trace
 from llmperf.machine import ceilings
 from llmperf.measure import step_time
@@ -72,6 +73,9 @@ def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     bandwidth, flops = prediction["most_read_bytes_per_s"], prediction["flops_per_s"]
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
+    if not verdict.plausible and (readers := _readers(condition, spec)) > 1:
+        shared = replace(cost, bytes=cost.bytes / readers)
+        found["plausible"] = predict.audit(shared, trace.duration_s, bandwidth, flops).plausible
     return {**prediction, **found, "why": verdict.sentence}
 
 
@@ -104,7 +108,7 @@ def check_fits(condition: Condition) -> None:
 
 
 def _longest(condition: Condition) -> predict.RunSpec:
-    longest = {n: max(_lengths(getattr(condition, n))) for n in ("prompt_tokens", "new_tokens")}
+    longest = {n: max(several(getattr(condition, n))) for n in ("prompt_tokens", "new_tokens")}
     return replace(spec_of(condition, condition.loop), **longest)
 
 
@@ -117,8 +121,8 @@ def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
         m.dtype,
         m.quantization,
         condition.rows_per_step,
-        round(statistics.mean(_lengths(condition.prompt_tokens))),
-        round(statistics.mean(_lengths(condition.new_tokens))),
+        round(statistics.mean(several(condition.prompt_tokens))),
+        round(statistics.mean(several(condition.new_tokens))),
         loop,
         processes=max(1, _processes(condition)),
         threads=threads if threads > 1 else 0,
@@ -131,10 +135,12 @@ def _processes(condition: Condition) -> int:
     return condition.runner.processes(condition.level, condition.options)
 
 
+def _readers(condition: Condition, spec: predict.RunSpec) -> int:
+    """Threads or processes that read the same weights: a cache may serve all but the first."""
+    shared = condition.options.get("weights") == "shared"
+    return spec.processes if shared else spec.threads
+
+
 def _cost(condition: Condition, spec: predict.RunSpec) -> predict.Cost:
     """Bytes and FLOPs of the whole run at least."""
     return predict.run_cost(spec) * (condition.level / spec.rows)
-
-
-def _lengths(value: int | Sequence[int]) -> Sequence[int]:
-    return value if isinstance(value, Sequence) else (value,)

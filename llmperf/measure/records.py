@@ -99,6 +99,13 @@ def digest(*parts: str | int | Mapping) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+def place(environment: Mapping) -> str | None:
+    """Processor, first card and system in words; None where the processor is not known."""
+    cards = environment.get("gpus") or [{}]
+    words = environment.get("cpu_model"), cards[0].get("name"), environment.get("os")
+    return words[0] and ", ".join(str(word) for word in words if word)
+
+
 class NotWritten(RuntimeError):
     """A record could not be written, and the file is as it was: no fault of what was measured."""
 
@@ -128,7 +135,9 @@ class Store:
                 f" ({error.strerror}): choose a folder that you may write to"
             ) from None
         self._repair_last_line()
-        self.keys = {r.key for r in self.read()}
+        kept = self.read()
+        self.keys = {r.key for r in kept}
+        self.machines = {machine for r in kept if (machine := place(r.environment))}
 
     def __contains__(self, key: str) -> bool:
         return key in self.keys

@@ -59,7 +59,7 @@ def measure(
         raise ValueError(f"{experiment}: there is no condition to measure")
     order, device = random.Random(seed), conditions[0].model.device
     fresh = expect and not limits  # a step is expected at the bandwidth of its own round
-    session = _Session(experiment, conditions, store, expect, limits or ceilings.now(device))
+    session = _Session(experiment, conditions, store, expect, limits)
     slots = [(i, "measure") for i in range(len(conditions))] + [(0, "twin")] * twin
     predict.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
@@ -95,7 +95,8 @@ class _Session:
 
     def __init__(self, experiment, conditions, store, expect, limits):
         self.experiment, self.store, self.conditions = experiment, store, list(conditions)
-        self.expect, self.limits = expect, limits
+        self.expect, self.given = expect, limits is not None
+        self.limits = limits or ceilings.now(conditions[0].model.device)
         self.references: dict[str, Trace] = {}
         self.prepared: set[int] = set()
         self.failed: set[int] = set()  # not run again in this call
@@ -109,6 +110,13 @@ class _Session:
             if key not in self.store and i not in self.failed:
                 missing.append((i, kind))
         bar.update(len(slots) - len(missing))
+        here = records.place(environment(self.conditions[0].model.device))
+        others = self.store.machines - {here}
+        if missing and here and others:
+            raise ValueError(
+                f"{self.store.path.name} holds runs of another machine ({min(others)}; this is"
+                f" {here}): measure into another file, or start a new study"
+            )
         self.busy = machine.busy(self.conditions[0].model.device) if missing else None
         for i, kind in missing:
             if i not in self.failed:
@@ -194,6 +202,11 @@ class _Session:
         warnings = [f"{condition.loop} ran as {loop}: {why}"] if why else []
         warnings += [f"unstable: {self.busy}"] if self.busy else []
         comparable = trace.notes.get("tokens_comparable", True)
+        audited = prediction.audit(condition, predicted, trace)
+        if audited and not audited["plausible"] and not self.given:  # or the machine is faster now
+            self.limits = ceilings.this_minute(self.limits, condition.model.device)
+            highest = {"most_read_bytes_per_s": ceilings.highest_read(self.limits)}
+            audited = prediction.audit(condition, predicted | highest, trace)
         return self.record(
             condition,
             repeat,
@@ -203,7 +216,7 @@ class _Session:
             reason=failed[0] if failed else None,
             metrics=condition.summarize(trace),
             memory=window | _memory_of_workers(condition, trace),
-            prediction=prediction.audit(condition, predicted, trace),
+            prediction=audited,
             agreement=agreement(trace, self.reference(condition)) if comparable else None,
             warnings=warnings,
         )

@@ -25,7 +25,7 @@ SCHEMA = 5  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 WEIGHTS = ("auto", "trained", "random")
-MOST_LAYERS, LARGEST = 10_000, 100_000_000  # of a count: whose key has the word layer, of any
+MOST_LAYERS, LARGEST = 500, 100_000_000  # of a count: whose key has the word layer, of any
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys for their number
 SLICE = re.compile(r"(.+):layers=(\d+)")  # the first layers of a model, which has random weights
 HUB_S = 3.0  # the hub answers sooner, or there is no network
@@ -194,6 +194,10 @@ def declared_word(config: Mapping) -> str | None:
     """The word for what a checkpoint declares, as `awq-4-g128`; see `quantization.scheme`. None
     for compressed-tensors, since transformers takes the model's dtype for its weights."""
     declared = config.get("quantization_config") or {}
+    kept = declared.get("modules_to_not_convert") or () if isinstance(declared, Mapping) else None
+    if not isinstance(kept, list | tuple) or not all(isinstance(name, str) for name in kept):
+        wanted = "a mapping whose modules_to_not_convert is a list of names"
+        raise ValueError(f"quantization_config is {declared!r:.60}: it must be {wanted}")
     method = str(declared.get("quant_method", "")).lower()
     if not declared or method == "compressed-tensors":
         return None

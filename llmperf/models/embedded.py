@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
 from llmperf.machine import cache_dir
 
@@ -28,16 +31,27 @@ class ModelUnavailable(ValueError):
 def folder() -> Path:
     """The safetensors folder of the embedded model in the user's cache; made on first use."""
     kept = cache_dir() / "models" / f"{NAME}-{WHEEL_SHA256[:8]}"
-    if (kept / "config.json").exists():
+    if _complete(kept):
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{kept}.lock"):  # two notebooks may begin at the same time
-        if not (kept / "config.json").exists():
+        if not _complete(kept):
             with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
                 made = Path(scratch) / "converted"
                 _convert(unpack(fetch_wheel(Path(scratch)), Path(scratch)), made)
+                shutil.rmtree(kept, ignore_errors=True)  # what is left of an earlier one
                 made.replace(kept)  # whole or not at all
     return kept
+
+
+def _complete(kept: Path) -> bool:
+    """Whether the folder holds a configuration, a tokenizer and whole weights."""
+    try:
+        json.loads((kept / "config.json").read_text(encoding="utf-8"))
+        with safe_open(kept / "model.safetensors", "pt"):  # raises for a file that was cut off
+            return (kept / "tokenizer.json").read_bytes().rstrip().endswith(b"}")
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def fetch_wheel(into: Path) -> Path:

@@ -6,6 +6,7 @@ Only safetensors files and the embedded GGUF are read; code of a hub repository 
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def load(
     """
     spec, folder = _resolved(LoadSpec(name, dtype, device, weights, quantization))
     # compiled code is kept between processes; by default it goes to a temporary folder
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    with suppress(OSError):
+        (cache_dir() / "compiled").mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     start = time.perf_counter()
     words.check(quantization, spec.dtype, spec.device)
     shape = configs.shape_of(spec.name, name=name)  # raises for what is no decoder of a real size
@@ -200,7 +203,11 @@ def _weights_complete(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = [name.strip() for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index.name} of {folder.name} names no file for each tensor") from None
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(

@@ -129,7 +129,8 @@ async def _stream(client: httpx.AsyncClient, options: Mapping, body: dict, chunk
             words = " ".join(said.decode(errors="replace").split())
             raise BrokenStream(f"the server answered {response.status_code}: {words}")
         async for chunk in read_chunks(response.aiter_raw(), body["max_tokens"]):
-            chunks.append(chunk)
+            if chunk.text or chunk.usage_tokens is not None:
+                chunks.append(chunk)
 
 
 def _body(model: Model, workload: Workload, request: Request, options: Mapping) -> dict:
@@ -225,11 +226,14 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
         url = httpx.URL(options.get("url", ""))
     except httpx.InvalidURL:
         url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
+    port = url.port or 80  # httpx takes any number
+    if url.scheme not in ("http", "https") or not url.host or not 0 < port < 65536:
         raise ValueError(
             f"url is {options.get('url', '')!r}: give the server's base address, such as"
             " http://localhost:8000/v1"
         )
+    if not os.environ.get(options["key_env"], "").isascii():
+        raise ValueError(f"the key in {options['key_env']} is no plain text: set it again")
     if url.userinfo:
         raise ValueError(
             "the url names a password: set it in the environment and name it with key_env"

@@ -48,6 +48,10 @@ def start(profile: Profile, only=(), overrides=None, out: Path | str | None = No
     now = datetime.datetime.now()
     name = f"{now:%Y-%m-%d-%H%M%S}-" + re.sub(r"[^\w-]+", "-", profile.name)[:60]
     folder = Path(out) if out else RUNS / name
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the output folder {folder!r} is no UTF-8 text: name another") from None
     if (folder / "run.yaml").exists():
         raise ValueError(f"{folder.name} already holds a run: use --resume, or another --out")
     state = State(profile.name, steps, profile.timeout_s, started=f"{now:%Y-%m-%d %H:%M}")
@@ -69,6 +73,9 @@ def load_state(folder: Path | str) -> State:
     what = f"{path.parent.name}/run.yaml"
     state = profiles.from_data(State, profiles.read_yaml_file(path, what), what)
     profiles.check_steps(state.steps)
+    kept = (state.done, str), (state.seconds, (int, float))
+    if not all(isinstance(x, kind) for values, kind in kept for x in values.values()):
+        raise ValueError(f"{what} is damaged: remove the folder, or start the study in another one")
     return state
 
 

@@ -325,6 +325,17 @@ def test_code_for_one_processor_is_not_loaded_on_another(monkeypatch, tmp_path):
     assert built[0] == built[2] != built[1]
 
 
+def test_a_library_that_was_cut_off_is_built_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
+    cpu_library.library.__wrapped__()
+    (built,) = (p for p in (tmp_path / "step").iterdir() if p.suffix != ".sha256")
+    whole = built.stat().st_size
+    built.unlink()  # the one that is loaded keeps its pages
+    built.write_bytes(b"cut off")
+    cpu_library.library.__wrapped__()
+    assert abs(built.stat().st_size - whole) < whole / 10
+
+
 def test_a_compiler_does_not_read_what_is_meant_for_this_process(monkeypatch, tmp_path):
     seen = {}
 

@@ -131,11 +131,13 @@ def test_cached_belongs_to_a_torch_version(counted, monkeypatch):
     assert ceilings.cached("cpu")["n"] == 2
 
 
-def test_cached_survives_a_torn_file(counted):
+@pytest.mark.parametrize("damage", [lambda text: text[:9], lambda text: "[]",
+    lambda text: text.replace('"n": 1', '"n": 9'), lambda text: "{}"])  # fmt: skip
+def test_a_kept_file_that_others_wrote_or_cut_is_measured_again(counted, damage):
     _, _, folder = counted
     ceilings.cached("cpu")
     (file,) = folder.rglob("*.json")
-    file.write_text(file.read_text()[:9], encoding="utf-8")
+    file.write_text(damage(file.read_text()), encoding="utf-8")
     assert ceilings.cached("cpu")["n"] == 2
 
 

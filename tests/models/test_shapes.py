@@ -122,6 +122,13 @@ def test_kept_shapes_are_exact_and_a_torn_file_is_read_anew(tmp_path, monkeypatc
         ({"model_type": "new"}, "knows no model of type 'new'"),
         ({"model_type": "new", "auto_map": {"AutoModel": "x.Y"}}, "brings along is never run"),
         ({"model_type": "llama", "num_hidden_layers": 10**7}, "num_hidden_layers is 10,000,000"),
+        ({"model_type": "llama", "num_hidden_layers": 501}, "num_hidden_layers is 501: at most"),
+        ({"model_type": "llama", "quantization_config": "x"}, "quantization_config is 'x': it"),
+        ({"model_type": "llama", "quantization_config": [1]}, "must be a mapping"),
+        (
+            {"model_type": "llama", "quantization_config": {"modules_to_not_convert": 5}},
+            "modules_to_not_convert is a list of names",
+        ),
         ({"model_type": "llama", "vocab_size": 10**12}, "vocab_size is 1,000,000,000,000"),
         ({"model_type": "llama", **SMALL, "hidden_size": 30}, "refuses the configuration|cannot"),
     ],

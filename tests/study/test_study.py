@@ -148,7 +148,17 @@ DAMAGED = {
         "profile: p\nsteps: {00-first: {level: !!binary aGk=}}\ntimeout_s: 1",
         "b'hi'",
     ),
+    "seconds": (
+        "profile: p\nsteps: {}\ntimeout_s: 1\nseconds: {00-first: abc}",
+        "run.yaml is damaged: remove the folder",
+    ),
+    "done": ("profile: p\nsteps: {}\ntimeout_s: 1\ndone: {00-first: 5}", "is damaged"),
 }
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="is no UTF-8 text: name another"):
+        study.start(Profile("p"), out=f"{tmp_path}/x\udcff")
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
