@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from scipy.stats import binom
+from scipy import special
 
 from llmperf import machine, stats
 from llmperf.findings.runs import Run
@@ -50,7 +50,7 @@ class Pair:
         if not found:
             margin = f"the {self.margin:.0%} of two launches ({self.basis})"
             return f"cannot tell: none of {n} conditions differs by more than {margin}{besides}"
-        if sum(found.values()) <= binom.ppf(0.95, n, 0.05):  # their intervals are of 95 %
+        if special.bdtr(sum(found.values()) - 1, n, 0.05) < 0.95:  # their intervals are of 95 %
             return f"cannot tell: {said}, no more than chance gives"
         return said + ("" if self.differs else "; nothing that is recorded explains it")
 
