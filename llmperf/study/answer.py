@@ -19,6 +19,7 @@ from llmperf.measure import Record
 from llmperf.show import plots
 
 LOAD_PER_S, ANSWER_TOKENS = 1.0, 64  # what the recommendation is for, as in notebook 11
+MEMORY = "07-vram"  # the notebook that measures it: its process holds one model
 LARGER = "llama-3.1-8b", "bf16", "int4"  # a model that many ask for; its speed is arithmetic
 BUSY_SHARE = 0.2  # of the runs beside other programs, from which on the answer warns
 CARD_TEXT = 0.93  # of the card's height, for the lines
@@ -70,6 +71,8 @@ def _counted(words: Iterable[str]) -> str:
 def of_notebook(run: Run, stem: str) -> str:
     """What the records of one notebook say; empty when it has none."""
     rows = [r for r in run.records if stem.startswith(r.experiment) and r.counts]
+    if rows and stem == MEMORY:
+        return _memory(rows)
     return findings.headline(findings.options(rows)) if rows else ""
 
 
@@ -118,8 +121,8 @@ def _why(best: pd.Series, alone: pd.Series | None) -> str:
 
 
 def _memory(records: Sequence[Record]) -> str:
-    """What notebook 07 measured: its process holds one model."""
-    runs = [r for r in records if r.counts and r.experiment == "07-vram"]
+    """What one request takes, and the most together."""
+    runs = [r for r in records if r.counts and r.experiment == MEMORY]
     rows = findings.options(runs)
     if rows.empty or rows.memory_gib.isna().any():
         return "Memory was not measured here: notebook 07 does."
