@@ -12,8 +12,6 @@ import yaml
 
 from llmperf import DATA, ROOT, decoding, models
 from llmperf.machine import DTYPES
-from llmperf.measure import metrics
-from llmperf.strategies import STRATEGIES, peer
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = DATA / "profiles"
@@ -26,7 +24,6 @@ WORDS = {  # of a parameter, or of the entries of a list
     "weights": models.WEIGHTS,
     "loop": decoding.LOOPS,
     "quantizations": models.QUANTIZATIONS[1:],
-    "peers": peer.ENGINES,
 }
 MAY_BE_ZERO = {("11-verdict", "new_tokens")}
 
@@ -237,12 +234,24 @@ def _check_value(stem: str, name: str, value, default) -> None:
             above = {0: "from 0 on", 1: "from 1 on"}.get(least, "above 0")
             kind = "whole numbers" if kinds == (int,) else "numbers"
             raise ValueError(f"{what}: it takes {kind} {above}, for instance {default!r}")
-    if name == "slo":
-        metrics.check_slo(value)
-    if name == "endpoint" and value:
-        STRATEGIES[name].check(None, 1, value)
+    if name in ("slo", "endpoint", "peers"):
+        _check_by_room(what, name, value)
     if name == "rates" and not (len(value) == 2 and value[0] < value[1]):
         raise ValueError(f"{what}: give the lowest and the highest rate, for instance {default!r}")
+
+
+def _check_by_room(what: str, name: str, value) -> None:
+    """Raise ValueError for limits, engines, and options of an endpoint that cannot be."""
+    from llmperf.measure import metrics  # torch is imported with them
+    from llmperf.strategies import STRATEGIES
+    from llmperf.strategies.peer import ENGINES
+
+    if name == "slo":
+        metrics.check_slo(value)
+    if name == "peers" and (wrong := [x for x in value if x not in ENGINES]):
+        raise ValueError(f"{what}: {wrong[0]!r:.60} is none of {', '.join(ENGINES)}")
+    if name == "endpoint" and value:
+        STRATEGIES[name].check(None, 1, value)
 
 
 def _check_known(name: str, known, where: str) -> None:
