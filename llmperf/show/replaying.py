@@ -32,7 +32,10 @@ def replay_svg(traces: Mapping[str, Trace], tokenizer, note: str = "") -> str:
     parts = [HEAD.format(width=width, height=height)]
     for i, (name, trace) in enumerate(traces.items()):
         parts += _panel(name, trace, tokenizer, 12 + WIDTH * i, slower)
-    note = escape(f"{note}; shown at {1 / slower:.0%} of the real speed")
+    cut = sorted({r.prompt_tokens for trace in traces.values() for r in trace.requests})
+    note += f"; shown at {1 / slower:.0%} of the real speed"
+    note += f"; prompts end after {' to '.join(map(str, dict.fromkeys((cut[0], cut[-1]))))} tokens"
+    note = escape(note + ", so texts may begin in mid-sentence")
     parts.append(f'<text x="12" y="{height - 8}" font-size="10" fill="{GREY}">{note}</text></svg>')
     return "".join(parts)
 

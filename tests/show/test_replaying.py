@@ -56,3 +56,8 @@ def test_it_is_an_image_with_a_text_for_those_who_do_not_see_it():
     data = re.fullmatch(r'<img alt="Replay[^"]*one" src="data:image/svg\+xml;base64,(.*)">', shown)
     ElementTree.fromstring(base64.b64decode(data[1]))
     assert "prefers-reduced-motion" in base64.b64decode(data[1]).decode()
+
+
+def test_the_note_says_where_the_prompts_end():
+    page = replay_svg({"one": trace("ab")}, TOKENIZER, "a model")
+    assert "prompts end after 4 tokens, so texts may begin in mid-sentence" in page
