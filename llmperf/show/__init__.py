@@ -7,8 +7,8 @@ __getattr__, __all__ = lazy_face(
     plots="COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels logarithmic"
     " published_groups roofline stacked strategies_figure",
     replaying="replay replay_svg",
-    sentences="agreement_sentence check guess_sentence loops_sentence ratio_sentence"
-    " value_sentence",
+    sentences="agreement_sentence check guess_sentence longer_load_sentence"
+    " loops_sentence ratio_sentence value_sentence",
     widgets="Question calculator draw_batch draw_memory draw_queue draw_roofline draw_sampling"
     " explore",
     static_calculator="calculator_page",

@@ -201,14 +201,23 @@ def ledgers(ax: Axes, books: Mapping[str, Ledger], most: int = 5) -> None:
     legend(ax)
 
 
-def bars(ax: Axes, labels: Iterable[str], samples: Sequence[Sequence[float]], unit: str) -> None:
-    """One bar a label at the median of its samples, with every sample as a tick."""
-    for i, (label, values) in enumerate(zip(labels, samples, strict=True)):
+def bars(
+    ax: Axes,
+    labels: Iterable[str],
+    samples: Sequence[Sequence[float]],
+    unit: str,
+    ticks: Sequence[Sequence[float]] | None = None,
+    of: str = "the runs",
+) -> None:
+    """One bar a label at the median of its samples, with every sample as a tick, or with `ticks`.
+    `of` says in the caption what the ticks are."""
+    for i, (label, values, each) in enumerate(zip(labels, samples, ticks or samples, strict=True)):
         style = STRATEGIES[label].style if label in STRATEGIES else i
-        drawn = "bars are medians, ticks the runs" if len(values) > 1 else "bars are single runs"
+        drawn = "bars are medians" if len(values) > 1 else "bars are single runs"
+        drawn += f", ticks {of}" if len(each) > 1 else ""
         color = COLORS[style % len(COLORS)]
         ax.barh(label, pd.Series(values).median(), color=color, alpha=0.8, gid=drawn)
-        ax.plot(values, [label] * len(values), "|", color="black", markersize=9)
+        ax.plot(each, [label] * len(each), "|", color="black", markersize=9)
     ax.set_xlabel(unit)
     ax.invert_yaxis()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from llmperf import stats
-from llmperf.measure import Record
+from llmperf.measure import Record, metrics
 from llmperf.stats import Interval
 
 WORDS = {
@@ -118,6 +118,19 @@ def guess_sentence(
     much = "" if measured and 0.5 <= guess / measured <= 2 else "much "
     side = "high" if guess > measured else "low"
     return f"{found}. Your guess, {guess:g}{unit}, was {much}too {side}."
+
+
+def longer_load_sentence(rate_per_s: float, requests: int, longer: int, share: float) -> str:
+    """Whether a rate that held in a run of `requests` holds in a longer one too. `share`: of the
+    `longer` simulated requests those that were in time."""
+    took = [f"{n} requests ({(n - 1) / rate_per_s:.1f} s of arrivals)" for n in (requests, longer)]
+    end = (
+        "the simulation finds that this rate holds in the longer run too"
+        if share >= metrics.SHARE
+        else "the queue grows in the longer run, and the highest rate that holds there is lower"
+    )
+    held = f"{rate_per_s:.1f} requests/s held for {took[0]}"
+    return f"{held}. Simulated with {took[1]}: {share:.0%} in time: {end}."
 
 
 def check(

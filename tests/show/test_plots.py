@@ -97,6 +97,14 @@ def test_a_caption_says_only_what_was_drawn():
     assert "points" not in fig.get_supxlabel()
 
 
+def test_bars_of_runs_may_have_the_requests_as_ticks():
+    fig, ax = plots.figure()
+    plots.bars(ax, ["a"], [[1.0, 3.0]], "s", [[1.0, 1.0, 1.0, 9.0]], "the requests")
+    plots.caption(fig, frame(3))
+    assert ax.patches[0].get_width() == 2 and list(ax.lines[0].get_xdata()) == [1, 1, 1, 9]
+    assert "bars are medians, ticks the requests" in fig.get_supxlabel()
+
+
 def test_a_strategy_has_its_colour_and_marker_in_every_figure():
     looks = set()
     for name in ("batch", "threads", "batch"):

@@ -137,3 +137,11 @@ def test_a_guess_is_compared_in_words(guess, end):
 @pytest.mark.parametrize("measured", [None, float("nan")])
 def test_a_guess_of_what_was_not_measured(measured):
     assert sentences.guess_sentence("Threads", 2, measured) == "Threads: not measured."
+
+
+def test_a_rate_that_held_in_a_short_run_is_judged_by_a_longer_one():
+    lower = sentences.longer_load_sentence(10, 41, 301, 0.5)
+    holds = sentences.longer_load_sentence(10, 41, 301, 0.95)
+    assert "held for 41 requests (4.0 s" in lower and "301 requests (30.0 s" in lower
+    assert "50% in time" in lower and lower.endswith("that holds there is lower.")
+    assert "95% in time" in holds and holds.endswith("holds in the longer run too.")
