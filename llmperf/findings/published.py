@@ -57,17 +57,20 @@ def _not_quoted(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def groups(strategy: str, **wanted) -> pd.DataFrame:
-    """One row a group of requests in flight: median seconds, tokens/s (256 a request assumed), GB.
+    """One row a group of requests in flight: median seconds, tokens/s (256 a request assumed), GB;
+    `possible`: no line of it is too fast for its card.
 
     `times_one` is its time over that of one request on the same page. A group of workers takes the
     time of its total line, or of its slowest worker.
     """
     rows = _not_quoted(measurements(strategy=strategy, **wanted))
     names = ["experiment", "platform", "gpu", "model", "label", "strategy", "concurrency"]
+    rows["possible"] = rows.line.map(audited().set_index("line").audit.map(lambda a: a.plausible))
     rows["seconds_of_run"] = rows.groupby("run").seconds.transform("max")
     out = rows.groupby(names, as_index=False).agg(
         seconds=("seconds_of_run", "median"),
         fastest_s=("seconds", "min"),
+        possible=("possible", "all"),
         reserved_gb=("reserved_gb", "max"),
     )
     out["output_tokens_per_s"] = out.concurrency * NEW_TOKENS / out.seconds

@@ -146,12 +146,16 @@ def curve(
 
 
 def published_groups(ax: Axes, strategy: str, y: str, **wanted) -> None:
-    """The published rows of a strategy over concurrency, in grey, one line style a machine."""
+    """The published rows of a strategy over concurrency, in grey, one line style a machine;
+    crosses mark what the audit calls impossible."""
     dashes = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
-    rows = published.groups(strategy, **wanted).sort_values("concurrency")
+    rows = published.groups(strategy, **wanted).dropna(subset=y).sort_values("concurrency")
     for i, (label, group) in enumerate(rows.groupby("label")):
         look = {"linestyle": dashes[i % len(dashes)], "marker": MARKERS[3 + i % 4], "markersize": 4}
         ax.plot(group.concurrency, group[y], color=GREY, label=f"published: {label}", **look)
+    if len(wrong := rows[~rows.possible]):
+        look = {"color": COLORS[1], "label": "impossible: too fast for its tokens"}
+        ax.plot(wrong.concurrency, wrong[y], "x", **look)
 
 
 def gantt(ax: Axes, trace: Trace, named: bool = True) -> None:

@@ -105,6 +105,21 @@ def test_bars_of_runs_may_have_the_requests_as_ticks():
     assert "bars are medians, ticks the requests" in fig.get_supxlabel()
 
 
+def test_impossible_published_rows_are_crossed_and_rows_without_a_value_left_out():
+    drawn = {}
+    for y in ("output_tokens_per_s", "times_one"):
+        _, ax = plots.figure()
+        plots.published_groups(ax, "batch", y)
+        drawn[y] = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
+    yi, wrong = "published: RTX 4090, Yi-6B-Chat, WSL2", "impossible: too fast for its tokens"
+    assert drawn["output_tokens_per_s"][wrong] == [1, 2, 3, 4, 5, 6, 10, 10]  # once Yi-34B
+    assert yi in drawn["output_tokens_per_s"] and yi not in drawn["times_one"]
+    assert drawn["times_one"][wrong] == [10]
+    _, ax = plots.figure()
+    plots.published_groups(ax, "coroutine", "times_one")
+    assert wrong not in [line.get_label() for line in ax.lines]
+
+
 def test_a_strategy_has_its_colour_and_marker_in_every_figure():
     looks = set()
     for name in ("batch", "threads", "batch"):
