@@ -31,6 +31,7 @@ class Recommendation:
     name: str
     share: float  # of the simulated requests, within the limits
     machines: int | None  # as many as this carry the load; None: no number of them does
+    basis: str  # `5 runs`; `2 runs: no interval`
     sentences: tuple[str, ...]  # what to run, what that rests on, what is extrapolated
 
     def __str__(self) -> str:
@@ -148,10 +149,12 @@ def recommend(
     if len(exact) and best.precision != best.dtype:
         what += f" Its weights are rounded to {best.precision}, so its answers differ from those of"
         what += f" {exact.precision.iloc[0]} weights."
-    rests = f"Rests on {best.runs} runs of {best.setting}, among {len(found)} options."
+    runs = f"{best.runs} run{'s' * (best.runs > 1)}"
+    few = ": no interval" * (best.runs < 5)
+    rests = f"Rests on {runs} of {best.setting}, among {len(found)} options{few}."
     rests += f" Not quiet: {best.warning}." if best.warning else ""
     extrapolated = (f"Extrapolated: {text}" for text in _extrapolated(best, tokens))
-    return Recommendation(name, share, machines, (what, rests, *extrapolated))
+    return Recommendation(name, share, machines, runs + few, (what, rests, *extrapolated))
 
 
 def _nearest_lengths(found: pd.DataFrame, tokens: int) -> pd.DataFrame:
@@ -201,5 +204,3 @@ def _extrapolated(o, tokens: int) -> Iterator[str]:
         yield "the arrivals: measured with all requests at once, waiting is simulated"
     if abs(tokens - o.answer_tokens) > 0.01 * o.answer_tokens:
         yield f"the length: from answers of {o.answer_tokens:g} to {tokens:g} tokens"
-    if o.runs < 5:
-        yield f"the spread: {o.runs} runs give no interval"

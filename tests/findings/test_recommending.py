@@ -113,10 +113,13 @@ def test_what_is_extrapolated_is_said():
     found = recommend([rec("batch", 4, 100, 10)], 2, new_tokens=80)
     said = str(found)
     assert "from answers of 8 to 80" in said and "all requests at once" in said
-    assert "1 runs give no interval" in said
+    assert "Rests on 1 run of" in said and ": no interval." in said
+    assert found.basis == "1 run: no interval"
     asked = {"arrivals": {"kind": "poisson", "rate_per_s": 4.0}}
     many = [rec("dynamic", 4, 100, 10, i, asked=asked) for i in range(5)]
-    assert "Extrapolated" not in str(recommend(many, 4))
+    enough = recommend(many, 4)
+    assert "Extrapolated" not in str(enough) and "no interval" not in str(enough)
+    assert enough.basis == "5 runs"
 
 
 def test_what_was_not_measured_is_not_within_the_limits():
