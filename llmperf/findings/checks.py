@@ -58,7 +58,7 @@ def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
     verdict = points_to if even and (first is not None or not grows) else CANNOT_TELL
     text = f"each further process takes {', '.join(f'{x / GIB:.2f}' for x in sizes)} GiB"
     text += f", the weights are {weights / GIB:.2f}" if weights else ""
-    known = "; what the first takes alone was not measured (it needs the idle memory of a card)"
+    known = "; what the first takes alone was not measured (it needs what was in use before it)"
     text += f"; the first takes {first / GIB:.2f}" if first is not None else known
     text += "" if even else "; unequal steps say nothing of one process"
     return Checked(verdict, points_to, text)

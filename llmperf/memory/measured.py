@@ -16,7 +16,7 @@ GPU_LEVELS = (
     ("activations, logits, workspaces", "allocated", "allocated"),
     ("allocator slack", "reserved", "reserved"),
     ("context and libraries", "process", "process_vram"),
-    ("idle use", "device", "device_used"),
+    ("in use before the start", "device", "device_used"),
 )
 CPU_LEVELS = (("residual", "process", "rss"),)
 

@@ -95,7 +95,8 @@ def budget(platform: str, free_bytes: int, total_bytes: int) -> int:
 
 
 def judge(ledger: Ledger, budget_bytes: int) -> Fit:
-    """Hold a ledger against a budget (the whole card, when idle use is a line of the ledger)."""
+    """Hold a ledger against a budget: of the whole card, when the ledger has a line for what is in
+    use before the start."""
     largest_lines = sorted((line for line in ledger.lines if line.low), key=lambda x: -x.low)[:3]
     words = " + ".join(f"{line.name} {line.low / GIB:.2f}" for line in largest_lines)
     need = f"{words} + rest = {ledger.low / GIB:.2f} to {ledger.high / GIB:.2f} GiB"

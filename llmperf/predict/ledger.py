@@ -95,7 +95,7 @@ def memory(
     low, high = (int(x * GIB) for x in IDLE_GIB[s.platform])
     if idle_bytes is not None:
         low = high = idle_bytes
-    idle = Line("idle use", "device", low, high)
+    idle = Line("in use before the start", "device", low, high)
     lines = (*kept, *moving, *allocator, _context(s, overhead), idle)
     return Ledger(lines, _warnings(s))
 

@@ -85,9 +85,11 @@ def test_on_a_gpu_each_level_is_a_row_beyond_the_one_inside():
     assert found["activations, logits, workspaces"] == 7
     assert found["allocator slack"] == 20
     assert found["context and libraries"] == 100
-    assert found["idle use"] == 1000
+    assert found["in use before the start"] == 1000
     del peaks["process_vram"]
     rows = ledger(module, None, made_up(**peaks))
     hidden = next(r for r in rows if r.name == "context and libraries")
     assert hidden.bytes is None and "WDDM" in hidden.reason
-    assert sizes(rows)["idle use"] == 1100, "what cannot be told apart stays in the sum"
+    assert sizes(rows)["in use before the start"] == 1100, (
+        "what cannot be told apart stays in the sum"
+    )

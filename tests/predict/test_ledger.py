@@ -199,7 +199,7 @@ def test_measured_overhead_and_idle_use_take_the_place_of_ranges():
     measured = {"first": {"total": 500}, "further": {"total": 300}}
     spec = RunSpec(GPT2, processes=3, platform="windows")
     book = predict.memory(spec, overhead=measured, idle_bytes=77)
-    context, idle = book.line("context and libraries"), book.line("idle use")
+    context, idle = book.line("context and libraries"), book.line("in use before the start")
     assert (context.low, context.high) == (1100, 1100)
     assert (idle.low, idle.high) == (77, 77)
     assert not book.warnings
