@@ -20,7 +20,8 @@ FOREVER_S = 1e9  # a batch waits until it is full; a server groups what comes in
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
 ASKED = ("model", "quantization", "dtype", "loop", "prompt_tokens", "output_tokens", "requests_ok")
-CEILINGS = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms")  # of the prediction of each run
+# Of the prediction of each run.
+PREDICTED = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms", "weights_bytes")
 PEAKS = ("max_device_used_bytes", "max_reserved_bytes", "max_rss_bytes")
 
 
@@ -49,17 +50,17 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows[~rows.foreign]
-    used = [*TIMES, *PEAKS, *ASKED, *CEILINGS, "limit"]
+    used = [*TIMES, *PEAKS, *ASKED, *PREDICTED, "limit"]
     rows = rows.reindex(columns=rows.columns.union(used, sort=False))
     rows["precision"] = rows.quantization.astype(object).fillna(rows["dtype"])
     rows["loop"] = rows.loop.astype(object).fillna("cached")
     rows["answer_tokens"] = rows.output_tokens / rows.requests_ok.fillna(rows.level)
     rows["memory_gib"] = rows[list(PEAKS)].bfill(axis=1).iloc[:, 0] / GIB
-    rows[list(CEILINGS)] = rows[list(CEILINGS)].apply(pd.to_numeric, errors="coerce")
+    rows[list(PREDICTED)] = rows[list(PREDICTED)].apply(pd.to_numeric, errors="coerce")
     first = ("record", "label", "model", "dtype", "precision", "loop", "prompt_tokens", "limit")
     found = rows.groupby(["setting", "variant", "level"], sort=False).agg(
         **{name: (name, "first") for name in first},
-        **{name: (name, "median") for name in (*TIMES, *CEILINGS, "answer_tokens")},
+        **{name: (name, "median") for name in (*TIMES, *PREDICTED, "answer_tokens")},
         memory_gib=("memory_gib", "max"),
         runs=("status", "size"),
         warning=("warnings", "max"),
@@ -72,6 +73,7 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     found["joins"] = [s.joins for s in known]
     found["served"] = [s.served for s in known]
     found["arriving"] = [bool(r.condition.get("arrivals")) for r in found.record]
+    found["weights_gib"] = found.weights_bytes / GIB
     found["first_ms"] = (found.ttft_ms - found.queue_delay_ms.fillna(0)).clip(lower=0)
     return found.drop(columns="record")
 
