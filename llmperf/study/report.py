@@ -12,8 +12,9 @@ import bleach
 import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
 
-from llmperf import findings, show
+from llmperf import ROOT, findings, show
 from llmperf.study import answer as answers
 
 PAGE = Template((Path(show.__file__).parent / "web" / "report.html").read_text(encoding="utf-8"))
@@ -24,14 +25,18 @@ TAGS = (
 ).split()
 ATTRIBUTES = ("alt", "class", "colspan", "href", "id", "rowspan")
 PROTOCOLS = ("http", "https", "data")
+LINK = re.compile(r'(<a\b[^>]*?) href="(?!https?:)([^"#]*)#?([^"]*)"')
+GLOSSARY = ROOT / "notebooks" / "glossary.md"
 CODE_ONLY = re.compile(r"<!-- code -->.*?<!-- /code -->", re.DOTALL)  # prose that points to code
 
 
-def write(folder: Path, state) -> Path:
-    """Write the report and the card into a study's folder: the answer, then every notebook."""
+def write(folder: Path, state, target: Path | None = None) -> Path:
+    """Write the report and the card of a study's folder into it, or into `target`: the answer, then
+    every notebook."""
+    target = target or folder
     try:
-        run = answers.load(folder)
-        first = _first_screen(folder, run)
+        run = findings.load_runs([folder])[0]
+        first = _first_screen(target, run)
     except ValueError as error:
         run = None
         first = f'<p class="lead">Nothing to judge yet: {html.escape(str(error))}.</p>'
@@ -42,6 +47,8 @@ def write(folder: Path, state) -> Path:
         links.append(f'<li><a href="#{stem}">{stem}</a>{note}</li>')
         said = html.escape(answers.of_notebook(run, stem)) if run else ""
         sections.append(_section(folder, stem, note, said))
+    glossary = markdown2html(GLOSSARY.read_text(encoding="utf-8"))
+    sections.append(_folded("glossary", "", "The words that are used here.", glossary))
     page = PAGE.substitute(
         first_screen=first,
         profile=html.escape(state.profile),
@@ -49,15 +56,27 @@ def write(folder: Path, state) -> Path:
         contents="".join(links),
         sections="".join(sections),
     )
-    target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
-    return target
+    path = target / "report.html"
+    path.write_text(_with_links_inside(page), encoding="utf-8")
+    return path
 
 
-def _first_screen(folder: Path, run: findings.Run) -> str:
+def _with_links_inside(page: str) -> str:
+    """The page with links to notebooks and the glossary as links to their sections. A link to what
+    is not in the page is text."""
+    ids = set(re.findall(r' id="([^"]+)"', page))
+
+    def inside(link: re.Match) -> str:
+        name = re.sub(r"\.(ipynb|md)$", "", link[2]) or link[3]
+        return f'{link[1]} href="#{name}"' if name in ids else link[1]
+
+    return LINK.sub(inside, page)
+
+
+def _first_screen(target: Path, run: findings.Run) -> str:
     """The card, one figure, and the findings."""
     lines = answers.of_run(run)
-    card, _ = answers.write_card(folder, run, lines)
+    card, _ = answers.write_card(target, run, lines)
     notes = "".join(f'<p class="failed">Note: {html.escape(text)}</p>' for text in run.notes)
     figure, drawn = show.strategies_figure(run.records), io.BytesIO()
     if figure is not None:
@@ -95,13 +114,17 @@ def _table(card: pd.DataFrame) -> str:
 
 def _section(folder: Path, stem: str, note: str, said: str) -> str:
     """One notebook, folded, with its question and what its records say."""
-    path = folder / "notebooks" / f"{stem}.ipynb"
+    path, said = folder / "notebooks" / f"{stem}.ipynb", said and f"<p>{said}</p>"
     if not path.is_file():
-        return f'<section id="{stem}">{stem}{note}</section>'
+        return f'<section id="{stem}">{stem}{note}{said}</section>'
     question, body = _body(path)
+    return _folded(stem, note, html.escape(question), body, said)
+
+
+def _folded(name: str, note: str, summary: str, body: str, said: str = "") -> str:
     return (
-        f'<section id="{stem}"><details><summary><b>{stem}</b>{note} {html.escape(question)}'
-        f"</summary>{body}</details>{said and f'<p>{said}</p>'}</section>"
+        f'<section id="{name}"><details><summary><b>{name}</b>{note} {summary}</summary>{body}'
+        f"</details>{said}</section>"
     )
 
 

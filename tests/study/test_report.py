@@ -153,7 +153,7 @@ def test_the_report_opens_with_the_card_one_figure_and_the_findings(folder):
     first = page[: page.index("<nav>")]
     assert first.count("data:image/png;base64,") == 2 and "Of its 17 findings" in first
     assert "AMD EPYC, 2 cores, Linux" in first
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", first)
     assert len(cells) == 17 * 4 and all(cells)
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
 
@@ -167,6 +167,21 @@ def test_a_notebook_is_folded_with_its_question_and_every_figure_has_a_text(fold
     assert "<details><summary><b>03-batch</b>" in page and " How many requests?" in page
     assert 'alt="Figure: Time"' in page and "No description" not in page
     assert "secret_code" not in page and "See below" not in page and "More." in page
+
+
+def test_every_link_leads_into_the_report_or_to_the_web(folder):
+    prose = "[a](03-batch.ipynb) [b](05-threads.ipynb) [c](glossary.md) [d](../x/README.md) "
+    prose += "[e](https://a.org/#b) [f](glossary.md#time)\n\n## Time"
+    write_notebook(folder, v4.new_markdown_cell(prose))
+    page = report.write(folder, STATE).read_text(encoding="utf-8")
+    section = page[page.index("</nav>") :]
+    targets = [re.search(rf'<a[^>]*href="([^"]*)"[^>]*>{x}</a>', section) for x in "abcdef"]
+    assert [found and found[1] for found in targets] == [
+        "#03-batch", None, "#glossary", None, "https://a.org/#b", "#glossary"
+    ]  # fmt: skip
+    inside = set(re.findall(r'href="#([^"]*)"', page))
+    assert inside and inside <= set(re.findall(r' id="([^"]*)"', page))
+    assert "Time to the first token." in section
 
 
 HOSTILE = [
