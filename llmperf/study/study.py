@@ -179,7 +179,11 @@ def _execute_without_jupyter(notebook: Path, parameters: Mapping) -> None:
 
 
 def write_report(folder: Path | str) -> Path:
-    """One HTML file, opening without a network, from a run's executed notebooks."""
+    """One HTML file, opening without a network, from a run's executed notebooks. That of a run that
+    came with the kit is written under data/runs."""
     from llmperf.study import report
 
-    return report.write(Path(folder), load_state(folder))
+    folder, state = Path(folder).resolve(), load_state(folder)
+    target = RUNS / folder.name if folder.is_relative_to(REFERENCE) else folder
+    target.mkdir(parents=True, exist_ok=True)
+    return report.write(folder, state, target)

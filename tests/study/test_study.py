@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock
 from made_up_notebooks import write_notebook
 
-from llmperf import machine, models, study
+from llmperf import REFERENCE, machine, models, study
 from llmperf.measure import Store
 from llmperf.study import Profile, profile
 from llmperf.study.cli import main
@@ -84,6 +84,19 @@ def test_a_run_is_read_when_its_model_has_moved_and_runs_on_only_with_it(tmp_pat
     assert study.write_report(folder).exists()
     with pytest.raises(ValueError, match="moved"):
         study.run(folder)
+
+
+def test_the_report_of_a_shipped_run_reads_its_packed_records_and_stays_out_of_its_folder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("llmperf.study.study.RUNS", tmp_path)
+    folder = REFERENCE / "runs" / "linux-2core-epyc"
+    before = sorted(folder.iterdir())
+    assert main(["report", str(folder)]) == 0
+    page = tmp_path / folder.name / "report.html"
+    assert capsys.readouterr().out == f"Report: {page}\n"
+    assert "Of its 17 findings" in page.read_text(encoding="utf-8")
+    assert sorted(folder.iterdir()) == before
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(shelf, tmp_path, monkeypatch, capsys):
