@@ -1,8 +1,9 @@
-"""Runs against each other: what differs, then ratios of equal conditions on one hardware."""
+"""Runs against each other: what differs, then ratios of equal conditions, on one hardware first."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from scipy import special
 
@@ -12,6 +13,7 @@ from llmperf.measure import frame
 
 RUN_TO_RUN = 0.10  # without A/A data: two launches of one machine may differ by as much
 LEAST_MARGIN = 0.05
+ACROSS = "Different machines: the ratio is of machine, software and minute together."
 PACKAGES = ("torch", "transformers", "triton", "numpy", "torchao", "gptqmodel", "bitsandbytes")
 CARD = ("name", "driver", "driver_model", "memory_total_bytes", "power_limit_w", "pcie_gen_max",
         "pcie_width_max", "compute_capability")  # fmt: skip
@@ -21,7 +23,7 @@ SYSTEM = ("os", "os_version", "cpu_model", "ram_total_bytes", "power_plan", "on_
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs on the same hardware. `rows`: the conditions that both measured, second over first.
+    """Two runs. `rows`: the conditions that both measured, their medians, and second over first.
 
     `margin`: the share by which two launches differ with nothing changed, from `basis`; what is
     smaller is "cannot tell".
@@ -63,35 +65,63 @@ class RunComparison:
     quantity: str
     differs: pd.DataFrame  # a row a fact of the machines that differs, a column a run
     table: pd.DataFrame  # medians; rows are strategies and levels, columns runs and their work
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...]  # on the same hardware
+    across: tuple[Pair, ...]  # the first run against those on other hardware
+    alone: pd.DataFrame  # medians of the conditions that are in no pair, a column a run
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
+        numbers = {run.name: f"({i})" for i, run in enumerate(self.runs, start=1)}
         yield "Runs"
-        for i, run in enumerate(self.runs, start=1):
-            yield f"  ({i}) {run.name}: {run.caption}; {len(run.measured)} runs that count"
+        for run in self.runs:
+            yield f"  {numbers[run.name]} {run.name}: {run.caption}"
+            yield f"      runs that count: {len(run.measured)}"
             yield from (f"      note: {text}" for text in run.notes)
         yield "\nWhat differs between the machines"
-        numbers = [f"({i + 1})" for i in range(len(self.runs))]
-        yield self.differs.set_axis(numbers, axis=1).to_string()
-        yield f"\n{self.quantity}, median of the repeats"
-        letters = [f"[{i + 1}]" for i in range(len(self.table.columns))]  # names are too wide
-        shown = self.table.set_axis(letters, axis=1).reset_index()
-        yield shown.to_string(index=False, na_rep="", float_format="{:.4g}".format)
-        for letter, name in zip(letters, self.table, strict=True):
-            yield f"  {letter} {name.replace(chr(10), ' · ')}"
-        for pair in self.pairs:
-            yield f"\n{pair.second} against {pair.first}: {pair.verdict}"
+        known = "  nothing that is recorded"
+        yield known if self.differs.empty else self.differs.rename(columns=numbers).to_string()
+        for pair in (*self.pairs, *self.across):
+            first, second = numbers[pair.first], numbers[pair.second]
+            yield f"\n{self.quantity}, {second} against {first}: {pair.verdict}"
+            if pair in self.across:
+                yield f"  {ACROSS}"
             yield f"  differs: {', '.join(pair.differs) or 'nothing recorded'}"
-            yield pair.rows.to_string(index=False, na_rep="", float_format="{:.3f}".format)
-        if not self.pairs:
-            yield "\nNo ratios: no two of these runs share a card or a processor."
+            launches = f"Two launches of one machine differ by as much as {pair.margin:.0%}"
+            yield f"  {launches} ({pair.basis}): a smaller difference is no finding."
+            heads = [f"{first:>8} {second:>8}  {second}/{first}{'interval':>15}  verdict"]
+            yield from _by_work(pair.rows, heads + [_ratio_text(r) for r in pair.rows.itertuples()])
+        if len(self.alone):
+            yield f"\n{self.quantity} of the conditions without an equal one in these pairs"
+            medians = self.alone.iloc[:, 3:].rename(columns=numbers)
+            heads = ["".join(f"{number:>9}" for number in medians)]
+            cells = medians.map(lambda x: f"{'' if pd.isna(x) else f'{x:.4g}':>9}")
+            yield from _by_work(self.alone, heads + list(cells.agg("".join, axis=1)))
+
+
+def _by_work(rows: pd.DataFrame, texts: Sequence[str]) -> Iterator[str]:
+    """The head, texts[0], then a line a condition, under the model and lengths that it ran."""
+    named = rows.assign(name=rows.strategy + " " + rows.level.astype(str), text=texts[1:])
+    width = max([0, *named.name.map(len)]) + 4
+    yield f"{'':{width}} {texts[0]}"
+    for work, group in named.groupby("work", sort=False):
+        yield f"  {work}"
+        for row in group.sort_values(["strategy", "level"]).itertuples():
+            yield f"{'    ' + row.name:<{width}} {row.text}".rstrip()
+
+
+def _ratio_text(row) -> str:
+    known = pd.notna(row.low)
+    interval = f"{row.low:.2f} to {row.high:.2f}" if known else ""
+    ratio = f"{row.ratio:.2f}" if pd.notna(row.ratio) else ""
+    said = f"{row.verdict}{': ' * bool(row.note)}{row.note}"
+    return f"{row.first:8.4g} {row.second:8.4g} {ratio:>8}{interval:>15}  {said}"
 
 
 def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> RunComparison:
-    """Put runs side by side, and compare those on the same hardware in `quantity`.
+    """Put runs side by side, and compare in `quantity` those on the same hardware, and the first
+    with those on another.
 
     Raises ValueError when there is nothing to compare, or no record has that quantity.
     """
@@ -104,13 +134,17 @@ def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> 
     for run in runs:
         if run.hardware != "unknown":
             groups.setdefault(run.hardware, []).append(run)
-    pairs = [
-        _pair(first.name, other.name, machines, values, quantity)
-        for first, *others in groups.values()
-        for other in others
-    ]
-    table = _side_by_side(values)
-    return RunComparison(tuple(runs), quantity, _differing(machines), table, tuple(pairs))
+
+    def paired(runs: Sequence[Run]) -> Iterator[Pair]:
+        for other in runs[1:]:
+            yield _pair(runs[0].name, other.name, machines, values, quantity)
+
+    pairs = tuple(pair for group in groups.values() for pair in paired(group))
+    firsts = [group[0] for group in groups.values()]
+    across = tuple(pair for pair in paired(firsts) if len(pair.rows))
+    alone = _without_equal(values, (*pairs, *across))
+    table, differs = _side_by_side(values), _differing(machines)
+    return RunComparison(tuple(runs), quantity, differs, table, pairs, across, alone)
 
 
 def _values(run: Run, quantity: str) -> pd.DataFrame:
@@ -128,6 +162,25 @@ def _side_by_side(values: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return wide[table.run.unique()]
 
 
+def _without_equal(values: Mapping[str, pd.DataFrame], pairs: Sequence[Pair]) -> pd.DataFrame:
+    """The medians of what is in no pair; columns: work, strategy, level, and the runs."""
+    left = []
+    for name, rows in values.items():
+        shown = {key for p in pairs if name in (p.first, p.second) for key in p.rows.condition}
+        rest = rows[(rows.kind == "measure") & ~rows.condition.isin(shown)] if len(rows) else rows
+        for _, group in rest.groupby("condition", sort=False) if len(rest) else ():
+            left.append((*_named(group), name, np.median(group.value)))
+    columns = ["condition", "work", "strategy", "level", "run", "value"]
+    long = pd.DataFrame(left, columns=columns)
+    wide = long.pivot_table("value", columns[:4], "run", sort=False)
+    return wide.reset_index().drop(columns="condition")
+
+
+def _named(rows: pd.DataFrame) -> tuple:
+    """Digest, work, strategy with its options, and level of a condition's rows."""
+    return tuple(rows[name].iloc[0] for name in ("condition", "work", "variant", "level"))
+
+
 def _pair(a: str, b: str, machines: pd.DataFrame, values: Mapping, quantity: str) -> Pair:
     sides = [values[name] for name in (a, b) if len(values[name])]
     apart = [
@@ -142,18 +195,22 @@ def _pair(a: str, b: str, machines: pd.DataFrame, values: Mapping, quantity: str
     groups = [dict(list(s[s.kind == "measure"].groupby("condition", sort=False))) for s in sides]
     common = [key for key in groups[0] if key in groups[1]] if len(groups) == 2 else []
     rows = [_row(groups[0][key], groups[1][key], quantity, margin) for key in common]
-    columns = ["strategy", "level", "ratio", "low", "high", "verdict", "note"]
+    columns = ["condition", "work", "strategy", "level", "first", "second",
+               "ratio", "low", "high", "verdict", "note"]  # fmt: skip
     differs = list(_differing(machines[[a, b]]).index)  # the work is the same, row by row
     return Pair(a, b, differs, pd.DataFrame(rows, columns=columns), margin, basis)
 
 
 def _row(a: pd.DataFrame, b: pd.DataFrame, quantity: str, margin: float) -> tuple:
-    name = (a.variant.iloc[0], a.level.iloc[0])
+    name = (*_named(a), np.median(a.value), np.median(b.value))
     try:
         x = stats.compare_speeds(b.record, a.record, quantity, paired=False, margin=margin)
     except ValueError as error:  # not the same number of tokens came out
         return *name, None, None, None, "cannot tell", str(error)
-    return *name, x.ratio, x.low, x.high, x.verdict, x.reason or ""
+    note = x.reason or ""
+    if x.verdict == "cannot tell" and x.low is not None and not x.low <= 1 <= x.high:
+        note = f"inside the {margin:.0%} of two launches"
+    return *name, x.ratio, x.low, x.high, x.verdict, note
 
 
 def _differing(facts: pd.DataFrame) -> pd.DataFrame:

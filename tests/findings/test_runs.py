@@ -237,11 +237,30 @@ def test_a_pair_on_one_card_gets_ratios_after_what_differs(tmp_path):
     assert pair.verdict == "faster in 3 of 3 conditions" and pair.differs == ["os"]
     assert all(r.low < r.ratio < r.high for r in pair.rows.itertuples())
     text = str(found)
-    assert text.index("What differs") < text.index("ratio") and "faster" in text
+    assert text.index("What differs") < text.index("(2)/(1)")
+    (line,) = (x for x in text.splitlines() if x.startswith("    batch 4"))
+    assert len(line) < 100 and line.endswith("  faster") and f"{pair.rows.ratio[2]:.2f}" in line
+    assert f"{pair.rows['first'][2]:.4g} " in line and f" {pair.rows.second[2]:.4g} " in line
+    assert "Different machines" not in text and "without an equal one" not in text
     slower = findings.compare_runs(windows_and_wsl2(tmp_path / "d"), "duration_s").pairs[0]
     assert slower.verdict.startswith("faster") and slower.rows.ratio[0] < 1
     same = findings.compare_runs(windows_and_wsl2(tmp_path / "s", 1.01)).pairs[0]
     assert same.verdict.startswith("cannot tell: none of 3")
+    near = findings.compare_runs(windows_and_wsl2(tmp_path / "n", 1.08))
+    noted = near.pairs[0].rows[near.pairs[0].rows.low > 1]
+    assert len(noted) and set(noted.note) == {"inside the 10% of two launches"}
+
+
+def test_a_condition_of_one_run_alone_is_shown_with_its_median(tmp_path):
+    a, b = write(tmp_path / "a", levels=(1, 2)), write(tmp_path / "b", levels=(2, 4))
+    found = findings.compare_runs(findings.load_runs([a, b]))
+    assert list(found.alone.level) == [1, 4] and list(found.pairs[0].rows.level) == [2]
+    text = str(found)
+    below = text[text.index("without an equal one") :].splitlines()
+    assert [x.split()[:2] for x in below if x.startswith("    ")][1:] == [
+        ["batch", "1"],
+        ["batch", "4"],
+    ]
 
 
 def test_what_may_not_be_compared(tmp_path):
@@ -252,7 +271,9 @@ def test_what_may_not_be_compared(tmp_path):
     card = findings.load_runs(
         [write(tmp_path / "x", env=ENV | {"gpus": [CARD | {"name": "RTX 3060"}]})]
     )
-    assert not findings.compare_runs([other[0], *card]).pairs
+    apart = findings.compare_runs([other[0], *card])
+    assert not apart.pairs and apart.across[0].verdict.startswith("cannot tell: none of 3")
+    assert "Different machines: the ratio is of machine, software" in str(apart)
     with pytest.raises(ValueError, match="choose one of .*ttft_ms"):
         findings.compare_runs(other, "speed")
 
