@@ -12,9 +12,12 @@ from importlib.resources import files
 from tqdm import tqdm
 
 from llmperf import models, predict
-from llmperf.machine import DTYPE_BYTES, GIB, PROBES, ask, platform_word
+from llmperf.machine import DTYPE_BYTES, GIB, PROBES, ask, platform_word, rates
+from llmperf.machine.description import cached_measurement
 from llmperf.predict import ledger
 from llmperf.show.widgets import QUANTIZATIONS, Question
+
+COMPUTER = "this computer (free memory)"
 
 
 def calculator_page(names: Sequence[str] = ()) -> str:
@@ -28,13 +31,14 @@ def calculator_page(names: Sequence[str] = ()) -> str:
 
 def _numbers(names: Sequence[str]) -> dict:
     """All numbers of the page; those of a model by dtype and quantization."""
-    first, cards = asdict(Question()), list(predict.known_cards())
+    first = asdict(Question(models.EMBEDDED, "bf16", card=COMPUTER, platform="cpu"))
+    cards = [_this_computer(), *predict.known_cards()]
     for found in reversed(ask(PROBES["gpus"])[0] or []):  # the first card is asked for
         if not found["name"] or not found["memory_total_bytes"]:  # NVML does not say
             continue
         card = predict.card(found["name"], found["memory_total_bytes"] / GIB)
         cards.append(replace(card, name=f"{found['name']} (this machine)"))
-        first |= {"card": cards[-1].name, "platform": platform_word("cuda")}
+        first = asdict(Question(card=cards[-1].name, platform=platform_word("cuda")))
     if names:
         first["model"] = names[0]
     every = dict.fromkeys([*names, *models.PRESETS])
@@ -45,11 +49,23 @@ def _numbers(names: Sequence[str]) -> dict:
         "models": {name: _of_model(models.shape_of(name)) for name in every},
         "item": DTYPE_BYTES,
         "quantizations": QUANTIZATIONS,
-        "overhead": {k: v for k, v in ledger.OVERHEAD_GIB.items() if k != "cpu"},
+        "computer": COMPUTER,
+        "overhead": ledger.OVERHEAD_GIB,
         "idle": ledger.IDLE_GIB,
         "workspace": [ledger.CUBLAS_WORKSPACE, ledger.CUBLAS_WORKSPACE_HOPPER],
         "segments": 2 * (ledger.LARGE_SEGMENT + ledger.ROUND_LARGE),
     }
+
+
+def _this_computer() -> predict.Card:
+    """What of its memory is free, and its bandwidth: the kept ceiling, or measured in a second."""
+
+    def measure(device: str) -> dict:
+        found = rates.read_bandwidth(device, repeats=3, share=0.5)
+        return {"read_bytes_per_s": found, "reason": "the other ceilings were not measured"}
+
+    bandwidth = cached_measurement("ceilings", "cpu", measure)["read_bytes_per_s"]["median"]
+    return predict.Card(COMPUTER, round(PROBES["ram_available_bytes"]() / GIB, 2), bandwidth)
 
 
 def _of_model(shape: models.ModelShape) -> dict:

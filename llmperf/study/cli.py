@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = command("models", _models, "sizes of the presets, or of the models named")
     add("models", nargs="*", help="preset, hub id, folder or config.json")
-    add = command("calculator", _calculator, "does a model fit a card: a page for the browser")
+    add = command("calculator", _calculator, "does a model fit a card or computer: a page to open")
     add("models", nargs="*", help="a hub id, folder or config.json beside the presets")
     add("--out", metavar="FILE", help="write the page there and open nothing")
     add = command("compare", _compare, "put runs side by side, from any machines")
@@ -191,6 +191,7 @@ def _calculator(arguments) -> None:
 
     kept = Path(arguments.out) if arguments.out else machine.cache_dir() / "calculator.html"
     kept.parent.mkdir(parents=True, exist_ok=True)
+    _say("Reading the shapes of the models: up to minutes the first time, then they are kept.")
     kept.write_text(calculator_page(arguments.models), encoding="utf-8")
     if not arguments.out:
         webbrowser.open(kept.resolve().as_uri())

@@ -48,7 +48,7 @@ def random_questions(page) -> list[Question]:
             batch=round(2 ** chance.uniform(0, 12)),
             context=round(2 ** chance.uniform(1, 17)),
             processes=chance.choice([1, 1, 1, 2, 3, 16]),
-            platform=chance.choice(["linux", "wsl2", "windows"]),
+            platform=chance.choice(["linux", "wsl2", "windows", "cpu"]),
         )
         for _ in range(CASES)
     ]
@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_python(page):
 
 def test_the_largest_batch_is_that_of_python(page):
     for q in random_questions(page)[:50]:
-        gib = predict.card(q.card).memory_gib
+        gib = page.evaluate("q => data.cards[q.card][0]", vars(q))
         expected = fits.largest(q.spec(), "rows", int(gib * predict.GIB))
         asked = {**vars(q), "card_gib": gib}
         script = "q => [2, 1].map(i => largest(q, 'batch', 65536, i))"
@@ -96,10 +96,19 @@ def test_a_change_answers_anew_and_a_wrong_entry_removes_the_old_answer(page):
     page.fill("#batch", "1")
     assert "fits" in page.inner_text("#verdict") and "weights" in page.inner_text("#lines")
     page.select_option("#card", "another")
+    assert "Give the memory bandwidth" in page.inner_text("#advice")
+    page.fill("#bandwidth", "500")
+    assert "at 500 GB/s" in page.inner_text("#advice")
     page.fill("#card_gib", "23.98828125")  # as a driver reports 24 GiB
     assert "of 23.99 GiB" in page.inner_text("#verdict")
     page.fill("#card_gib", "2")
     assert "does not fit: it takes" in page.inner_text("#verdict")
     assert "No batch fits" in page.inner_text("#advice")
+    page.select_option("#platform", "linux")
+    page.select_option("#card", "this computer (free memory)")
+    assert page.input_value("#platform") == "cpu" and float(page.input_value("#card_gib")) > 0.5
+    assert "workspaces" not in page.inner_text("#lines")
+    page.select_option("#card", "RTX 4090")
+    assert page.input_value("#platform") == "linux"
     page.set_viewport_size({"width": 380, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 380

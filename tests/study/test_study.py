@@ -15,7 +15,9 @@ from filelock import FileLock
 from made_up_notebooks import write_notebook
 
 from llmperf import REFERENCE, machine, models, study
+from llmperf.machine import description, rates
 from llmperf.measure import Store
+from llmperf.show import static_calculator
 from llmperf.study import Profile, profile
 from llmperf.study.cli import main
 
@@ -348,11 +350,13 @@ def test_the_calculator_is_a_page_of_the_models_named_and_of_this_card(
     monkeypatch.setenv("LLMPERF_CACHE", str(tmp_path))
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(rates, "read_bandwidth", lambda *_, **__: {"median": 3e10})
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "gpt2", "n_layer": 3, "vocab_size": 99}))
     assert main(["calculator", str(config)]) == 0
     page = tmp_path / "calculator.html"
-    assert opened == [page.as_uri()] and str(page) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert opened == [page.as_uri()] and str(page) in said and "then they are kept" in said
     numbers = re.search("const data = (.*), GIB", page.read_text(encoding="utf-8"))[1]
     found = json.loads(numbers)
     assert list(found["models"]) == [str(config), "gpt2"]
@@ -360,6 +364,13 @@ def test_the_calculator_is_a_page_of_the_models_named_and_of_this_card(
     assert found["first"]["model"] == str(config)
     assert found["first"]["card"] == "NVIDIA GeForce RTX 4090 (this machine)"
     assert found["cards"]["NVIDIA GeForce RTX 4090 (this machine)"] == [25757220864 / 2**30, 1008e9]
+    assert found["cards"]["this computer (free memory)"][1] == 3e10
+    ceilings = {"read_bytes_per_s": {"median": 4e10}, "warning": None}
+    description.store_measurement("ceilings", "cpu", ceilings)
+    monkeypatch.setitem(machine.PROBES, "gpus", lambda: [])
+    monkeypatch.setitem(machine.PROBES, "ram_available_bytes", lambda: 2**34)
+    numbers = static_calculator._numbers([])
+    assert numbers["cards"][numbers["first"]["card"]] == [16, 4e10]
     assert main(["calculator", "no-such-model"]) == 2
     assert main(["calculator", "--out", str(tmp_path)]) == 1
 
