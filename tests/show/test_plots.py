@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from llmperf.measure import Record
 from llmperf.show import plots
 
 
@@ -47,6 +48,47 @@ def test_enough_repeats_are_drawn_with_their_interval():
     assert "band: 95 % interval" in text and "lowest" not in text
     assert "band: 94 % interval" in drawn(frame(5))[0], "the whole range of five"
     assert 10 < band[0] < 15.5 < band[1] < 21, "narrower than all the runs"
+
+
+def test_bands_of_five_and_of_more_runs_are_named_once():
+    fig, ax = plots.figure()
+    both = [frame(5), frame(12)]
+    for rows in both:
+        plots.curve(ax, rows, "level", "y", "here")
+    plots.caption(fig, pd.concat(both))
+    text = fig.get_supxlabel()
+    assert "; bands: 94 to 95 % intervals; points" in text and "band:" not in text
+
+
+def speed(dtype, level, tokens_per_s, strategy="batch"):
+    condition = {
+        "strategy": strategy,
+        "level": level,
+        "model": "gpt2",
+        "dtype": dtype,
+        "loop": "cached",
+        "device": "cpu",
+        "prompt_tokens": 8,
+        "new_tokens": 8,
+    }
+    metrics = {"output_tokens_per_s": tokens_per_s, "output_tokens": 8, "requests_ok": 1,
+               "e2el_ms": {"median": 8.0}}  # fmt: skip
+    return Record("03-batch", condition, 0, metrics=metrics)
+
+
+@pytest.mark.parametrize("fastest", ["fp32", "bf16"])
+def test_the_fastest_option_is_drawn_where_the_curves_are_of_another_dtype(fastest):
+    records = [speed("fp32", n, 10 * n) for n in (1, 2, 4)]
+    records += [speed("fp32", 1, 11, "sequential")]
+    records += [speed("bf16", 4, 50 if fastest == "bf16" else 30)]
+    ax = plots.strategies_figure(records).axes[0]
+    names = [text.get_text() for text in ax.get_figure().axes[1].get_legend().get_texts()]
+    found = ["batch", "sequential"]
+    if fastest == "bf16":
+        found.append("the most: batches of 4, bf16, cached")
+        line = next(x for x in ax.lines if x.get_label() == found[-1])
+        assert line.get_xydata().tolist() == [[4, 50]] and line.get_markerfacecolor() == "white"
+    assert names == found
 
 
 def test_one_kind_of_band_a_curve_when_a_level_has_fewer_runs():
