@@ -142,15 +142,25 @@ def check(
     elif isinstance(expected, str):
         right = str(answer).strip().lower() == expected.lower()
         print(f"{question}: {'right.' if right else 'not yet. Think again.'}")
-    elif isinstance(answer, str):
-        print(f"{question}: {answer!r} is a text. Give a number, without its unit.")
-    elif math.isclose(float(answer), expected, rel_tol=rel):
+    elif (value := _number(answer)) is None:
+        kind = "text" if isinstance(answer, str) else type(answer).__name__
+        shown = " ".join(repr(answer).split())  # a table has lines
+        print(f"{question}: {shown:.60} is a {kind}. Give one number, without its unit.")
+    elif math.isclose(value, expected, rel_tol=rel):
         print(f"{question}: right, {expected:.4g}.")
     else:
-        near = expected and 0.5 < float(answer) / expected < 2
+        near = expected and 0.5 < value / expected < 2
         word = "a little" if near else "much"
-        side = "high" if float(answer) > expected else "low"
+        side = "high" if value > expected else "low"
         print(f"{question}: {word} too {side}. Think again.")
+
+
+def _number(answer: object) -> float | None:
+    """None for a text, and for what is no single number, such as a list."""
+    try:
+        return None if isinstance(answer, str) else float(answer)
+    except (TypeError, ValueError, RuntimeError):  # the last is torch's, for several numbers
+        return None
 
 
 def _samples(frame: pd.DataFrame, quantity: str, side: str | Mapping) -> pd.Series:

@@ -1,7 +1,9 @@
 """Sentences turn with the numbers they are printed from."""
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from llmperf.measure import Record
 from llmperf.show import sentences
@@ -112,7 +114,17 @@ def test_check_says_what_kind_of_answer_it_wants(capsys):
     sentences.check("share", 0.79, 0.8)
     sentences.check("share", 0.7, 0.8)
     kind, near, off = capsys.readouterr().out.splitlines()
-    assert "is a text. Give a number" in kind and "right" in near and "too low" in off
+    assert "is a text. Give one number" in kind and "right" in near and "too low" in off
+
+
+@pytest.mark.parametrize("answer", [[], [3.0], {"a": 3.0}, pd.Series([3.0, 4.0]), torch.ones(2)])
+def test_an_answer_that_is_no_single_number_is_one_sentence(answer, capsys):
+    sentences.check("bytes", answer, 3.0)
+    said = capsys.readouterr().out
+    assert f"is a {type(answer).__name__}. Give one number, without its unit." in said
+    assert said.count("\n") == 1
+    sentences.check("bytes", np.float32(3), 3.0)
+    assert capsys.readouterr().out == "bytes: right, 3.\n"
 
 
 @pytest.mark.parametrize(
