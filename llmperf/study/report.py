@@ -118,7 +118,7 @@ def _section(folder: Path, stem: str, note: str, said: str) -> str:
     if not path.is_file():
         return f'<section id="{stem}">{stem}{note}{said}</section>'
     question, body = _body(path)
-    return _folded(stem, note, html.escape(question), body, said)
+    return _folded(stem, note, html.escape(question.replace("`", "")), body, said)
 
 
 def _folded(name: str, note: str, summary: str, body: str, said: str = "") -> str:
