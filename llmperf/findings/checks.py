@@ -11,6 +11,7 @@ from llmperf.machine import GIB
 
 HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 LEAST_RANGE = 3  # repeats on each side from which full separation has a chance of at most 1 in 20
+GIL = "note_gil_contention"  # the metric that runs of kind `watched` have
 EQUAL_STEPS = 1.25  # memory steps of equal processes; the published ones are rounded to 0.1 GB
 Row = Mapping[str, object]
 
@@ -110,6 +111,7 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
             and ("loop" not in s or r.get("loop", "cached") in s["loop"])
             # Ten requests through two workers say nothing of ten workers, unless they arrive.
             and (r.get("arrivals") or r.get("option_workers", level) == level)
+            and (r.get("kind") != "watched" or metric == GIL)  # the watch makes it slower
         ]
         scale, name = n if "times" in s else 1, s.get("metric", metric)
         nearest = _nearest_variant(found, s.get("options", {}))

@@ -80,7 +80,7 @@ def claims() -> tuple[Claim, ...]:
 
 def judge_all(records: Iterable[Record], of: Sequence[Claim] = ()) -> list[Verdict]:
     """One verdict a claim (default: the published ones) over records of one machine or several."""
-    kinds, states = ("measure", "failed"), ("ok", "oom")
+    kinds, states = ("measure", "failed", "watched"), ("ok", "oom")
     wanted = [r for r in records if r.kind in kinds and r.status in states and r.possible]
     rows = []
     for row, r in zip(frame(wanted).to_dict("records"), wanted, strict=True):

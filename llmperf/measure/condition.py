@@ -99,9 +99,9 @@ class Condition:
         """Start the processes that a run needs; the ids of other processes, idle in this run."""
         return self.runner.ready(self.model, self.level, self.options)
 
-    def run(self, work: Workload | None = None, on_step=None) -> Trace:
-        """Run once, all device work finished before the clock is read."""
-        options = {**self.options, "loop": self.loop, "on_step": on_step}
+    def run(self, work: Workload | None = None, on_step=None, watch: bool = False) -> Trace:
+        """Run once, all device work finished before the clock is read. `watch`: see `measure`."""
+        options = {**self.options, "loop": self.loop, "on_step": on_step, "watch": watch}
         return self.runner(self.model, work or self.workload, options)
 
     def reference(self, level: int) -> Condition:

@@ -35,7 +35,7 @@ class Record:
     condition: dict  # strategy, level, loop, options, model, dtype, weights, lengths, sampling
     repeat: int
     status: str = "ok"
-    kind: str = "measure"  # warmup and reference runs are stored, and never counted
+    kind: str = "measure"  # warmup, reference and watched runs are stored, and never counted
     reason: str | None = None  # why the status is not ok
     run_id: str = ""
     recorded_at: str = ""  # UTC, ISO 8601

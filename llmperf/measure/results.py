@@ -22,12 +22,12 @@ class Results:
         """One row a measured or failed run, as a DataFrame (`frames.frame`)."""
         return frames.frame(r for r in self.records if r.kind in ("measure", "failed"))
 
-    def traces(self, **wanted) -> list[Trace]:
-        """The traces of the counted runs whose condition has these values."""
+    def traces(self, kind: str = "measure", **wanted) -> list[Trace]:
+        """The traces of the ok runs of this kind whose condition has these values."""
         return [
             r.to_trace()
             for r in self.records
-            if r.kind == "measure"
+            if r.kind == kind
             and r.status == "ok"
             and all(r.condition.get(k) == v for k, v in wanted.items())
         ]

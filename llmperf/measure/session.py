@@ -40,6 +40,7 @@ def measure(
     seed: int = 0,
     expect: bool = False,
     twin: bool = False,
+    watch: bool = False,
     progress: bool | None = None,
     sampler: Sampler | None = None,
     limits: Mapping | None = None,
@@ -49,9 +50,10 @@ def measure(
     Runs that the store already holds are not repeated, so a killed study goes on where it was. A
     condition that fails is a record with a status, and the others go on; one that surely does not
     fit is not tried, see `prediction.check_fits`. `expect` predicts the time of a step too. `twin`
-    runs the first condition twice a round, see `Results.twin`. `progress`: a bar (default: on a
-    terminal or in Jupyter). `sampler` and `limits` are for tests: who watches the memory, and the
-    machine's ceilings.
+    runs the first condition twice a round, see `Results.twin`. `watch` watches the interpreter
+    lock, which makes runs slower: they are records of kind `watched` and count for nothing else.
+    `progress`: a bar (default: on a terminal or in Jupyter). `sampler` and `limits` are for tests:
+    who watches the memory, and the machine's ceilings.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
@@ -60,7 +62,8 @@ def measure(
     order, device = random.Random(seed), conditions[0].model.device
     fresh = expect and not limits  # a step is expected at the bandwidth of its own round
     session = _Session(experiment, conditions, store, expect, limits)
-    slots = [(i, "measure") for i in range(len(conditions))] + [(0, "twin")] * twin
+    kind = "watched" if watch else "measure"
+    slots = [(i, kind) for i in range(len(conditions))] + [(0, "twin")] * twin
     predict.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
     bar = tqdm(total=len(slots) * repeats, desc=experiment, leave=False, disable=not wanted)
@@ -132,7 +135,7 @@ class _Session:
             _make_graphs(condition)
             predicted = predict_run(condition, self.expect, self.limits)
             with sampler.window(without=condition.ready()) as window:
-                trace = condition.run()
+                trace = condition.run(watch=kind == "watched")
             record = self.complete(i, repeat, kind, trace, window, predicted)
         except NotWritten:  # no fault of this condition
             raise

@@ -5,7 +5,8 @@ from llmperf import lazy_face
 __getattr__, __all__ = lazy_face(
     __name__,
     plots="COLORS GREY MARKERS bars caption curve figure gantt ledgers legend levels logarithmic"
-    " published_groups roofline stacked strategies_figure",
+    " published_groups roofline stacked",
+    side_by_side="strategies_figure",
     replaying="replay replay_svg",
     sentences="agreement_sentence check guess_sentence longer_load_sentence"
     " loops_sentence ratio_sentence value_sentence",

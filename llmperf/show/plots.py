@@ -26,13 +26,6 @@ SIZE = (7.5, 4.2)  # inches
 CAPTION_COLUMNS = 120  # characters of a caption's line that fit under the narrowest figure
 LINES = ("-", "--", ":", "-.")  # variants of one strategy
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
-PANELS = (  # metric, title, unit
-    ("output_tokens_per_s", "All requests together: more is better", "output tokens/s"),
-    ("wait_ms", "Each request, waiting included: less is better",
-     "whole answer's time / its tokens (ms)"),
-)  # fmt: skip
-KIND = ["strategy", "setting", "variant"]
-MODEL = ["model", "dtype", "quantization", "weights", "loop", "hardware", "os"]
 
 
 def figure(columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, Axes | Sequence[Axes]]:
@@ -254,53 +247,3 @@ def roofline(ax: Axes, limits: Mapping, points: pd.DataFrame) -> None:
     ax.set(xscale="log", yscale="log", xlabel="FLOPs for each byte that must move")
     ax.set_ylabel("GFLOP/s")
     legend(ax)
-
-
-def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
-    """The runs of the model, dtype, loop and machine with the most of them: of every strategy the
-    setting and variant with the most levels, and of those the fastest. The option with the most
-    tokens/s of all comes last where it is none of these."""
-    rows = measure.frame(r for r in records if r.counts and not r.condition.get("arrivals"))
-    if not len(rows):
-        return rows
-    needed = (*MODEL, "e2el_ms", "requests_ok", "output_tokens", "output_tokens_per_s")
-    rows = rows.reindex(columns=rows.columns.union(needed, sort=False))
-    rows = rows[~rows.foreign & rows.output_tokens_per_s.notna()]
-    wait = rows.e2el_ms * rows.requests_ok / rows.output_tokens
-    rows = rows.assign(wait_ms=wait, curve=rows.strategy)
-    model = rows.groupby(MODEL, dropna=False).ngroup()
-    same = rows[model == model.mode()[0]]
-    kinds = same.groupby(KIND, as_index=False, sort=False).agg(
-        levels=("level", "nunique"), speed=("output_tokens_per_s", "max")
-    )
-    best = kinds.sort_values(["levels", "speed"]).drop_duplicates("strategy", keep="last")
-    drawn = same.merge(best[KIND])
-    speeds = rows.groupby([*KIND, "level"]).output_tokens_per_s.transform("median")
-    most = rows[speeds == speeds.max()]
-    if len(drawn.merge(most[KIND])):
-        return drawn
-    one = most.iloc[0]
-    how = one.quantization if isinstance(one.quantization, str) else one["dtype"]
-    return pd.concat([drawn, most.assign(curve=f"the most: {one.label}, {how}, {one.loop}")])
-
-
-def strategy_curves(ax: Axes, rows: pd.DataFrame, y: str, title: str, unit: str) -> None:
-    """A quantity of `comparable_rows` over the requests at once, a curve a strategy."""
-    for name, runs in rows[rows[y].notna()].groupby("curve", sort=False):
-        curve(ax, runs, "level", y, name, nth=int(name not in STRATEGIES))
-    ax.set(xlabel="requests at once", ylabel=unit, ylim=(0, None))
-    ax.set_title(title, fontsize=10)
-    levels(ax, sorted(rows.level.unique()))
-
-
-def strategies_figure(records: Iterable[measure.Record]) -> Figure | None:
-    """Throughput and what each request pays for it, over requests at once. None without runs."""
-    rows = comparable_rows(records)
-    if not len(rows):
-        return None
-    fig, axes = figure(columns=2, height=3.8)
-    for ax, panel in zip(axes, PANELS, strict=True):
-        strategy_curves(ax, rows, *panel)
-    legend(axes[1])
-    caption(fig, rows)
-    return fig

@@ -23,12 +23,15 @@ except ImportError:
     gilknocker = None
 
 
+NOT_WATCHED = {"unavailable": "the lock was not watched in this run, since that makes it slower"}
+
+
 def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     """Each thread takes the next request until none is left; all start together.
 
     Options: `workers` (default: a thread for each request), `intra_op` (threads that one operator
     may use, per worker, on the CPU; default: what torch has now), `stream` (`default`, one stream
-    for all as published, or `own` on a GPU), `loop`, `on_step`.
+    for all as published, or `own` on a GPU), `loop`, `on_step`, `watch` (see `gil_watch`).
     """
     workers = options.get("workers", len(workload.requests))
     intra_op = options.get("intra_op", torch.get_num_threads())
@@ -56,7 +59,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
     before = torch.get_num_threads()
     try:
-        with gil_watch() as gil:
+        with gil_watch() if options.get("watch") else nullcontext(NOT_WATCHED) as gil:
             _run_all(work, workers, cancel, start)
             if model.device != "cpu":
                 torch.cuda.synchronize(model.torch_device)
@@ -96,6 +99,8 @@ def _run_all(work: Callable, n: int, cancel: threading.Event, start: threading.B
 def gil_watch() -> Iterator[dict]:
     """Measure how much threads waited for the interpreter lock, if gilknocker is installed.
 
+    Its thousand knocks a second take time from the threads: on two cores two threads took 1.4
+    times as long.
     The dictionary gets `contention`, the share of knocks at which the lock was not free (0 to 1),
     or `unavailable` with the reason.
     """

@@ -16,7 +16,7 @@ from llmperf import findings, models, predict
 from llmperf.findings import Run
 from llmperf.machine import GIB
 from llmperf.measure import Record
-from llmperf.show import plots
+from llmperf.show import plots, side_by_side
 
 LOAD_PER_S, ANSWER_TOKENS = 1.0, 64  # what the recommendation is for, as in notebook 11
 MEMORY = "07-vram"  # the notebook that measures it: its process holds one model
@@ -201,12 +201,12 @@ def _fitted(texts: Sequence[str]) -> list[tuple[float, str, list[str], float]]:
 
 def _plot(run: Run) -> bytes:
     """A PNG of 430 x 390 pixels; empty when no runs can be compared."""
-    rows, drawn = plots.comparable_rows(run.records), io.BytesIO()
+    rows, drawn = side_by_side.comparable_rows(run.records), io.BytesIO()
     if not len(rows):
         return b""
     fig = Figure(figsize=(4.3, 3.9), dpi=100, layout="constrained")
     ax = fig.add_subplot()
-    plots.strategy_curves(ax, rows, *plots.PANELS[0])
+    side_by_side.strategy_curves(ax, rows, *side_by_side.PANELS[0])
     model = f"{rows.work.iloc[0].partition(',')[0]}, {rows.loop.iloc[0]}"
     ax.set_title(f"All strategies in {model}", fontsize=10, parse_math=False)
     ax.legend(frameon=False, fontsize=8)

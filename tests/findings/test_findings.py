@@ -230,6 +230,17 @@ def steps(*gib, **more):
     return [run("processes", n, 3, **used(x), **more) for n, x in enumerate(gib, 1)]
 
 
+def test_watched_runs_say_how_busy_the_lock_was_and_nothing_of_speed():
+    found = verdict("threads-gil", *gil(kind="watched"))
+    assert found.verdict == verdict("threads-gil", *gil()).verdict
+    timed = [run("sequential", 1, 2, os="Windows"), run("threads", 10, 15, os="Windows")]
+    slow = run("threads", 10, 90, os="Windows", kind="watched")
+    assert (
+        verdict("threads-windows", *timed, slow).figures
+        == verdict("threads-windows", *timed).figures
+    )
+
+
 CPU = {"gpu": None}
 
 

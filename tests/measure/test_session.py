@@ -371,6 +371,21 @@ def test_before_a_run_is_called_impossible_the_bandwidth_is_measured_again(
     assert row.plausible and row.most_read_bytes_per_s == 1e12 and row.read_bytes_per_s == 1.0
 
 
+def test_watched_runs_count_for_nothing_else(tiny, store, monkeypatch):
+    asked = []
+    right = Condition.run
+    monkeypatch.setattr(
+        Condition, "run", lambda *a, watch=False: (asked.append(watch), right(*a, watch=watch))[1]
+    )
+    one = Condition(tiny, "threads", 2, prompt_tokens=4, new_tokens=2)
+    timed = run([one], store, repeats=1)
+    watched = run([one], store, repeats=2, watch=True)
+    assert asked.count(True) == 2 and len(counted(store)) == 1
+    assert len(watched.traces("watched", level=2)) == 2 and len(timed.traces(level=2)) == 1
+    assert len(run([one], store, repeats=2, watch=True).traces("watched")) == 2
+    assert asked.count(True) == 2
+
+
 def test_a_store_of_another_machine_is_read_and_not_added_to(tiny, store):
     one = Condition(tiny, prompt_tokens=4, new_tokens=2)
     run([one], store, repeats=1)

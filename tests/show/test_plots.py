@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from llmperf.measure import Record
-from llmperf.show import plots
+from llmperf.show import plots, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_the_fastest_option_is_drawn_where_the_curves_are_of_another_dtype(faste
     records = [speed("fp32", n, 10 * n) for n in (1, 2, 4)]
     records += [speed("fp32", 1, 11, "sequential")]
     records += [speed("bf16", 4, 50 if fastest == "bf16" else 30)]
-    ax = plots.strategies_figure(records).axes[0]
+    ax = side_by_side.strategies_figure(records).axes[0]
     names = [text.get_text() for text in ax.get_figure().axes[1].get_legend().get_texts()]
     found = ["batch", "sequential"]
     if fastest == "bf16":

@@ -141,11 +141,17 @@ def test_intra_op_threads_reach_every_worker_and_are_put_back(tiny, wanted):
 
 
 def test_gil_contention_is_a_share_or_says_why_not(tiny, monkeypatch):
-    gil = STRATEGIES["threads"](tiny, make(tiny), {}).notes["gil"]
+    gil = STRATEGIES["threads"](tiny, make(tiny), {"watch": True}).notes["gil"]
     assert 0 <= gil.get("contention", 0) <= 1 and len(gil) == 1
     monkeypatch.setattr(threads, "gilknocker", None)
-    gil = STRATEGIES["threads"](tiny, make(tiny), {}).notes["gil"]
+    gil = STRATEGIES["threads"](tiny, make(tiny), {"watch": True}).notes["gil"]
     assert gil == {"unavailable": "gilknocker is not installed (it is the optional extra `gil`)"}
+
+
+def test_a_run_that_is_timed_is_not_watched(tiny, monkeypatch):
+    monkeypatch.setattr(threads, "gil_watch", None)
+    gil = STRATEGIES["threads"](tiny, make(tiny), {"watch": False}).notes["gil"]
+    assert "was not watched" in gil["unavailable"]
 
 
 def test_gil_contention_rises_when_a_thread_holds_the_lock():
