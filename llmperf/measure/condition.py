@@ -101,7 +101,8 @@ class Condition:
 
     def run(self, work: Workload | None = None, on_step=None, watch: bool = False) -> Trace:
         """Run once, all device work finished before the clock is read. `watch`: see `measure`."""
-        options = {**self.options, "loop": self.loop, "on_step": on_step, "watch": watch}
+        options = {**self.options, "loop": self.loop, "on_step": on_step}
+        options |= {"watch": True} if watch else {}
         return self.runner(self.model, work or self.workload, options)
 
     def reference(self, level: int) -> Condition:

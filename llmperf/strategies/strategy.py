@@ -11,7 +11,7 @@ from llmperf.strategies import served
 Check = tuple[Callable[[object], bool], str]  # (whether a value can be, what it must be)
 Count = Callable[[int, Mapping], int]  # (level, options) → a number
 ONE: Count = lambda level, options: 1  # noqa: E731
-RUN_OPTIONS = ("loop", "on_step", "watch")  # every run gets these from its condition
+RUN_OPTIONS = ("loop", "on_step")  # every run gets these from its condition
 OWN_LOOP = (None, "cached", "compiled")  # values of `loop` that a foreign engine accepts: defaults
 
 

@@ -152,7 +152,12 @@ STRATEGY = Strategy(
         "{n} threads", "intra_op", "stream", single="1 thread", count=capped_by_level("workers")
     ),
     style=1,
-    options={"workers": COUNT, "intra_op": COUNT, "stream": choice("default", "own")},
+    options={
+        "workers": COUNT,
+        "intra_op": COUNT,
+        "stream": choice("default", "own"),
+        "watch": (lambda v: v is True, "true"),
+    },
     defaults={"stream": "default"},
     refuse=_refuse,
     threads=capped_by_level("workers"),

@@ -144,7 +144,11 @@ def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
     try:
         if use_notebooks:
             import papermill
+            from nbclient.output_widget import OutputWidget
 
+            # It tells the kernel what a widget shows. In a few of a thousand cells that message
+            # swallowed the kernel's answer, and the study waited until the cell's time limit.
+            OutputWidget.sync_state = lambda self: None
             target = folder / "notebooks" / source.name
             form = "    {bar:40} {n_fmt} of {total_fmt} cells"  # cells differ too much for a rate
             bar = sys.stderr.isatty() and {"bar_format": form, "leave": False}

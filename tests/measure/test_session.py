@@ -386,6 +386,12 @@ def test_watched_runs_count_for_nothing_else(tiny, store, monkeypatch):
     assert asked.count(True) == 2
 
 
+def test_only_threads_can_be_watched(tiny, store):
+    one = Condition(tiny, prompt_tokens=4, new_tokens=2)
+    (failed,) = run([one], store, repeats=1, watch=True).frame.itertuples()
+    assert failed.status == "error" and "sequential has no option 'watch'" in failed.reason
+
+
 def test_a_store_of_another_machine_is_read_and_not_added_to(tiny, store):
     one = Condition(tiny, prompt_tokens=4, new_tokens=2)
     run([one], store, repeats=1)

@@ -150,7 +150,7 @@ def test_gil_contention_is_a_share_or_says_why_not(tiny, monkeypatch):
 
 def test_a_run_that_is_timed_is_not_watched(tiny, monkeypatch):
     monkeypatch.setattr(threads, "gil_watch", None)
-    gil = STRATEGIES["threads"](tiny, make(tiny), {"watch": False}).notes["gil"]
+    gil = STRATEGIES["threads"](tiny, make(tiny), {}).notes["gil"]
     assert "was not watched" in gil["unavailable"]
 
 
