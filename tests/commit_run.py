@@ -65,10 +65,10 @@ def commit(run: Path, name: str | None = None) -> None:
     """
     state, found = study.load_state(run), findings.load_runs([run])[0]
     paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-    if missing := [p.stem for p in paths if state.done.get(p.stem) != "ok"]:
+    wanted = state.steps if name else [p.stem for p in paths]  # another run may have some alone
+    if missing := [stem for stem in wanted if state.done.get(stem) != "ok"]:
         raise ValueError(f"not run or failed: {', '.join(missing)}")
     check_quiet(found)
-    executed = [nbformat.read(run / "notebooks" / p.name, as_version=4) for p in paths]
     folder = REFERENCE / "runs" / (name or found.name)
     folder.mkdir(exist_ok=True)
     target = folder / "records.jsonl.gz"
@@ -76,6 +76,7 @@ def commit(run: Path, name: str | None = None) -> None:
     findings.share(run, target)
     if name:  # a second run of a machine comes without notebooks
         return
+    executed = [nbformat.read(run / "notebooks" / p.name, as_version=4) for p in paths]
     for file in ("card.png", "run.yaml"):  # the first study's time left rests on run.yaml
         shutil.copy(run / file, folder)
     replayed = next(nb for p, nb in zip(paths, executed, strict=True) if p.stem == REPLAYED)
