@@ -75,7 +75,8 @@ def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
     if not verdict.plausible and (readers := _readers(condition, spec)) > 1:
         shared = replace(cost, bytes=cost.bytes / readers)
-        found["plausible"] = predict.audit(shared, trace.duration_s, bandwidth, flops).plausible
+        verdict = predict.audit(shared, trace.duration_s, bandwidth, flops)
+        found["plausible"] = verdict.plausible
     return {**prediction, **found, "why": verdict.sentence}
 
 

@@ -30,8 +30,8 @@ CARD_STYLE = (
 
 
 def load(folder: Path | str) -> Run:
-    """The run in a study's folder. Raises ValueError when it has no records."""
-    return findings.load_runs([Path(folder) / "records.jsonl"])[0]
+    """The run in a study's folder, also a packed one. Raises ValueError when it has no records."""
+    return findings.load_runs([folder])[0]
 
 
 def of_run(run: Run) -> tuple[str, ...]:

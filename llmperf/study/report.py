@@ -35,7 +35,7 @@ def write(folder: Path, state, target: Path | None = None) -> Path:
     every notebook."""
     target = target or folder
     try:
-        run = findings.load_runs([folder])[0]
+        run = answers.load(folder)
         first = _first_screen(target, run)
     except ValueError as error:
         run = None

@@ -61,7 +61,9 @@ def test_threads_that_share_weights_may_read_them_from_a_cache(tiny):
         found = predict_run(condition, limits=LIMITS)
         seconds = prediction.audit(condition, found, trace(0.02))["mbu"] * trace(0.02).duration_s
         fast = replace(trace(0.02), duration_s=seconds / 1.5)  # 1.5 times the bandwidth
-        assert prediction.audit(condition, found, fast)["plausible"] is possible
+        done = prediction.audit(condition, found, fast)
+        assert done["plausible"] is possible and done["mbu"] == pytest.approx(1.5)
+        assert done["why"].endswith(" plausible" if possible else " implausible")
 
 
 def test_operations_are_those_that_torch_runs(tiny):
