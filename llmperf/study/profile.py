@@ -25,6 +25,7 @@ WORDS = {  # of a parameter, or of the entries of a list
     "loop": decoding.LOOPS,
     "quantizations": models.QUANTIZATIONS[1:],
 }
+CHECKED_BY_ROOM = ("slo", "peers", "endpoint")
 MAY_BE_ZERO = {("11-verdict", "new_tokens")}
 
 
@@ -234,7 +235,7 @@ def _check_value(stem: str, name: str, value, default) -> None:
             above = {0: "from 0 on", 1: "from 1 on"}.get(least, "above 0")
             kind = "whole numbers" if kinds == (int,) else "numbers"
             raise ValueError(f"{what}: it takes {kind} {above}, for instance {default!r}")
-    if name in ("slo", "endpoint", "peers"):
+    if name in CHECKED_BY_ROOM:
         _check_by_room(what, name, value)
     if name == "rates" and not (len(value) == 2 and value[0] < value[1]):
         raise ValueError(f"{what}: give the lowest and the highest rate, for instance {default!r}")
@@ -248,9 +249,10 @@ def _check_by_room(what: str, name: str, value) -> None:
 
     if name == "slo":
         metrics.check_slo(value)
-    if name == "peers" and (wrong := [x for x in value if x not in ENGINES]):
-        raise ValueError(f"{what}: {wrong[0]!r:.60} is none of {', '.join(ENGINES)}")
-    if name == "endpoint" and value:
+    elif name == "peers":
+        if wrong := [x for x in value if x not in ENGINES]:
+            raise ValueError(f"{what}: {wrong[0]!r:.60} is none of {', '.join(ENGINES)}")
+    elif value:  # the options of a strategy
         STRATEGIES[name].check(None, 1, value)
 
 
