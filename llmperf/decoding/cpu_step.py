@@ -238,7 +238,7 @@ class CpuStep:
             columns, group = linear.inputs, 2 * columns // scale.shape[0]
             if columns % group or group % 64 or rows % 64 or "AVX512" not in processor():
                 raise Unsupported("its 4-bit weights are packed for another kind of step")
-            scale = scale.transpose(1, 2)
+            scale = scale.unflatten(1, (-1, 64)).permute(1, 0, 3, 2)  # in the order of their use
         small = {"bias": self._copy(getattr(linear, "bias", None)), "scale": self._copy(scale)}
         sizes = {"rows": rows, "columns": columns, "kind": KINDS[weight.dtype], "group": group}
         return {"weight": address, **small, **sizes}

@@ -8,15 +8,14 @@ typedef struct { float *full; uint16_t *narrow; float *blocks; int64_t stride; i
 typedef struct { float *to; int64_t stride; int add; float scale; } Output;
 
 // Store the sums of `width` weight rows from n on for r input rows from `row` on.
-INLINE void put(const Matrix *w, Output out, int row, int n, int width, int r, float *sum) {
-  for (int j = 0; j < r; j++, sum += width) {
+INLINE void put(const Matrix *w, Output out, int row, int n, int width, int r, const float *sum) {
+  for (int j = 0; j < r; j++, sum += 16) {
     float *to = out.to + (row + j) * out.stride + n;
     for (int i = 0; i < width; i++) {
       const float scaled = sum[i] * (w->scale ? w->scale[n + i] : 1);
-      sum[i] = (scaled + (w->bias ? w->bias[n + i] : 0)) * out.scale;
+      const float found = (scaled + (w->bias ? w->bias[n + i] : 0)) * out.scale;
+      to[i] = out.add ? to[i] + found : found;
     }
-    if (out.add) for (int i = 0; i < width; i++) to[i] += sum[i];
-    else for (int i = 0; i < width; i++) to[i] = sum[i];
   }
 }
 
@@ -171,6 +170,7 @@ INLINE bits interleave(const uint8_t *p) {
 // outputs: 32 bytes a column, output i in the low half of byte i, output i + 32 in the high half.
 INLINE void int4_block(const Matrix *w, Input in, Output out, int n, int row, int r) {
   const uint8_t *weights = (const uint8_t *)w->weight + (int64_t)n / 2 * w->columns;
+  const float *scales = w->scale + (int64_t)n / 64 * (w->columns / w->group) * 128;
   const Matrix plain = {.bias = w->bias};
   vector acc[16];  // that of input j and outputs from 16 q on is number j * 4 + q
   UNROLL for (int i = 0; i < 4 * r; i++) acc[i] = all(0);
@@ -189,7 +189,7 @@ INLINE void int4_block(const Matrix *w, Input in, Output out, int n, int row, in
                                       (integers){} + pair);
       }
     }
-    const float *scale = w->scale + at / w->group * 2 * w->rows + n, *middle = scale + w->rows;
+    const float *scale = scales + at / w->group * 128, *middle = scale + 64;
     UNROLL for (int j = 0; j < r; j++) {
       const float *block = in.blocks + ((row + j) * in.stride + at) / BLOCK * 2;
       UNROLL for (int q = 0; q < 4; q++) {
@@ -214,17 +214,17 @@ INLINE void tile(const Matrix *w, Input in, int64_t first, int row, int n, int r
 // `count` outputs from n on, at most 16, for r input rows from `row` on.
 INLINE void block(const Matrix *w, Input in, Output out, int n, int count, int row, int r,
                   int ahead, int kind) {
-  const int width = 16 / r, end = n + count;
-  float sum[16];
-  for (; n + width <= end; n += width) {
-    tile(w, in, n, row, width, r, ahead, kind, sum);
-    put(w, out, row, n, width, r, sum);
+  const int width = 16 / r;
+  float sum[16], whole[8 * 16];
+  int at = 0;
+  for (; at + width <= count; at += width) {
+    tile(w, in, n + at, row, width, r, ahead, kind, sum);
+    UNROLL for (int j = 0; j < r; j++) memcpy(whole + j * 16 + at, sum + j * width, 4 * width);
   }
-  for (; n < end; n++)
-    for (int j = row; j < row + r; j++) {
-      tile(w, in, n, j, 1, 1, 0, kind, sum);
-      put(w, out, j, n, 1, 1, sum);
-    }
+  for (; at < count; at++)
+    for (int j = 0; j < r; j++) tile(w, in, n + at, row + j, 1, 1, 0, kind, whole + j * 16 + at);
+  if (count == 16) put(w, out, row, n, 16, r, whole);
+  else put(w, out, row, n, count, r, whole);
 }
 #define BLOCK_OF(kind, r)                                                                         \
   static NOINLINE void kind##_##r(const Matrix *w, Input in, Output out, int n, int count,        \

@@ -101,6 +101,12 @@ INLINE vector load_head(const void *from, int64_t at, int count, int half) {
   return v;
 }
 
+// The first `count` numbers of v. A copy of a length that is not known is many times as slow.
+INLINE void store_head(float *to, vector v, int64_t count) {
+  if (count >= LANES) memcpy(to, &v, sizeof v);
+  else for (int i = 0; i < count; i++) to[i] = v[i];
+}
+
 // One query head against keys and values (positions, dim) first..last; `scores` has room for all.
 INLINE void attend(float *out, const float *query, const void *keys, const void *values,
                    float *scores, int first, int last, int dim, float scale, float cap, int half) {
@@ -143,10 +149,8 @@ INLINE void attend(float *out, const float *query, const void *keys, const void 
         for (int i = 0; i < blocks; i++)
           acc[i] += scores[j] * load_head(values, at + LANES * i, dim - d - LANES * i, half);
     }
-    for (int i = 0; i < blocks; i++) {
-      acc[i] *= share;
-      memcpy(out + d + LANES * i, acc + i, 4 * least(LANES, dim - d - LANES * i));
-    }
+    for (int i = 0; i < blocks; i++)
+      store_head(out + d + LANES * i, acc[i] * share, dim - d - LANES * i);
   }
 }
 
@@ -218,9 +222,9 @@ static void forward(const void *model, const void *step, Team *team, int thread)
       if (!half) memcpy(cache + row * dim * 4, head, dim * 4);
       else
         for (int d = 0; d < dim; d += LANES) {
-          uint16_t narrow[LANES];
-          store_bf16(narrow, load_head(head, d, dim - d, 0));
-          memcpy(cache + (row * dim + d) * 2, narrow, 2 * least(LANES, dim - d));
+          uint16_t pairs[LANES], *to = (uint16_t *)cache + row * dim + d;
+          store_bf16(dim - d >= LANES ? to : pairs, load_head(head, d, dim - d, 0));
+          for (int i = 0; i < dim - d && dim - d < LANES; i++) to[i] = pairs[i];
         }
     }
     FOR_ITEMS(i, rows * m->kv_heads) {
@@ -253,10 +257,9 @@ static void forward(const void *model, const void *step, Team *team, int thread)
       const int r = i / pieces, from = i % pieces * 256, to = (int)least(m->feed, from + 256);
       float *gate = large + r * wide, *out = full + r * stride;
       for (int c = from; c < to; c += LANES) {
-        const int count = (int)least(LANES, to - c);
-        vector value = activate(load_head(gate, c, count, 0), m->activation);
-        if (m->gated) value *= load_head(gate, m->feed + c, count, 0);
-        memcpy(out + c, &value, 4 * count);
+        vector value = activate(load_head(gate, c, to - c, 0), m->activation);
+        if (m->gated) value *= load_head(gate, m->feed + c, to - c, 0);
+        store_head(out + c, value, to - c);
       }
       narrow(in, r, from, to, l->down.kind);
     }

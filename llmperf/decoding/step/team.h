@@ -35,7 +35,9 @@ typedef struct {  // each counter on its own cache line
   int32_t threads;
 } Team;
 
-INLINE int take(Team *t) { return atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed); }
+INLINE int take(Team *t, int items) {
+  return atomic_fetch_add_explicit(&t->next, items, memory_order_relaxed);
+}
 static void barrier(Team *t) {
   int phase = atomic_load_explicit(&t->phase, memory_order_relaxed);
   const int last = t->threads - 1;  // read first: the next run may have another number
@@ -48,9 +50,13 @@ static void barrier(Team *t) {
   for (int spins = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase; spins++)
     if (spins > BUSY_SPINS) YIELD();
 }
-// Each i below `count` once, by whichever thread is free; then all threads meet.
-#define FOR_ITEMS(i, count) \
-  for (int i, more = 1; more; more = 0, barrier(team)) while ((i = take(team)) < (count))
+// Each i below `count` once, by whichever thread is free; then all threads meet. Of many items a
+// thread takes several at a time: threads that ask at the same moment wait for each other.
+#define FOR_ITEMS(i, count)                                                                       \
+  for (int end = (count), several = end / (64 * team->threads) + 1, more = 1; more;                \
+       more = 0, barrier(team))                                                                   \
+    for (int first; (first = take(team, several)) < end;)                                         \
+      for (int i = first; i < end && i < first + several; i++)
 
 // ---- The pool: its first threads run `work`, as many as a run asks for, and the others sleep.
 // cpu_step.py lets one caller at a time use it.
