@@ -7,15 +7,21 @@
 typedef struct { float *full; uint16_t *narrow; float *blocks; int64_t stride; int rows; } Input;
 typedef struct { float *to; int64_t stride; int add; float scale; } Output;
 
-// Store the sums of `width` weight rows from n on for r input rows from `row` on.
-INLINE void put(const Matrix *w, Output out, int row, int n, int width, int r, const float *sum) {
+// Store the sums of `count` weight rows, at most 16, from n on for r input rows from `row` on; sum
+// holds 16 a row.
+INLINE void put_row(const Matrix *w, Output out, float *to, int n, int count, const float *sum) {
+  for (int i = 0; i < count; i++) {
+    const float scaled = sum[i] * (w->scale ? w->scale[n + i] : 1);
+    const float found = (scaled + (w->bias ? w->bias[n + i] : 0)) * out.scale;
+    to[i] = out.add ? to[i] + found : found;
+  }
+}
+static NOINLINE void put(const Matrix *w, Output out, int row, int n, int count, int r,
+                         const float *sum) {
   for (int j = 0; j < r; j++, sum += 16) {
     float *to = out.to + (row + j) * out.stride + n;
-    for (int i = 0; i < width; i++) {
-      const float scaled = sum[i] * (w->scale ? w->scale[n + i] : 1);
-      const float found = (scaled + (w->bias ? w->bias[n + i] : 0)) * out.scale;
-      to[i] = out.add ? to[i] + found : found;
-    }
+    if (count == 16) put_row(w, out, to, n, 16, sum);
+    else put_row(w, out, to, n, count, sum);
   }
 }
 
@@ -223,8 +229,7 @@ INLINE void block(const Matrix *w, Input in, Output out, int n, int count, int r
   }
   for (; at < count; at++)
     for (int j = 0; j < r; j++) tile(w, in, n + at, row + j, 1, 1, 0, kind, whole + j * 16 + at);
-  if (count == 16) put(w, out, row, n, 16, r, whole);
-  else put(w, out, row, n, count, r, whole);
+  put(w, out, row, n, count, r, whole);
 }
 #define BLOCK_OF(kind, r)                                                                         \
   static NOINLINE void kind##_##r(const Matrix *w, Input in, Output out, int n, int count,        \
