@@ -133,36 +133,6 @@ def longer_load_sentence(rate_per_s: float, requests: int, longer: int, share: f
     return f"{held}. Simulated with {took[1]}: {share:.0%} in time: {end}."
 
 
-def check(
-    question: str, answer: float | str | None, expected: float | str, rel: float = 0.02
-) -> None:
-    """Print whether `answer` is right: a number within `rel` of `expected`, or the same word."""
-    if answer is None:
-        print(f"{question}: write your answer above, then run this cell again.")
-    elif isinstance(expected, str):
-        right = str(answer).strip().lower() == expected.lower()
-        print(f"{question}: {'right.' if right else 'not yet. Think again.'}")
-    elif (value := _number(answer)) is None:
-        kind = "text" if isinstance(answer, str) else type(answer).__name__
-        shown = " ".join(repr(answer).split())  # a table has lines
-        print(f"{question}: {shown:.60} is a {kind}. Give one number, without its unit.")
-    elif math.isclose(value, expected, rel_tol=rel):
-        print(f"{question}: right, {expected:.4g}.")
-    else:
-        near = expected and 0.5 < value / expected < 2
-        word = "a little" if near else "much"
-        side = "high" if value > expected else "low"
-        print(f"{question}: {word} too {side}. Think again.")
-
-
-def _number(answer: object) -> float | None:
-    """None for a text, and for what is no single number, such as a list."""
-    try:
-        return None if isinstance(answer, str) else float(answer)
-    except (TypeError, ValueError, RuntimeError):  # the last is torch's, for several numbers
-        return None
-
-
 def _samples(frame: pd.DataFrame, quantity: str, side: str | Mapping) -> pd.Series:
     """The values above 0 of the rows that `side` names, one a round."""
     if quantity not in frame:

@@ -1,9 +1,7 @@
 """Sentences turn with the numbers they are printed from."""
 
-import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from llmperf.measure import Record
 from llmperf.show import sentences
@@ -107,24 +105,6 @@ def test_the_loops_sentence_says_what_ran_instead():
     fell = record("compiled", loop="cached", fallback="no compiler")
     assert sentences.loops_sentence([fell]) == "Loops: compiled ran as cached (no compiler)."
     assert "not noted" in sentences.loops_sentence([])
-
-
-def test_check_says_what_kind_of_answer_it_wants(capsys):
-    sentences.check("bytes", "3 GiB", 3.0)
-    sentences.check("share", 0.79, 0.8)
-    sentences.check("share", 0.7, 0.8)
-    kind, near, off = capsys.readouterr().out.splitlines()
-    assert "is a text. Give one number" in kind and "right" in near and "too low" in off
-
-
-@pytest.mark.parametrize("answer", [[], [3.0], {"a": 3.0}, pd.Series([3.0, 4.0]), torch.ones(2)])
-def test_an_answer_that_is_no_single_number_is_one_sentence(answer, capsys):
-    sentences.check("bytes", answer, 3.0)
-    said = capsys.readouterr().out
-    assert f"is a {type(answer).__name__}. Give one number, without its unit." in said
-    assert said.count("\n") == 1
-    sentences.check("bytes", np.float32(3), 3.0)
-    assert capsys.readouterr().out == "bytes: right, 3.\n"
 
 
 @pytest.mark.parametrize(
