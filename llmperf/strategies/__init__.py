@@ -6,6 +6,6 @@ __getattr__, __all__ = lazy_face(
     __name__,
     strategy="Strategy",
     table="STRATEGIES check",
-    served="session",
+    served="kept_server session",
     server="Server ServerFailed",
 )

@@ -47,6 +47,12 @@ def ensure_started(model: Model, processes: int, weights: str = "own") -> list[i
     return _kept[0].pids(processes)
 
 
+def kept_server(model: Model, processes: int = 1, weights: str = "own") -> Server:
+    """The server of `processes`, `dynamic` and `continuous`, started; for use inside a `session`."""
+    ensure_started(model, processes, weights)
+    return _kept[0]
+
+
 def pids() -> list[int]:
     """The kept processes."""
     return _kept[0].pids() if _kept else []
@@ -56,8 +62,7 @@ def run(model: Model, workload: Workload, processes: int = 1, weights: str = "ow
     """Run on the kept server; `how` as for `Server.run`."""
     how.pop("on_step", None)
     with session():
-        ensure_started(model, processes, weights)
-        return _kept[0].run(workload, processes=processes, **how)
+        return kept_server(model, processes, weights).run(workload, processes=processes, **how)
 
 
 def close() -> None:
