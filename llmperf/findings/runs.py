@@ -120,7 +120,8 @@ def _load(files: Sequence[Path]) -> Run:
         faults += unread
     if not records:
         why = faults[0] if faults else "it is empty"
-        raise ValueError(f"{files[0].name} holds no record that can be read ({why})")
+        name = f"{files[0].resolve().parent.name}/{files[0].name}"
+        raise ValueError(f"{name} holds no record that can be read ({why})")
     environment = next((r.environment for r in reversed(records) if r.environment), {})
     unknown = f"unknown ({files[0].stem.split('.')[0]})"
     name = machine_in_words(environment, machine.slug) or unknown

@@ -29,8 +29,8 @@ def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.
     return samples
 
 
-def median(samples: Sequence[float]) -> dict:
-    """`median` and the raw `samples`, in the unit of the samples."""
+def with_median(samples: Sequence[float]) -> dict:
+    """The raw `samples` and their `median`, in the unit of the samples."""
     return {"median": statistics.median(samples), "samples": list(samples)}
 
 
@@ -60,7 +60,7 @@ def read_bandwidth(device: str = "cpu", repeats: int = 9, share: float = 1.0) ->
         lambda: torch.linalg.vector_norm(buffer),
     )
     seconds = (seconds_of(run, waiter(device), repeats) for run in reductions)
-    rates = (median([buffer.nbytes / s for s in samples]) for samples in seconds)
+    rates = (with_median([buffer.nbytes / s for s in samples]) for samples in seconds)
     return max(rates, key=lambda rate: rate["median"])
 
 
@@ -74,7 +74,7 @@ def matmul_flops(dtype: str, device: str = "cpu") -> dict:
     while size <= largest:
         a = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[dtype]))
         seconds = seconds_of(lambda a=a: a @ a, waiter(device), REPEATS)
-        rate = median([2 * size**3 / s for s in seconds])
+        rate = with_median([2 * size**3 / s for s in seconds])
         best = max(best, rate, key=lambda found: found["median"])
         if min(seconds) > LONG_RUN_S:
             break
@@ -97,7 +97,7 @@ def launch_latency(device: str = "cpu") -> dict:
         if repeat:  # the first one warms up
             enqueue.append((middle - start) / TINY_OPS)
             drained.append((end - start) / TINY_OPS)
-    return {"enqueue": median(enqueue), "drained": median(drained)}
+    return {"enqueue": with_median(enqueue), "drained": with_median(drained)}
 
 
 def matmul_seconds(

@@ -39,7 +39,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             with suppress(AttributeError, KeyError, TypeError):  # a newer strategy, strange options
                 row["label"] = strategy.words(row["level"], options)
             row["foreign"] = not strategy or strategy.foreign  # one of a newer version too
-        rows.append(known[same] | _measured(r))
+        rows.append(known[same] | _measured_columns(r))
     return pd.DataFrame(rows)
 
 
@@ -83,7 +83,7 @@ def work(c: Mapping) -> str:
     ))  # fmt: skip
 
 
-def _measured(r: Record) -> dict:
+def _measured_columns(r: Record) -> dict:
     """The columns that come from one run."""
     row = {
         "experiment": r.experiment,

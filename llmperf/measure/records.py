@@ -274,7 +274,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 def _parse(line: bytes, traces: bool = True) -> Record:
     """One line as a Record; ValueError in a few words."""
     try:
-        data = orjson.loads(line)
+        data = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))  # an editor may add the mark
     except ValueError:
         raise ValueError("torn, or no JSON") from None
     if not isinstance(data, dict):

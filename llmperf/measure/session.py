@@ -175,6 +175,8 @@ class _Session:
             return
         condition = self.conditions[i]
         prediction.check_fits(condition)
+        if condition.runner.served and condition.model.device == "cpu":
+            self.start_processes(condition)
         self.reference(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
         for _ in range(WARMUP_RUNS[condition.model.device.partition(":")[0]]):
@@ -185,6 +187,14 @@ class _Session:
         took = {"warmup_s": times, "compile_s": prediction.prepared(condition).seconds}
         self.store.append(self.record(condition, 0, trace, kind="warmup", metrics=took))
         self.prepared.add(i)
+
+    def start_processes(self, condition: Condition) -> None:
+        """Start those of all conditions that can share the server: they load side by side. Not on a
+        GPU, where idle ones would hold memory that is measured."""
+        weights = condition.options.get("weights")
+        alike = [c for c in self.conditions if c.runner.served]
+        alike = [c for c in alike if c.options.get("weights") == weights and prediction.fits(c)]
+        max(alike, key=lambda c: c.runner.processes(c.level, c.options)).ready()
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,

@@ -1,6 +1,6 @@
-"""The measured ledger: where the memory of a run went, row by row.
+"""The measured ledger: where the memory of a run went, entry by entry.
 
-What a level holds beyond the rows before it is a row with a name.
+What a level holds beyond the entries before it is an entry with a name.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ import torch
 
 from llmperf.models import cached_tensors
 
-# Name of the row, its level, and the channel that holds it; each holds the ones before it.
+# Name of the entry, its level, and the channel that holds it; each holds the ones before it.
 GPU_LEVELS = (
     ("activations, logits, workspaces", "allocated", "allocated"),
     ("allocator slack", "reserved", "reserved"),
@@ -22,8 +22,8 @@ CPU_LEVELS = (("residual", "process", "rss"),)
 
 
 @dataclass(frozen=True)
-class Row:
-    """`bytes` at one level beyond the rows before it, or None with the reason."""
+class Entry:
+    """`bytes` at one level beyond the entries before it, or None with the reason."""
 
     name: str
     level: str
@@ -31,7 +31,9 @@ class Row:
     reason: str | None = None
 
 
-def ledger(module: torch.nn.Module, cache: Any, window: Mapping, base_bytes: int = 0) -> list[Row]:
+def ledger(
+    module: torch.nn.Module, cache: Any, window: Mapping, base_bytes: int = 0
+) -> list[Entry]:
     """What a run held. `cache` is a cache of transformers, `window` the closed window around it.
 
     `base_bytes` is what a process on the CPU holds before its model (`overhead`). A residual may be
@@ -39,21 +41,21 @@ def ledger(module: torch.nn.Module, cache: Any, window: Mapping, base_bytes: int
     """
     cached = [t for layer in (cache.layers if cache else ()) for _, t in cached_tensors(layer)]
     found = {"weights": module.parameters(), "buffers": module.buffers(), "kv cache": cached}
-    rows = [Row(name, "allocated", _storage_bytes(tensors)) for name, tensors in found.items()]
+    entries = [Entry(name, "allocated", _storage_bytes(tensors)) for name, tensors in found.items()]
     if window["allocated"]["status"] == "ok":
         levels = GPU_LEVELS
     else:
         levels = CPU_LEVELS
-        rows.append(Row("context and libraries", "process", int(base_bytes)))
-    held = sum(row.bytes for row in rows)
+        entries.append(Entry("context and libraries", "process", int(base_bytes)))
+    held = sum(entry.bytes for entry in entries)
     for name, level, channel in levels:
         peak, reason = window[channel].get("max"), window[channel].get("reason")
-        rows.append(Row(name, level, None if peak is None else int(peak - held), reason))
+        entries.append(Entry(name, level, None if peak is None else int(peak - held), reason))
         held = held if peak is None else peak
     rss, uss = window["rss"], window["uss"]
-    if levels is CPU_LEVELS and "last" in rss and "last" in uss:  # inside the rows above
-        rows.append(Row("of it shared", "of process", int(rss["last"] - uss["last"])))
-    return rows
+    if levels is CPU_LEVELS and "last" in rss and "last" in uss:  # inside the entries above
+        entries.append(Entry("of it shared", "of process", int(rss["last"] - uss["last"])))
+    return entries
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

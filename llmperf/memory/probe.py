@@ -50,7 +50,7 @@ class ProcessMemory:
         return found
 
 
-class Probe:
+class ChannelReader:
     """Reads every channel of one process tree and of `device`, if that is a card; remembers why a
     channel has no answer."""
 
@@ -132,7 +132,7 @@ class Probe:
         return sum(watched)
 
 
-def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict[str, dict]:
+def sample(probe: ChannelReader, interval_s: float, inbox: queue.Queue, started) -> dict[str, dict]:
     """Each channel's summary until the next message; `started` is called after the first one."""
     values: dict[str, list] = {name: [] for name in GPU_CHANNELS | SYSTEM_CHANNELS}
     due, opened = 0.0, time.perf_counter()
@@ -165,7 +165,7 @@ def sample(probe: Probe, interval_s: float, inbox: queue.Queue, started) -> dict
 def main(pid: str, interval_s: str, device: str) -> None:
     """Serve `start` and `stop` messages until the parent ends."""
     parent, inbox = Parent(), queue.Queue()
-    probe = Probe(int(pid), device)
+    probe = ChannelReader(int(pid), device)
     parent.listen(inbox.put)
     while True:
         asked = inbox.get()

@@ -113,7 +113,7 @@ def hub_answers() -> bool:
 def _read_config(file: Path) -> dict:
     found = None
     with suppress(ValueError, RecursionError):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor may add the mark
     if not isinstance(found, dict):
         raise ValueError(f"{file.name} holds no configuration: it must be a JSON object")
     return found

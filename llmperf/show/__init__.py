@@ -15,7 +15,7 @@ __getattr__, __all__ = lazy_face(
     static_calculator="calculator_page",
     anatomy="PHASES split",
     exercises="check race",
-    diagrams="lock_lanes positions slots",
+    diagrams="lock_lanes named_times positions slots",
     profiling="STEP profile_steps shares",
     other_tools="METRICS TOOLS score_as",
 )

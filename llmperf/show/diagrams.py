@@ -39,6 +39,24 @@ def positions(ax: Axes, prompt: int, new: int, loop: str) -> int:
     return computed
 
 
+def named_times(ax: Axes, trace: Trace, row: int) -> None:
+    """Arrows under one request of a `plots.gantt`: its TTFT, its first ITL, and its e2el."""
+    r = trace.requests[row]
+    sent, first, second, last = r.submitted_s, r.token_s[0], r.token_s[1], r.token_s[-1]
+    arrow = {"arrowstyle": "<->", "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
+    look = {"va": "center", "fontsize": 8, "backgroundcolor": "white"}
+    for down, word, begin, end in (
+        (0.6, "TTFT", sent, first),
+        (0.6, "ITL", first, second),
+        (1.0, "e2el", sent, last),
+    ):
+        ax.annotate("", (end, row + down), (begin, row + down), arrowprops=arrow)
+        short = end - begin < 0.2 * (last - sent)  # no room for the word in the arrow
+        place, side = (1.01 * end, "left") if short else ((begin + end) / 2, "center")
+        ax.text(place, row + down, word, ha=side, **look)
+    ax.set_ylim(bottom=max(*ax.get_ylim(), row + 1.4))
+
+
 def lock_lanes(
     ax: Axes, threads: int, lock_ms: float, operator_ms: float, tokens: int = 3
 ) -> float:

@@ -30,6 +30,7 @@ TIMEOUTS_S = {"timeout_s": 60.0, "deadline_s": 600.0}
 LONGEST_EVENT = 1 << 20  # bytes: no honest event is longer
 CHARACTERS_PER_TOKEN = 64  # of the longest plausible answer, so that memory stays bounded
 MOST_TOKENS = 10**9  # that a server may say it has counted
+OWN_FIELDS = {"model", "prompt", "messages", "max_tokens", "stream", "stream_options"}
 
 
 class BrokenStream(ValueError):
@@ -252,7 +253,10 @@ STRATEGY = Strategy(
         "key_env": TEXT,
         **dict.fromkeys(TIMEOUTS_S, number(1e-3, 1e6)),
         "concurrency": COUNT,
-        "extra": (lambda v: isinstance(v, Mapping), "a mapping: fields added to each request"),
+        "extra": (
+            lambda v: isinstance(v, Mapping) and not OWN_FIELDS & v.keys(),
+            f"a mapping: fields added to each request, none of {', '.join(sorted(OWN_FIELDS))}",
+        ),
     },
     defaults={"api": "completions", "key_env": "OPENAI_API_KEY", "extra": {}, **TIMEOUTS_S},
     refuse=_refuse,

@@ -48,7 +48,7 @@ def ensure_started(model: Model, processes: int, weights: str = "own") -> list[i
 
 
 def kept_server(model: Model, processes: int = 1, weights: str = "own") -> Server:
-    """The server of `processes`, `dynamic` and `continuous`, started; for use inside a `session`."""
+    """The started server of `processes`, `dynamic` and `continuous`; use it inside a `session`."""
     ensure_started(model, processes, weights)
     return _kept[0]
 

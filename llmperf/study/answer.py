@@ -46,10 +46,10 @@ def of_run(run: Run) -> tuple[str, ...]:
     best = table.loc[table.output_tokens_per_s.idxmax()]
     alone = findings.one_at_a_time(table, best)
     verdicts = findings.judge_all(run.records)
-    judged = _counted(v.verdict for v in verdicts)
+    judged = _tally(v.verdict for v in verdicts)
     scored = f"Of {len(verdicts)} published findings here: {judged}."
     untested = (v.here for v in verdicts if v.verdict == findings.NOT_TESTABLE and ":" in v.here)
-    if seen := _counted(here.partition(":")[0] for here in untested):
+    if seen := _tally(here.partition(":")[0] for here in untested):
         scored += f" What this machine shows of them, at smaller levels or without a GPU: {seen}."
     what = str(findings.recommend(table, LOAD_PER_S, new_tokens=ANSWER_TOKENS)).splitlines()[0]
     option = best if alone is None else alone
@@ -63,7 +63,7 @@ def of_run(run: Run) -> tuple[str, ...]:
     )
 
 
-def _counted(words: Iterable[str]) -> str:
+def _tally(words: Iterable[str]) -> str:
     """`11 not testable here, 4 as claimed`."""
     return ", ".join(f"{n} {word}" for word, n in Counter(words).most_common())
 
@@ -158,7 +158,7 @@ def not_ok(records: Sequence[Record]) -> str | None:
     """A line that counts the `failures`, or None. A run refused beforehand is none."""
     if not (bad := failures(records)):
         return None
-    kinds = _counted(r.status for r in bad)
+    kinds = _tally(r.status for r in bad)
     first = f"{bad[0].experiment}: {bad[0].reason}"
     return f"{len(bad)} records are not ok ({kinds}); the first: {first}"
 

@@ -190,6 +190,8 @@ def _calculator(arguments) -> None:
     from llmperf.show import calculator_page
 
     kept = Path(arguments.out) if arguments.out else machine.cache_dir() / "calculator.html"
+    if kept.is_dir():
+        raise ValueError(f"{kept} is a folder: name a file, such as {kept / 'calculator.html'}")
     kept.parent.mkdir(parents=True, exist_ok=True)
     _say("Reading the shapes of the models: up to minutes the first time, then they are kept.")
     kept.write_text(calculator_page(arguments.models), encoding="utf-8")

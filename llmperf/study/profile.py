@@ -80,7 +80,7 @@ def read_yaml(text: str, what: str) -> object:
 def read_yaml_file(path: Path, what: str) -> object:
     """`read_yaml` of a file. Raises ValueError for what cannot be read as text."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # an editor may add the mark
             text = file.read(MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} cannot be read: {getattr(error, 'strerror', error)}") from None

@@ -168,6 +168,12 @@ def test_a_damaged_line_costs_only_itself(store, said):
         assert store.read() == found
 
 
+def test_the_mark_that_an_editor_adds_is_not_part_of_the_first_record(store):
+    store.append(FIRST)
+    store.path.write_bytes(b"\xef\xbb\xbf" + store.path.read_bytes())
+    assert records.scan(store.path) == ([FIRST], [])
+
+
 def test_doubled_records_are_read_once_and_said(store):
     store.append(FIRST)
     store.path.write_bytes(store.path.read_bytes() * 3)

@@ -14,7 +14,7 @@ from llmperf.machine import gpu
 from llmperf.memory import CHANNELS, GPU_CHANNELS, Sampler, summary
 from llmperf.memory import probe as probe_file
 from llmperf.memory import sampler as sampler_file
-from llmperf.memory.probe import Probe
+from llmperf.memory.probe import ChannelReader
 
 MB = 10**6
 CHILD = """
@@ -68,7 +68,7 @@ def test_a_run_on_the_processor_watches_no_card(sampler, monkeypatch):
     assert "CPU" in window["allocated"]["reason"]
     nvml = FakeNvml()
     monkeypatch.setattr(gpu, "pynvml", nvml)
-    assert "power" not in Probe(os.getpid(), "cpu").fast() and not nvml.asked
+    assert "power" not in ChannelReader(os.getpid(), "cpu").fast() and not nvml.asked
 
 
 def test_without_a_gpu_its_channels_name_the_reason(monkeypatch):
@@ -76,7 +76,7 @@ def test_without_a_gpu_its_channels_name_the_reason(monkeypatch):
         raise gpu.NVMLError(gpu.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(gpu.pynvml, "nvmlInit", no_driver)
-    reasons = Probe(os.getpid(), "cuda:0").reasons
+    reasons = ChannelReader(os.getpid(), "cuda:0").reasons
     assert all(reasons[name].startswith("no NVIDIA GPU to ask (") for name in GPU_CHANNELS)
 
 
@@ -132,7 +132,7 @@ child.communicate()
 
 def test_a_process_that_is_left_out_takes_its_children_with_it():
     """On Windows the worker is the child of the launcher in its virtual environment."""
-    watched, launcher = Probe(os.getpid()), child(PARENT_OF_A_CHILD)
+    watched, launcher = ChannelReader(os.getpid()), child(PARENT_OF_A_CHILD)
     worker = int(launcher.stdout.readline())
     watched.without = set()  # but for this process, which here is the parent too
     watched.slow()
@@ -232,7 +232,7 @@ def gpu_probe(monkeypatch, listed=(), device="cuda:0"):
     nvml = FakeNvml(listed)
     monkeypatch.setattr(gpu, "pynvml", nvml)
     monkeypatch.setattr(gpu, "NVMLError", nvml.NVMLError)
-    return Probe(os.getpid(), device), nvml
+    return ChannelReader(os.getpid(), device), nvml
 
 
 @pytest.mark.parametrize(("visible", "card"), [("1,0", "card 0"), ("0,GPU-1", "GPU-1")])

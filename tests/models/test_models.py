@@ -198,6 +198,13 @@ def test_an_index_of_another_form_is_one_sentence(tiny_folder, tmp_path, index):
         models.load(str(folder), device="cpu")
 
 
+def test_the_mark_that_an_editor_adds_is_not_part_of_a_configuration(tiny_folder, tmp_path):
+    text = (tiny_folder / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    found, plain = (models.shape_of(str(folder), name="x") for folder in (tmp_path, tiny_folder))
+    assert found == plain
+
+
 @pytest.mark.parametrize(
     "file, text, said",
     [

@@ -39,7 +39,7 @@ from llmperf.decoding.requests import Request, Workload, build
 from llmperf.findings import published
 from llmperf.machine import probes
 from llmperf.measure import records
-from llmperf.memory.probe import Probe
+from llmperf.memory.probe import ChannelReader
 from llmperf.strategies import Server
 from llmperf.strategies.endpoint import read_chunks
 from llmperf.study import profile
@@ -393,7 +393,7 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
             assert "failed with" not in (reason or ""), reason
             found = {**here, "gpus": cards or []}
             machine.busy_warning(0.0, found["gpus"], {7})
-            watched = Probe(os.getpid())
+            watched = ChannelReader(os.getpid())
             json.dumps({**watched.fast(), **watched.reasons})
         assert machine.slug(json.loads(json.dumps(found))) and machine.caption(found)
 

@@ -2,10 +2,11 @@
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.text import Annotation
 
 from llmperf.decoding import Request, Workload
 from llmperf.measure import capacity
-from llmperf.show import lock_lanes, positions, slots
+from llmperf.show import lock_lanes, made_up, named_times, plots, positions, slots
 
 
 @pytest.fixture
@@ -60,3 +61,14 @@ def test_no_slot_has_two_requests_at_a_time(ax, joins):
     assert sum(map(len, lanes.values())) == len(lengths)
     for spans in lanes.values():
         assert all(a[1] <= b[0] + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_the_arrows_of_the_named_times_span_them(ax):
+    trace = made_up.three_requests()
+    plots.gantt(ax, trace)
+    named_times(ax, trace, row=2)
+    words = {text.get_text() for text in ax.texts}
+    spans = [(a.xyann[0], a.xy[0]) for a in ax.texts if isinstance(a, Annotation)]
+    assert {"TTFT", "ITL", "e2el"} <= words
+    assert spans == [(0.1, 1.5), (1.5, 1.6), (0.1, 1.6)]
+    assert ax.get_ylim()[0] > 3, "there is room for the arrows"

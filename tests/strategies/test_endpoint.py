@@ -198,6 +198,7 @@ def test_an_answer_without_text_is_an_error(front):
         ({"url": "http://host/v1", "timeout_s": "5"}, "timeout_s is '5'"),
         ({"url": "http://host/v1", "deadline_s": float("nan")}, "deadline_s"),
         ({"url": "http://host/v1", "extra": 3}, "a mapping"),
+        ({"url": "http://host/v1", "extra": {"max_tokens": None}}, "none of max_tokens, messages"),
         ({"url": 3}, "url is 3"),
         ({"url": "http://host/v1", "timeout_s": 0}, "timeout_s"),
         ({"url": "http://host/v1", "key": "sk"}, "no option 'key'"),

@@ -154,6 +154,8 @@ def test_a_profile_of_a_wrong_form_is_one_sentence(tmp_path, text, sentence):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         study.load_profile(path)
+    path.write_text("timeout_s: 60", encoding="utf-8-sig")  # with the mark that an editor adds
+    assert study.load_profile(path).timeout_s == 60
 
 
 def test_a_notebook_refuses_a_parameter_of_another_type_before_it_measures(shelf):

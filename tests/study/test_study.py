@@ -372,7 +372,7 @@ def test_the_calculator_is_a_page_of_the_models_named_and_of_this_card(
     numbers = static_calculator._numbers([])
     assert numbers["cards"][numbers["first"]["card"]] == [16, 4e10]
     assert main(["calculator", "no-such-model"]) == 2
-    assert main(["calculator", "--out", str(tmp_path)]) == 1
+    assert main(["calculator", "--out", str(tmp_path)]) == 2, "a folder, refused before any work"
 
 
 def test_the_machine_command_prints_json():
