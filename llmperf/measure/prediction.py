@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 from llmperf import decoding, machine, models, predict
@@ -107,14 +106,6 @@ def check_fits(condition: Condition) -> None:
     if fit.verdict == "does not fit":
         already = f" ({held / predict.GIB:.2f} GiB of it held already)" if held else ""
         raise DoesNotFit(fit.sentence + already)
-
-
-def fits(condition: Condition) -> bool:
-    """Whether `check_fits` lets the condition run."""
-    with suppress(DoesNotFit):
-        check_fits(condition)
-        return True
-    return False
 
 
 def _longest(condition: Condition) -> predict.RunSpec:

@@ -22,6 +22,7 @@ from llmperf.measure.prediction import DoesNotFit, predict_run
 from llmperf.measure.records import NotWritten, Record, Store
 from llmperf.measure.results import Results
 from llmperf.memory import Sampler, summary
+from llmperf.strategies import served
 
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 # At most so many; fewer when two in a row take the same time. On a processor one is enough, after
@@ -64,6 +65,8 @@ def measure(
     session = _Session(experiment, conditions, store, expect, limits)
     kind = "watched" if watch else "measure"
     slots = [(i, kind) for i in range(len(conditions))] + [(0, "twin")] * twin
+    if device != "cpu":  # a kept process holds a copy of the model, which is asked for room below
+        served.ensure_started(conditions[0].model, 0)
     predict.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
     bar = tqdm(total=len(slots) * repeats, desc=experiment, leave=False, disable=not wanted)
@@ -175,8 +178,6 @@ class _Session:
             return
         condition = self.conditions[i]
         prediction.check_fits(condition)
-        if condition.runner.served and condition.model.device == "cpu":
-            self.start_processes(condition)
         self.reference(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
         for _ in range(WARMUP_RUNS[condition.model.device.partition(":")[0]]):
@@ -187,14 +188,6 @@ class _Session:
         took = {"warmup_s": times, "compile_s": prediction.prepared(condition).seconds}
         self.store.append(self.record(condition, 0, trace, kind="warmup", metrics=took))
         self.prepared.add(i)
-
-    def start_processes(self, condition: Condition) -> None:
-        """Start those of all conditions that can share the server: they load side by side. Not on a
-        GPU, where idle ones would hold memory that is measured."""
-        weights = condition.options.get("weights")
-        alike = [c for c in self.conditions if c.runner.served]
-        alike = [c for c in alike if c.options.get("weights") == weights and prediction.fits(c)]
-        max(alike, key=lambda c: c.runner.processes(c.level, c.options)).ready()
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,

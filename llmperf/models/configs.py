@@ -21,7 +21,7 @@ from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, from_json
 
-SCHEMA = 5  # of the kept shapes
+SCHEMA = 6  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 WEIGHTS = ("auto", "trained", "random")
@@ -132,9 +132,14 @@ def shape_of(source, name: str | None = None) -> ModelShape:
         file = None if preset(str(source)) else _local_file(source)
         name = name or (file.resolve().parent.name if file else str(source))
     _check_sizes(config)
-    noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    word, declared = declared_word(config), config.get("quantization_config") or {}
+    noise = (
+        "quantization_config", "_name_or_path", "transformers_version", "dtype", "torch_dtype",
+    )  # fmt: skip
     said = {k: v for k, v in config.items() if k not in noise}
-    return replace(_cached_shape(json.dumps(said, sort_keys=True, default=str)), name=name)
+    shape = _cached_shape(json.dumps(said, sort_keys=True, default=str))
+    kept_plain = tuple(declared.get("modules_to_not_convert") or ())
+    return replace(shape, name=name, quantization=word, unquantized=kept_plain)
 
 
 @lru_cache(maxsize=256)
@@ -146,11 +151,7 @@ def _cached_shape(config: str) -> ModelShape:
         return from_json(file.read_text(encoding="utf-8"))
     from llmperf.models import meta
 
-    plain = json.loads(config)
-    word = declared_word(plain)
-    declared = plain.pop("quantization_config", None) or {}
-    kept_plain = tuple(declared.get("modules_to_not_convert") or ())
-    shape = meta.read(as_object(plain), "model", word, kept_plain)
+    shape = meta.read(as_object(json.loads(config)))
     with suppress(OSError):  # a read-only cache costs time, not the answer
         save_whole(file, json.dumps(asdict(shape)))
     return shape

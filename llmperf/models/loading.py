@@ -204,7 +204,9 @@ def _weights_complete(folder: Path) -> bool:
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(
+            set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
+        )
         names = [name.strip() for name in names]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index.name} of {folder.name} names no file for each tensor") from None

@@ -31,7 +31,7 @@ ROLES = (  # of a parameter by its path in the module; the first that is found
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 
 
-def read(config, name: str, quantization: str | None, unquantized: tuple[str, ...]) -> ModelShape:
+def read(config) -> ModelShape:
     """The shape of a transformers configuration (without its quantization_config).
 
     Raises ValueError, in one sentence, for what is no decoder of transformers.
@@ -40,7 +40,7 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder: use a decoder-only model")
     try:
-        return _shape(config, name, quantization, unquantized)
+        return _shape(config)
     except Exception as error:  # what a strange configuration raises is of any kind
         raise ValueError(
             f"transformers cannot build and run a decoder of type {config.model_type!r}"
@@ -48,7 +48,7 @@ def read(config, name: str, quantization: str | None, unquantized: tuple[str, ..
         ) from error
 
 
-def _shape(config, name, quantization, unquantized) -> ModelShape:
+def _shape(config) -> ModelShape:
     module = _module_of(config)
     cache, (kv_heads, head_dim), flops = _passes(module, config)
     text, output = config.get_text_config(decoder=True), module.get_output_embeddings()
@@ -58,7 +58,7 @@ def _shape(config, name, quantization, unquantized) -> ModelShape:
     experts, per_token = _experts(tensors, token - head)
     positions = (getattr(text, key, None) for key in POSITIONS)
     return ModelShape(
-        name=name,
+        name=config.model_type,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         kv_heads=kv_heads,
@@ -74,8 +74,6 @@ def _shape(config, name, quantization, unquantized) -> ModelShape:
         tensors=tensors,
         buffers=tuple((b.numel(), _item_bytes(module, n, b)) for n, b in module.named_buffers()),
         cache=cache,
-        quantization=quantization,
-        unquantized=unquantized,
     )
 
 

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import yaml
 from transformers import DynamicCache
 
 from llmperf import decoding
-from llmperf.decoding import GREEDY, Request
+from llmperf.decoding import GREEDY, LOOPS, Request
 from llmperf.models import Model, with_cache
 
 REL = 0.02  # how far a number may be off, unless the exercise says
@@ -31,7 +33,10 @@ def check(name: str, answer: object) -> None:
     if name not in exercises():
         raise ValueError(f"there is no exercise {name!r}: choose {', '.join(exercises())}")
     exercise = exercises()[name]
-    if callable(answer):
+    wanted = "function" if "cases" in exercise else "value"
+    if answer is not None and callable(answer) != (wanted == "function"):
+        said = f"give the {wanted} itself" + ", without calling it" * (wanted == "function")
+    elif wanted == "function" and answer:
         said = _check_function(exercise, answer)
     elif answer is None:
         said = "write your answer above, then run this cell again."
@@ -42,14 +47,15 @@ def check(name: str, answer: object) -> None:
 
 
 def _check_function(exercise: Mapping, function: Callable) -> str:
-    for case in exercise["cases"]:
-        call = f"{function.__name__}({', '.join(map(repr, case['of']))})"
+    name = getattr(function, "__name__", "your function")
+    for i, case in enumerate(exercise["cases"]):
+        call = f"{name}({', '.join(map(repr, case['of']))})"
         try:
-            found = function(*case["of"])
+            found = function(*deepcopy(case["of"]))  # it may change a list that it is given
         except Exception as error:  # of the reader's code, of any kind
             text = f"{call} raises {type(error).__name__}: {error}"
             return f"{text}. Hint: {exercise['hint']}"
-        if found is None:
+        if found is None and not i:
             return "write your code above, then run this cell again."
         if wrong := _wrong(found, case["gives"], exercise.get("rel", REL)):
             text = f"{call} gives {found!r:.60}, {wrong}; right is {case['gives']}"
@@ -62,11 +68,12 @@ def _wrong(found: object, right: object, rel: float) -> str:
     if isinstance(right, str):
         return "" if str(found).strip().lower() == right else "not the right word"
     if isinstance(right, Sequence):
-        found = list(found) if hasattr(found, "__len__") and not isinstance(found, str) else None
-        if found is None or len(found) != len(right):
-            return f"no list of {len(right)} numbers"
-        each = (_wrong(*pair, rel) for pair in zip(found, right, strict=True))
-        return next(filter(None, each), "")
+        with suppress(TypeError):  # no sequence, or one number in the form of a tensor
+            if not isinstance(found, str) and len(found) == len(right):
+                return next(
+                    filter(None, (_wrong(found[i], x, rel) for i, x in enumerate(right))), ""
+                )
+        return f"no list of {len(right)} numbers"
     try:
         value = math.nan if isinstance(found, str) else float(found)
     except (TypeError, ValueError, RuntimeError):  # the last is torch's, for several numbers
@@ -95,12 +102,12 @@ def race(name: str, generate: Callable, model: Model, prompt: Sequence[int], new
         return [row[0] for row in decoding.decode(model, asked, loop=name, sampling=GREEDY)]
 
     ways = {"yours": lambda: generate(step, ids, new)}
-    ways |= {word: lambda word=word: loop(word) for word in ("recompute", "cached")}
+    ways |= {word: lambda word=word: loop(word) for word in LOOPS[:2]}
     with torch.no_grad():
         if (found := generate(step, ids, new)) is None:
             said = "write your code above, then run this cell again."
-        elif (tokens := [int(token) for token in found]) != (right := loop("cached")):
-            said = f"the tokens differ: {tokens!r:.60} instead of {right!r:.60}"
+        elif (tokens := [int(x) for x in found]) not in (right := [*map(loop, LOOPS[:2])]):
+            said = f"the tokens differ: {tokens!r:.60} instead of {right[1]!r:.60}"
         else:
             speeds = [f"{way} {new / _fastest_s(run):.0f}" for way, run in ways.items()]
             said = f"right. Tokens/s: {', '.join(speeds)}."

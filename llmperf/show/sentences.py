@@ -1,4 +1,4 @@
-"""What the numbers of this run say, in words; and whether a reader's answer is right."""
+"""What the numbers of this run say, in words; and how a reader's guess compares."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

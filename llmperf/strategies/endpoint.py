@@ -30,7 +30,7 @@ TIMEOUTS_S = {"timeout_s": 60.0, "deadline_s": 600.0}
 LONGEST_EVENT = 1 << 20  # bytes: no honest event is longer
 CHARACTERS_PER_TOKEN = 64  # of the longest plausible answer, so that memory stays bounded
 MOST_TOKENS = 10**9  # that a server may say it has counted
-OWN_FIELDS = {"model", "prompt", "messages", "max_tokens", "stream", "stream_options"}
+OWN_FIELDS = {"model", "prompt", "messages", "max_tokens", "stream"}
 
 
 class BrokenStream(ValueError):

@@ -25,8 +25,9 @@ def asked() -> dict[str, str]:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in json.loads(path.read_text("utf-8"))["cells"]:
             source = "".join(cell["source"])
-            names = re.findall(r'^(?:check|race)\("(.*?)", \w+', source, re.M)
-            found |= dict.fromkeys(names, source) if cell["cell_type"] == "code" else {}
+            for name in re.findall(r'^(?:check|race)\("(.*?)", \w+', source, re.M):
+                assert name not in found, f"{name} is asked twice"
+                found[name] = source
     return found
 
 
@@ -42,7 +43,7 @@ def test_the_solution_passes_and_nothing_in_the_cell_tells_it(name, capsys):
     known: dict = {}
     exec(SOLUTIONS[name], known)  # noqa: S102 - a solution of the kit
     check(name, known[answers[0]])
-    assert "right" in capsys.readouterr().out
+    assert f"{name}: right" in capsys.readouterr().out
     empty: dict = {"check": check}
     exec(cell, empty)  # noqa: S102 - the cell as it is shipped: nothing is answered
     assert f"{name}: write your " in capsys.readouterr().out
@@ -53,6 +54,7 @@ def test_the_solution_passes_and_nothing_in_the_cell_tells_it(name, capsys):
     [
         (49, "right."),
         (60, "a little too high"),
+        (lambda: 50, "give the value itself"),
         (5, "much too low"),
         ("50 ms", "no single number"),
         ([], "no single number"),
@@ -64,7 +66,8 @@ def test_the_solution_passes_and_nothing_in_the_cell_tells_it(name, capsys):
 def test_a_value_is_right_or_gets_a_hint_in_one_line(answer, said, capsys):
     check("TPOT", answer)
     out = capsys.readouterr().out
-    assert said in out and out.count("\n") == 1 and ("Hint: " in out) != ("right." in out)
+    hinted = "right." not in out and "itself" not in out
+    assert said in out and out.count("\n") == 1 and ("Hint: " in out) == hinted
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,8 @@ def test_a_value_is_right_or_gets_a_hint_in_one_line(answer, said, capsys):
         (lambda n: 1 / 0, "(5) raises ZeroDivisionError: division by zero. Hint:"),
         (lambda n: "x", "gives 'x', no single number"),
         (lambda n: None, "write your code above"),
+        (lambda n: 0.9375 if n == 5 else None, "(8) gives None, no single number"),
+        (0.9375, "give the function itself, without calling it"),
     ],
 )
 def test_a_function_is_tried_with_hidden_cases(function, said, capsys):
@@ -89,6 +94,20 @@ def test_a_list_is_checked_number_by_number(capsys):
     high, none, word = capsys.readouterr().out.splitlines()
     assert "too high" in high and "no list of 4 numbers" in none
     assert "gives ' Start ', not the right word; right is wait" in word
+
+
+def test_a_function_may_change_the_list_that_it_is_given(capsys):
+    def top_p_count(probabilities, p):
+        probabilities.sort()
+        kept = 0
+        while p > 0:
+            p -= probabilities.pop()
+            kept += 1
+        return kept
+
+    check("tokens that top-p keeps", top_p_count)
+    check("tokens that top-p keeps", top_p_count)
+    assert capsys.readouterr().out.count("right, in all 4 cases") == 2
 
 
 def test_an_unknown_exercise_names_the_known_ones():

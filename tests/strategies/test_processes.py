@@ -342,23 +342,3 @@ def test_quantised_weights_are_not_shared(small):
     model = replace(small, quantization="int8")
     with pytest.raises(ValueError, match="weights in int8 cannot be shared: leave weights at own"):
         strategies.STRATEGIES["processes"].check(model, 2, {"weights": "shared"})
-
-
-def test_the_processes_of_all_conditions_start_together(small, tmp_path, monkeypatch):
-    """One after another they took as long as their number; what does not fit is not started."""
-    asked, start = [], served.ensure_started
-    monkeypatch.setattr(served, "ensure_started", lambda *how: asked.append(how[1]) or start(*how))
-    monkeypatch.setattr(prediction, "check_fits", refuse_from(3))
-    how = {"prompt_tokens": 4, "new_tokens": 2}
-    points = [Condition(small, "processes", n, **how) for n in (1, 2, 3)]
-    found = measure("x", points, Store(tmp_path / "r.jsonl"), repeats=1, progress=False)
-    assert next(filter(None, asked)) == 2 and max(asked) == 2
-    assert sorted(found.frame.status) == ["ok", "ok", "skipped"]
-
-
-def refuse_from(level):
-    def check(condition):
-        if condition.level >= level:
-            raise prediction.DoesNotFit("it does not fit")
-
-    return check

@@ -259,19 +259,30 @@ static void product_OF_INT4(const Matrix *w, Input in, Output out, int n, int co
 #endif
 }
 
+// Weight rows of one item of work. Each thread gets as many items of a matrix as the others do, and
+// they are long: a processor reads one long piece faster than several short ones.
+INLINE int item_rows(const Matrix *w, int threads) {
+  const int step = w->kind == OF_INT4 ? 64 : 16, longest = 288 * threads;
+  const int items = ((w->rows + longest - 1) / longest) * threads;
+  return items ? (w->rows + items * step - 1) / (items * step) * step : step;
+}
+
 // The matrices of one input, such as query, key and value; their outputs follow one another.
 static void products(Team *team, const Matrix *w, int count, Input in, Output out) {
   static void (*const product[])(const Matrix *, Input, Output, int, int) = {
       product_OF_F32, product_OF_BF16, product_OF_INT8, product_OF_INT4};
-  int items[3], total = 0;
-  for (int i = 0; i < count; i++) total += items[i] = (w[i].rows + 63) / 64;
+  int items[3], sizes[3], total = 0;
+  for (int i = 0; i < count; i++) {
+    sizes[i] = item_rows(w + i, team->threads);
+    total += items[i] = (w[i].rows + sizes[i] - 1) / sizes[i];
+  }
   FOR_ITEMS(item, total) {
     int i = 0, n = item;
     Output here = out;
     while (n >= items[i]) n -= items[i], here.to += w[i++].rows;
     const Matrix *m = w + i;
-    const int step = m->kind == OF_INT4 ? 64 : 16;
-    for (int at = n * 64; at < m->rows && at < n * 64 + 64; at += step)
-      product[m->kind](m, in, here, at, (int)least(step, m->rows - at));
+    const int step = m->kind == OF_INT4 ? 64 : 16, end = (int)least(m->rows, (n + 1) * sizes[i]);
+    for (int at = n * sizes[i]; at < end; at += step)
+      product[m->kind](m, in, here, at, (int)least(step, end - at));
   }
 }
