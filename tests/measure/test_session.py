@@ -6,6 +6,7 @@ import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -571,3 +572,17 @@ def test_a_reason_names_no_home_and_keeps_its_slashes(points, store, monkeypatch
     monkeypatch.setattr(Condition, "run", fail)
     found = run(points[:1], store, repeats=1)
     assert found.records[-1].reason == f"OSError: {shown}"
+
+
+def test_a_kept_process_leaves_the_card_before_anything_asks_for_room(tmp_path, monkeypatch):
+    asked = []
+
+    def stop(model):
+        raise InterruptedError("asked for room")
+
+    monkeypatch.setattr(session.served, "ensure_started", lambda model, n: asked.append(n))
+    monkeypatch.setattr(session.predict, "cap_allocator", stop)
+    condition = SimpleNamespace(model=SimpleNamespace(device="cuda:0"))
+    with pytest.raises(InterruptedError):
+        measure("x", [condition], Store(tmp_path / "r.jsonl"), limits=CEILINGS)
+    assert asked == [0]
