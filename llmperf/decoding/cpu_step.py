@@ -1,4 +1,4 @@
-"""A forward step on a CPU as one call into C: the model described, the library built and loaded.
+"""A forward step on a CPU as one call into C: the model's description for C, and its buffers.
 
 The parts of a model are found by the names that transformers gives its modules. A name that is
 absent, or a model whose logits then differ from the eager ones, is `Unsupported`: such a model
@@ -81,7 +81,7 @@ class CpuStep:
         alike.layers = layers
         buffers = CpuRows(self, rows, position + 1)
         for tensor in (buffers.keys, buffers.values):
-            tensor.zero_()  # fetches the memory; arithmetic on what lies there could be slow
+            tensor.zero_()  # maps the pages; uninitialised memory may hold slow denormals
         call = ([0] * rows, list(range(rows)), [position] * rows, [False] * rows, buffers)
         seconds = []
         for _ in range(repeats + 1):
@@ -102,7 +102,7 @@ class CpuStep:
         self._enlarge_tables(length)
         floats = self.library.scratch_floats(description, len(ids), length, threads)
         if buffers.scratch.numel() < floats:
-            buffers.scratch = torch.zeros(floats)  # arithmetic on what lies there could be slow
+            buffers.scratch = torch.zeros(floats)  # uninitialised memory may hold slow denormals
         numbers = torch.tensor([ids, slots, positions], dtype=torch.int32)  # (3, rows)
         asked = torch.tensor([i for i, want in enumerate(wanted) if want], dtype=torch.int32)
         logits = torch.empty(len(asked), description.vocabulary)

@@ -81,7 +81,7 @@ def steps(
     on_step: Callable[[], None] | None = None,
     **how,
 ) -> Iterator[None]:
-    """As `run`, for a caller that wants the processor back after each step.
+    """Like `run`, as a generator: control returns to the caller after each step.
 
     `how` is what `decode` takes; `worker` is the name that the trace gives to who decodes;
     `on_step` is called after each step.

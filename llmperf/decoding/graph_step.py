@@ -116,7 +116,7 @@ class GraphRows:
         self._prompts: dict[int, DynamicCache] = {}
 
     def __del__(self):
-        # graphs read these buffers, so both are kept together; none of a function given up
+        # graphs read these buffers, so keep both; not when the fused function was given up
         if self.keys is not None and self._function is self._step.function:
             kept = self._step.kept.setdefault((self._rows, self._length), [])
             kept.append((self.keys, self.values, self._graphs))

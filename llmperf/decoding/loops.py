@@ -1,7 +1,8 @@
 """Which decoding loop runs: decided here alone, and said in the trace.
 
 `recompute` is the published loop, `cached` keeps keys and values, `compiled` runs a step without
-Python between its operations: plain C on a CPU, a CUDA graph on a GPU. All give the same tokens.
+Python between its operations: plain C on a CPU, a CUDA graph on a GPU. `cached` and `compiled`
+agree up to rounding; `recompute` agrees too, as long as a text fits in its window of 200 tokens.
 """
 
 import threading
@@ -74,8 +75,8 @@ def _prepare(model, on_gpu: bool) -> Prepared:
 
 
 def _graph_step(model) -> graph_step.GraphStep:
-    """Captured and checked with a prompt of three tokens and two steps. Fused by Triton, else
-    plain: it may be there without the C compiler that it needs."""
+    """The graph step, checked on a prompt of three tokens and two steps. Fused by Triton if that
+    works, else plain: Triton may be installed without the C compiler that it needs."""
     if reason := graph_step.obstacle(model.module):
         raise cpu_step.Unsupported(reason)
     step = graph_step.GraphStep(model)
@@ -91,8 +92,7 @@ def _graph_step(model) -> graph_step.GraphStep:
 
 
 def _cpu_step(model) -> cpu_step.CpuStep:
-    """Built, and checked with a prompt and 16 single tokens: a text that is longer than any sliding
-    window that fits."""
+    """The C step, checked on a prompt and 16 single tokens, past a sliding window of up to 1008."""
     step = cpu_step.CpuStep(model)
     room = getattr(step.config, "max_position_embeddings", MOST_CHECK_TOKENS)
     window = getattr(step.config, "sliding_window", None) or 0
@@ -106,9 +106,10 @@ def _cpu_step(model) -> cpu_step.CpuStep:
 
 
 def _check(model, rows: cpu_step.CpuRows | graph_step.GraphRows, calls: list[list[Piece]]) -> None:
-    """Raise Unsupported when logits of a text, whose pieces are run call by call, are too far from
-    the eager ones. In bf16 the median over positions counts, since single positions of the eager
-    model are off by more through its own rounding."""
+    """Raise Unsupported when the logits of a text, run call by call, are too far from eager ones.
+
+    fp32 is judged by its worst position, other dtypes by the median: rounding moves single ones.
+    """
     pieces = [piece for call in calls for piece in call]
     ids = torch.tensor([[id for piece in pieces for id in piece.ids]], device=model.torch_device)
     with torch.no_grad():

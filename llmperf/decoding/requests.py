@@ -13,7 +13,7 @@ WINDOW = 200  # tokens that the published loop looks back
 
 
 def graph_size(rows: int, length: int) -> tuple[int, int]:
-    """Rows and tokens that the static buffers of a CUDA graph have for so many."""
+    """Rows and tokens of a CUDA graph's static buffers: powers of two, at least 256 tokens."""
     return 1 << (rows - 1).bit_length(), max(256, 1 << (length - 1).bit_length())
 
 

@@ -15,9 +15,9 @@ from llmperf.decoding.loops import prepare
 from llmperf.decoding.requests import DEFAULT_LOOP, Request, Stop, check_length, graph_size
 from llmperf.decoding.sampling import Sampling, uniforms
 
-# Tokens of a prompt in one step, while other requests decode. In the step in C they are rows of the
-# same pass, and each prompt enters; elsewhere one prompt enters, in a pass of its own.
-PREFILL_TOKENS, PASS_TOKENS = 8, 64
+# Prompt tokens in one step while other requests decode. JOINT (the step in C): of every prompt, as
+# rows of the same pass. SEPARATE (elsewhere): of one prompt, in a pass of its own.
+JOINT_PREFILL_TOKENS, SEPARATE_PREFILL_TOKENS = 8, 64
 
 
 @dataclass
@@ -107,9 +107,10 @@ class Slots:
     def _pieces(self) -> list[Piece]:
         """The last token of each decoding request, and pieces of prompts: whole ones where no
         request decodes."""
-        waits = any(row and row.generated for row in self._rows)
+        any_decodes = any(row and row.generated for row in self._rows)
         together = isinstance(self._engine, cpu_step.CpuRows)
-        most = (PREFILL_TOKENS if together else PASS_TOKENS) if waits else None
+        most = JOINT_PREFILL_TOKENS if together else SEPARATE_PREFILL_TOKENS
+        most = most if any_decodes else None
         decoding, prompts = [], []
         for slot, row in enumerate(self._rows):
             if row and row.generated:
@@ -119,7 +120,7 @@ class Slots:
                 ids = prompt[row.cached :][:most]
                 whole = row.cached + len(ids) == len(prompt)
                 prompts.append(Piece(slot, ids, row.cached, whole))
-        return decoding + (prompts if together or not waits else prompts[:1])
+        return decoding + (prompts if together or not any_decodes else prompts[:1])
 
     def _take(self, slot: int, token: int) -> tuple[object, int, bool]:
         row = self._rows[slot]

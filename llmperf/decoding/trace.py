@@ -41,7 +41,7 @@ class Trace:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that came out, counted (invariant 3)."""
+        """Tokens that came out, counted."""
         return sum(len(r.tokens) for r in self.requests)
 
     def digest(self) -> str:
@@ -133,7 +133,7 @@ class Recorder:
         self._rows[id].update(status=status, reason=reason)
 
     def merge(self, rows: Iterable[dict]) -> None:
-        """Take over rows that an engine recorded, with times on this recorder's clock."""
+        """Take over an engine's rows; their `perf_counter` times become seconds of this run."""
         for row in rows:
             mine, started = self._rows[row["id"]], row["started_s"]
             mine.update(row, scheduled_s=mine["scheduled_s"], submitted_s=mine["submitted_s"])

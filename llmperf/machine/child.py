@@ -47,8 +47,8 @@ class Child:
         self._inbox: queue.Queue = queue.Queue()
         self._outbox: queue.Queue = queue.Queue()
         self._take = on_message or self._inbox.put
-        self._last_words = "none"
-        self._because = ""
+        self._last_stderr_line = "none"
+        self._kill_reason = ""
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
@@ -76,18 +76,18 @@ class Child:
         self._outbox.put(message)
 
     def receive(self, timeout_s: float) -> dict:
-        """The next message. Raises ChildDied when none comes in time (it is killed then)."""
+        """The next message. Raises ChildDied if the child ended or is too slow (then killed)."""
         deadline = time.monotonic() + timeout_s
         while True:
             with contextlib.suppress(queue.Empty):
                 message = self._inbox.get(timeout=SLICE_S)
                 if message is None:
                     self._inbox.put(None)  # for the next caller
-                    raise ChildDied(self.obituary())
+                    raise ChildDied(self.exit_message())
                 return message
             if time.monotonic() > deadline:
                 self.kill(f"no answer within {timeout_s:g} s")
-                raise ChildDied(self.obituary())
+                raise ChildDied(self.exit_message())
 
     def ask(self, timeout_s: float, **message) -> dict:
         """Send a message and return the next one that comes back."""
@@ -96,13 +96,13 @@ class Child:
 
     def kill(self, because: str = "") -> None:
         """End it now; `because` replaces its last words."""
-        self._because = self._because or because
+        self._kill_reason = self._kill_reason or because
         self.process.kill()
 
     def end(self) -> None:
         """Close its input, which tells it to go, and kill it when it stays. Repeatable.
 
-        Threads that read pipes which a child of its own holds open are left to end later.
+        A grandchild may hold the pipes open: the threads that read them are then left running.
         """
         self._outbox.put(None)
         try:
@@ -121,16 +121,16 @@ class Child:
     def __exit__(self, *_) -> None:
         self.end()
 
-    def obituary(self) -> str:
-        """One sentence: how the child ended, and its last words."""
+    def exit_message(self) -> str:
+        """How the child ended, and why it was killed or its last line on stderr: one sentence."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(EXIT_S)
         self.process.kill()  # where it closed its output and stays
         code = self.process.wait()
-        if not self._because:
+        if not self._kill_reason:
             self._threads[1].join(EXIT_S)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"the {self.name} ended ({how}): {self._because or self._last_words}"
+        return f"the {self.name} ended ({how}): {self._kill_reason or self._last_stderr_line}"
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # it has died; the reading thread says so
@@ -142,7 +142,7 @@ class Child:
     def _read_errors(self) -> None:
         with self.process.stderr as lines:
             for line in lines:
-                self._last_words = line.strip() or self._last_words
+                self._last_stderr_line = line.strip() or self._last_stderr_line
 
     def _read(self) -> None:
         with self.process.stdout as lines:

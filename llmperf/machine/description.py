@@ -17,7 +17,7 @@ import psutil
 from llmperf.machine import gpu
 from llmperf.machine.probes import PROBES, ask
 
-BUSY_CPU_PERCENT = 20.0  # of all cores, used by others, from which on a measurement is dirty
+BUSY_CPU_PERCENT = 20.0  # of all cores: if other programs use more, a measurement is disturbed
 BUSY_GPU_PERCENT = 10.0
 NVML_WINDOW_S = 1.0  # it averages over at most that long: wait until our own work has left it
 SCHEMA = 2  # of kept measurements; 2: read from huge pages, as the weights are
@@ -89,7 +89,7 @@ def _kept_file(kind: str, device: str) -> Path:
         cards, _ = ask(PROBES["gpus"])
         names = ("name", "driver", "power_limit_w", "memory_total_bytes")
         key["cards"] = [[card[name] for name in names] for card in cards or []]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    digest = _sha256(json.dumps(key, sort_keys=True))[:12]
     return cache_dir() / kind / f"{device.replace(':', '-')}-{digest}.json"
 
 

@@ -17,7 +17,7 @@ LONG_RUN_S = 0.06  # a product that takes this long is as efficient as it gets
 
 
 def seconds_of(run: Callable, wait: Callable, repeats: int, budget_s: float = 0.5) -> list[float]:
-    """Seconds of each run after one that does not count; at least three, then until the budget."""
+    """Seconds of up to `repeats` runs after a warm-up; past three, only while the budget lasts."""
     run()
     wait()
     samples, end = [], time.perf_counter() + budget_s

@@ -18,7 +18,7 @@ MOST_TOKENS = 10_000_000  # of all requests together: they are built before the 
 
 @dataclass(frozen=True)
 class Condition:
-    """A model, a strategy, and `level` requests in flight. Raises ValueError for what cannot be."""
+    """A model, a strategy, and `level` requests in all. Raises ValueError for invalid values."""
 
     model: Model
     strategy: str = "sequential"

@@ -125,7 +125,7 @@ def _row(r: RequestTrace, clock: str) -> dict:
 def _check_times(trace: Trace) -> None:
     """Raise ValueError unless all times are finite, in order, and before the end of the run."""
     if not 0 <= trace.duration_s < math.inf:
-        raise ValueError(f"the run lasted {trace.duration_s} s; a duration is finite and above 0")
+        raise ValueError(f"the run lasted {trace.duration_s} s; it must be finite and at least 0")
     for r in trace.requests:
         if r.status != OK:
             continue

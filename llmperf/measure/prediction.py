@@ -97,7 +97,7 @@ def check_fits(condition: Condition) -> None:
         return
     spec = _longest(condition)
     free, held = predict.free_and_held(m)
-    if known.served:  # their memory comes on top of this process's; what kept ones hold is theirs
+    if known.served:  # server processes need their own memory; what kept ones hold is available
         options = known.with_defaults(condition.options)
         spec = replace(spec, processes=1) if options.get("weights") == "shared" else spec
         single = predict.memory(replace(spec, processes=1), idle_bytes=0).low

@@ -35,7 +35,7 @@ class Record:
     condition: dict  # strategy, level, loop, options, model, dtype, weights, lengths, sampling
     repeat: int
     status: str = "ok"
-    kind: str = "measure"  # warmup, reference and watched runs are stored, and never counted
+    kind: str = "measure"  # or warmup, reference, watched, twin, failed: stored, and never counted
     reason: str | None = None  # why the status is not ok
     run_id: str = ""
     recorded_at: str = ""  # UTC, ISO 8601
@@ -117,7 +117,7 @@ class Store:
         self.path = Path(path)
         name = self.path.name
         if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{name} is no file: name a file for the records")
+            raise ValueError(f"{name} is not a file: name a file for the records")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # The system drops this lock when the process dies; stores of one process share it.
@@ -209,9 +209,9 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path.name} is no file of records")
+        raise ValueError(f"{path.name} is not a file of records")
     found: dict[str, Record] = {}
-    notes: dict[str, list[int]] = {}  # what is to be said → the lines that it is said of
+    notes: dict[str, list[int]] = {}  # message → line numbers
     number = bad = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -228,7 +228,7 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
                 if why:
                     notes.setdefault(why, []).append(number)
                 if bad > MOST_DAMAGED:
-                    raise EOFError(f"more than {MOST_DAMAGED:,} lines are no records")
+                    raise EOFError(f"more than {MOST_DAMAGED:,} lines are not records")
     except (EOFError, zlib.error, OSError) as error:
         notes[f"the file was read up to there ({error})"] = [number]
     _judge_again(found.values())
@@ -264,7 +264,7 @@ def _judge_again(found: Collection[Record]) -> None:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one that is too long only its start."""
+    """The lines of a file, each cut at MOST_LINE_BYTES."""
     while line := file.readline(MOST_LINE_BYTES):
         yield line
         while len(line) == MOST_LINE_BYTES and line[-1:] != b"\n":
@@ -276,9 +276,9 @@ def _parse(line: bytes, traces: bool = True) -> Record:
     try:
         data = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))  # an editor may add the mark
     except ValueError:
-        raise ValueError("torn, or no JSON") from None
+        raise ValueError("incomplete, or not JSON") from None
     if not isinstance(data, dict):
-        raise ValueError("no record")
+        raise ValueError("not a record")
     known = {k: v for k, v in data.items() if k in TYPES and v is not None}
     wrong = [k for k, v in known.items() if not isinstance(v, TYPES[k])]
     wrong += [k for k in ("experiment", "condition", "repeat") if k not in known]
@@ -291,7 +291,7 @@ def _parse(line: bytes, traces: bool = True) -> Record:
 
 
 def _usable(blocks: Mapping) -> bool:
-    """Whether what is read of the blocks without a further look has its type."""
+    """Whether the fields that are read without a check of their own have the right type."""
     c, cards = blocks["condition"], blocks.get("environment", {}).get("gpus") or []
     level, options = c.get("level"), c.get("options") or {}
     named = isinstance(c.get("strategy"), str) and isinstance(level, int) and level > 0

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from llmperf import decoding, machine, predict, strategies
 from llmperf.decoding.trace import Trace, agreement
-from llmperf.machine import ceilings
+from llmperf.machine import ceilings, gpu
 from llmperf.machine.gpu import torch_in_use
 from llmperf.measure import prediction, records, results
 from llmperf.measure.condition import Condition
@@ -65,7 +65,7 @@ def measure(
     session = _Session(experiment, conditions, store, expect, limits)
     kind = "watched" if watch else "measure"
     slots = [(i, kind) for i in range(len(conditions))] + [(0, "twin")] * twin
-    if device != "cpu":  # a kept process holds a copy of the model, which is asked for room below
+    if device != "cpu":  # end kept processes: their copies of the model occupy the card
         served.ensure_started(conditions[0].model, 0)
     predict.cap_allocator(conditions[0].model)
     wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
@@ -80,7 +80,7 @@ def measure(
 
 def environment(device: str = "cpu") -> dict:
     """This machine, asked once a process; of several cards the one in use first."""
-    found, index = _described(), int(device.partition(":")[2] or 0)
+    found, index = _described(), gpu.index(device)
     cards = found["gpus"]
     return {**found, "gpus": [*cards[index : index + 1], *cards[:index], *cards[index + 1 :]]}
 

@@ -1,6 +1,6 @@
 """The measured ledger: where the memory of a run went, entry by entry.
 
-What a level holds beyond the entries before it is an entry with a name.
+Each level's measured peak, less all entries before it, is one more entry.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ import torch
 
 from llmperf.models import cached_tensors
 
-# Name of the entry, its level, and the channel that holds it; each holds the ones before it.
+# (entry, level, channel): the channel's peak, less all entries before it, is the entry.
 GPU_LEVELS = (
     ("activations, logits, workspaces", "allocated", "allocated"),
     ("allocator slack", "reserved", "reserved"),

@@ -14,12 +14,12 @@ from llmperf.machine.gpu import torch_in_use
 from llmperf.memory.channels import CHANNELS, summary
 
 INTERVAL_S = 0.02
-STATS, NO_ALLOCATOR = ("current", "peak", "current"), "torch has no caching allocator on the CPU"
+NO_ALLOCATOR = "torch has no caching allocator on the CPU"
 ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its time
 
 
 class Sampler:
-    """Samples until closed; one window a measurement. A sampling process that dies is restarted.
+    """A sampling process. It samples inside each `window`; the next window replaces a dead one.
 
     `device`: torch's name of the model's device, by default the card that this process uses, else
     the CPU. For the CPU no card is watched.
@@ -65,8 +65,8 @@ class Sampler:
         found, died_now = ({}, died) if died else self._answer(do="stop")
         after = self._allocator()
         for name in ("allocated", "reserved"):  # before, torch's exact peak, now
-            key = f"{name}_bytes.all."
-            values = [x.get(key + k, 0) for x, k in zip((before, after, after), STATS, strict=True)]
+            now, peak = (f"{name}_bytes.all.{which}" for which in ("current", "peak"))
+            values = [before.get(now, 0), after.get(peak, 0), after.get(now, 0)]
             found[name] = summary(name, values if after else (), NO_ALLOCATOR)
         window |= {n: found.get(n) or summary(n, (), died or died_now) for n in CHANNELS}
 

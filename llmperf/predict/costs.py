@@ -38,7 +38,7 @@ def _pairs(new: int, past: int, window: int | None) -> int:
 
 
 def forward(spec: RunSpec, new: int, past: int = 0, logits: int = 1) -> Cost:
-    """One pass of all rows: `new` tokens each after `past` cached ones, `logits` with logits."""
+    """One pass: per row `new` tokens after `past` cached ones, with logits for `logits` of them."""
     shape, rows = spec.shape, spec.rows
     moved = weights_read(shape, spec.dtype, spec.quantization, rows * new)
     if spec.loop != "recompute":

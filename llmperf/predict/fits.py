@@ -1,4 +1,4 @@
-"""What fits a card: refused beforehand, with the arithmetic, and the largest that does fit.
+"""Does a run fit a card: the verdict with its arithmetic, and the largest setting that fits.
 
 Cards are known by name, from their data sheets.
 """

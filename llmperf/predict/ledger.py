@@ -103,8 +103,8 @@ def memory(
 def _peak(s: RunSpec) -> list[Line]:
     """What the largest moment needs beyond the weights and the final cache.
 
-    At least: one worker is at its widest, and a layer's intermediates are gone when the logits
-    come. At most: all threads are there at once, and both count.
+    Low: each process has one worker at its peak, and frees activations before its logits exist.
+    High: all workers peak at the same time, each with its activations and its logits.
     """
     positions = s.seen if s.loop == "recompute" else 1
     logits = s.rows * positions * s.shape.vocab * dtype_bytes(s.dtype)

@@ -50,7 +50,7 @@ class Audit:
 def audit(
     cost: Cost, seconds: float, bandwidth_bytes_s: float, flops_s: float | None = None
 ) -> Audit:
-    """Hold a measured time against what must move and run at least: above 1 it cannot be true.
+    """Compare a measured time with the least possible one: an MBU or MFU above 1 is impossible.
 
     `cost` is that of everything done in `seconds` (`run_cost`, times the batches or workers).
     """

@@ -15,7 +15,7 @@ class RunSpec:
 
     `rows` share a step, padded to `prompt_tokens`. `processes` each hold their own model; `threads`
     are the worker threads of a process (0: only the main thread). `masks`: see
-    `sizes.buffers`. Raises ValueError for words and sizes that cannot be.
+    `sizes.buffers`. Raises ValueError for an unknown word or a size that is too small.
     """
 
     shape: ModelShape

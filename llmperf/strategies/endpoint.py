@@ -234,7 +234,7 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
             " http://localhost:8000/v1"
         )
     if not os.environ.get(options["key_env"], "").isascii():
-        raise ValueError(f"the key in {options['key_env']} is no plain text: set it again")
+        raise ValueError(f"the key in {options['key_env']} has non-ASCII characters: set it again")
     if url.userinfo:
         raise ValueError(
             "the url names a password: set it in the environment and name it with key_env"

@@ -81,12 +81,10 @@ class InferenceLoop:
     def _read(self) -> None:
         """Take in what has come. An idle process waits for it, and for a group to fill."""
         while True:
-            wait = 0.0 if self._running else None
+            wait = 0.0 if self._running or self._waiting else None
             if self._waiting and not self._running and len(self._waiting) < self._slots.free:
                 oldest = next(iter(self._waiting.values()))[1]
                 wait = max(0.0, oldest + self._window_s - time.perf_counter())
-            elif self._waiting:
-                wait = 0.0
             try:
                 self._take(self._inbox.get(timeout=wait))
             except Empty:
@@ -187,7 +185,7 @@ def main() -> None:
     except Exception as error:
         parent.send(event="reply", error=_sentence(error))
         return
-    # The weights' file goes with the last process when nobody else is left to remove it.
+    # If the server was killed, its processes remove the folder of the shared weights.
     parent.listen(inbox.put, lambda: folder and shutil.rmtree(folder, ignore_errors=True))
     parent.send(event="reply", load_s=time.perf_counter() - start)
     InferenceLoop(parent, inbox, make_slots).forever()

@@ -44,8 +44,8 @@ class InferenceProcess:
     heard_s: float = 0.0  # time.monotonic of its last message
 
 
-def _closing(method: Callable) -> Callable:
-    """Close the server when `method` is interrupted: a late reply would answer a later question."""
+def _close_on_error(method: Callable) -> Callable:
+    """Close the server when `method` raises: a late reply would answer a later question."""
 
     @wraps(method)
     def called(self, *args, **how):
@@ -75,7 +75,7 @@ class Server:
     def __exit__(self, *_) -> None:
         self.close()
 
-    @_closing
+    @_close_on_error
     def start(self, processes: int) -> None:
         """Start processes until so many have loaded the model. Raises ServerFailed."""
         if not all(p.child.alive for p in self.processes):
@@ -106,7 +106,7 @@ class Server:
         """Ids of the inference processes from the `start`-th on."""
         return [p.child.pid for p in self.processes[start:]]
 
-    @_closing
+    @_close_on_error
     def run(
         self,
         workload: Workload,
@@ -149,7 +149,7 @@ class Server:
             traffic.recorder.ran(found["loop"], found["reason"])
         trace, reports = None, [{}] * processes
         try:
-            while traffic.unfinished():
+            while traffic.advance():
                 if event := self._receive(traffic.wait_s()):
                     traffic.take(*event)
             trace = traffic.recorder.trace()
@@ -176,7 +176,7 @@ class Server:
         except Empty:
             return None
         if message is None:
-            raise ServerFailed(self.processes[place].child.obituary())
+            raise ServerFailed(self.processes[place].child.exit_message())
         self.processes[place].heard_s = time.monotonic()
         return place, message
 
@@ -212,8 +212,8 @@ class _Traffic:
         self.batch_sizes: list[int] = []  # requests that started together
         self.recorder = Recorder(requests)  # the clock starts
 
-    def unfinished(self) -> bool:
-        """Admit what has arrived, end what is too late, hand out; whether anything is left."""
+    def advance(self) -> bool:
+        """Admit, expire and hand out requests, kill stalled processes; True while some are left."""
         now = self.recorder.now()
         while self._may_send() and self.arriving[0].arrival_s <= now:
             self._admit(self.arriving.popleft(), now)

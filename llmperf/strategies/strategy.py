@@ -12,12 +12,12 @@ Check = tuple[Callable[[object], bool], str]  # (whether a value can be, what it
 Count = Callable[[int, Mapping], int]  # (level, options) → a number
 ONE: Count = lambda level, options: 1  # noqa: E731
 RUN_OPTIONS = ("loop", "on_step")  # every run gets these from its condition
-OWN_LOOP = (None, "cached", "compiled")  # values of `loop` that a foreign engine accepts: defaults
+IGNORED_LOOPS = (None, "cached", "compiled")  # accepted by a foreign engine, which ignores them
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy decides only when and where a request runs. `level` is the requests in flight.
+    """A strategy decides only when and where a request runs. `level` is the number of requests.
 
     `run(model, workload, options) -> Trace` does the work; calling the Strategy checks first.
     """
@@ -38,7 +38,7 @@ class Strategy:
     served: bool = False  # inference runs in the kept server's processes
 
     def check(self, model: Model, level: int, options: Mapping) -> None:
-        """Raise ValueError, before any work, for options that cannot be."""
+        """Raise ValueError, before any work, for unknown options or invalid values."""
         for name in options.keys() - set(RUN_OPTIONS):
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
@@ -46,7 +46,7 @@ class Strategy:
             good, what = self.options[name]
             if not good(options[name]):
                 raise ValueError(f"{name} is {options[name]!r}: it must be {what}")
-        if self.foreign and options.get("loop") not in OWN_LOOP:
+        if self.foreign and options.get("loop") not in IGNORED_LOOPS:
             raise ValueError(f"{self.name} has its own decoding loop: leave loop at its default")
         if self.refuse:
             self.refuse(model, level, self.with_defaults(options))

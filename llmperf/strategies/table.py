@@ -13,7 +13,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def check(name: str, model: Model, level: int = 1, options: Mapping | None = None) -> None:
-    """Raise ValueError for an unknown strategy, or for options that cannot be."""
+    """Raise ValueError for an unknown strategy, too few requests, or invalid options."""
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}: choose {', '.join(STRATEGIES)}")
     if level < 1:

@@ -21,7 +21,7 @@ from llmperf.show import plots, side_by_side
 LOAD_PER_S, ANSWER_TOKENS = 1.0, 64  # what the recommendation is for, as in notebook 11
 MEMORY = "07-vram"  # the notebook that measures it: its process holds one model
 LARGER = "llama-3.1-8b", "bf16", "int4"  # a model that many ask for; its speed is arithmetic
-BUSY_SHARE = 0.2  # of the runs beside other programs, from which on the answer warns
+BUSY_SHARE = 0.2  # the answer warns if other programs ran beside at least this share of the runs
 CARD_TEXT = 0.93  # of the card's height, for the lines
 CARD_STYLE = (
     "margin:0;width:1200px;height:630px;box-sizing:border-box;padding:48px 60px;overflow:hidden;"

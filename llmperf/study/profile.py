@@ -25,7 +25,7 @@ WORDS = {  # of a parameter, or of the entries of a list
     "loop": decoding.LOOPS,
     "quantizations": models.QUANTIZATIONS[1:],
 }
-CHECKED_BY_ROOM = ("slo", "peers", "endpoint")
+CHECKED_WHERE_USED = ("slo", "peers", "endpoint")
 MAY_BE_ZERO = {("11-verdict", "new_tokens")}
 
 
@@ -66,7 +66,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, what: str) -> object:
-    """Plain data from YAML. Raises ValueError, one sentence that begins with `what`, for others."""
+    """Parse YAML into plain data. Raises ValueError, one sentence that begins with `what`."""
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{what} has {len(text):,} characters: at most {MOST_CHARACTERS:,}")
     try:
@@ -193,7 +193,7 @@ def check_steps(steps: Mapping) -> None:
         if stem not in every:
             raise ValueError(f"there is no notebook {stem!r:.60}: choose {', '.join(every)}")
         if not isinstance(given, dict):
-            raise ValueError(f"the parameters of notebook {stem} are no mapping: {given!r:.60}")
+            raise ValueError(f"the parameters of notebook {stem} are not a mapping: {given!r:.60}")
         defaults = parameters_of(every[stem])
         for name, value in given.items():
             _check_known(name, defaults, f"notebook {stem}")
@@ -235,14 +235,14 @@ def _check_value(stem: str, name: str, value, default) -> None:
             above = {0: "from 0 on", 1: "from 1 on"}.get(least, "above 0")
             kind = "whole numbers" if kinds == (int,) else "numbers"
             raise ValueError(f"{what}: it takes {kind} {above}, for instance {default!r}")
-    if name in CHECKED_BY_ROOM:
-        _check_by_room(what, name, value)
+    if name in CHECKED_WHERE_USED:
+        _check_where_used(what, name, value)
     if name == "rates" and not (len(value) == 2 and value[0] < value[1]):
         raise ValueError(f"{what}: give the lowest and the highest rate, for instance {default!r}")
 
 
-def _check_by_room(what: str, name: str, value) -> None:
-    """Raise ValueError for limits, engines, and options of an endpoint that cannot be."""
+def _check_where_used(what: str, name: str, value) -> None:
+    """Raise ValueError for invalid limits, engines, or endpoint options."""
     from llmperf.measure import metrics  # torch is imported with them
     from llmperf.strategies import STRATEGIES
     from llmperf.strategies.peer import ENGINES

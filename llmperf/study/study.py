@@ -51,7 +51,7 @@ def start(profile: Profile, only=(), overrides=None, out: Path | str | None = No
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"the output folder {folder!r} is no UTF-8 text: name another") from None
+        raise ValueError(f"the output folder {folder!r} is not UTF-8 text: name another") from None
     if (folder / "run.yaml").exists():
         raise ValueError(f"{folder.name} already holds a run: use --resume, or another --out")
     state = State(profile.name, steps, profile.timeout_s, started=f"{now:%Y-%m-%d %H:%M}")
@@ -129,7 +129,7 @@ def _past_seconds() -> dict[str, float]:
 
 def _time_left(stems: list[str], taken: Mapping, past: Mapping) -> str:
     """By past runs, at the pace of the notebooks that this run has `taken`; nothing for a notebook
-    that never ran. The first two are no measure: what they fetch and find is kept for the next."""
+    that never ran. 00 and 01 set no pace: what they download and measure stays in the cache."""
     if not past.keys() >= set(stems):
         return ""
     both = {stem for stem in taken.keys() & past.keys() if stem >= "02"}

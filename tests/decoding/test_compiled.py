@@ -145,7 +145,7 @@ def test_tokens_do_not_depend_on_who_shares_the_slots(loaded, seed, monkeypatch)
     stop = Stop(end_ids=frozenset({dice.randrange(90)}))
     alone = [batch(model, [r], "cached", DRAWN, stop)[0] for r in asked]
     dropped = dice.sample(range(12), 3)
-    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", dice.choice((1, 4, 64)))
+    monkeypatch.setattr(slots_file, "JOINT_PREFILL_TOKENS", dice.choice((1, 4, 64)))
     slots = Slots(model, dice.randint(1, 5), 64, sampling=DRAWN, stop=stop)
     found = served(slots, asked, lambda _: dice.randint(0, 3), dropped)
     for i, (tokens, expected) in enumerate(zip(found, alone, strict=True)):
@@ -258,7 +258,7 @@ def test_slots_refuse_the_loop_without_a_cache(loaded):
 
 def test_prefill_in_pieces_lets_running_requests_go_on(loaded, monkeypatch):
     """While a prompt of 40 enters in pieces of 8, the other request gets a token in each step."""
-    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(slots_file, "JOINT_PREFILL_TOKENS", 8)
     slots = Slots(loaded("llama"), 2, 64)
     slots.admit("runs", requests((3,), 20)[0])
     slots.step()
@@ -272,7 +272,7 @@ def test_prefill_in_pieces_lets_running_requests_go_on(loaded, monkeypatch):
     [("compiled", [[], [1, 2]]), ("cached", [[1], [1, 2]])],  # in one pass; one after another
 )
 def test_prompts_that_wait_enter_by_what_a_pass_can_hold(loaded, loop, steps, monkeypatch):
-    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(slots_file, "JOINT_PREFILL_TOKENS", 8)
     slots = Slots(loaded("llama"), 3, 64, loop=loop)
     slots.admit(0, requests((3,), 20)[0])
     slots.step()
@@ -282,7 +282,7 @@ def test_prompts_that_wait_enter_by_what_a_pass_can_hold(loaded, loop, steps, mo
 
 
 def test_prompts_enter_whole_where_no_request_waits_for_them(loaded, monkeypatch):
-    monkeypatch.setattr(slots_file, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(slots_file, "JOINT_PREFILL_TOKENS", 8)
     slots = Slots(loaded("llama"), 2, 64)
     for key in range(2):
         slots.admit(key, Request(key, tuple(range(3, 43)), 4))
@@ -480,7 +480,7 @@ def test_rows_of_a_graph_give_the_tokens_of_cached(case, monkeypatch):
     monkeypatch.setitem(loops._chosen, model.module, step)
     asked = requests((9, 4, 17, 1))
     assert batch(model, asked, "compiled") == batch(model, asked, "cached")
-    monkeypatch.setattr(slots_file, "PASS_TOKENS", 4)
+    monkeypatch.setattr(slots_file, "SEPARATE_PREFILL_TOKENS", 4)
     slots = Slots(model, 3, 64, sampling=DRAWN)
     assert served(slots, asked) == [batch(model, [r], "cached")[0] for r in asked]
 

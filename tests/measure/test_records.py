@@ -138,8 +138,14 @@ def test_a_second_process_may_not_write_until_the_first_is_gone(tmp_path):
 
 
 DAMAGED = {
-    "torn, or no JSON": [b"not json", b'{"experiment": "03', b"[" * 100_000, b"\xff\xfe", b"NaN"],
-    "no record": [b"[1, 2]", b"3", b'"text"', b"null"],
+    "incomplete, or not JSON": [
+        b"not json",
+        b'{"experiment": "03',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"NaN",
+    ],
+    "not a record": [b"[1, 2]", b"3", b'"text"', b"null"],
     "repeat: missing": [b'{"experiment": "x", "condition": {"strategy": "s", "level": 1}}'],
     "metrics: missing or of another type": ["metrics", [1]],
     "repeat: missing or of another type": ["repeat", "one"],
@@ -188,7 +194,7 @@ def test_a_line_too_long_is_left_out_unread(store, monkeypatch):
         file.write(b"x" * 9000 + b"\n")
     store.append(replace(FIRST, repeat=1))
     found, left_out = records.scan(store.path)
-    assert len(found) == 2 and len(left_out) == 1 and "no JSON" in left_out[0]
+    assert len(found) == 2 and len(left_out) == 1 and "not JSON" in left_out[0]
 
 
 def test_a_file_of_other_lines_is_not_read_to_its_end(store, monkeypatch):

@@ -49,7 +49,7 @@ def test_a_folder_of_a_model_is_found_from_where_the_notebooks_run(tmp_path, mon
         (Profile("p", notebooks={"07-none": {}}), "there is no notebook '07-none'"),
         (Profile("p", parameters={"level": "4"}), "'4', of type str: it must be of type int"),
         (Profile("p", parameters={"level": True}), "True, of type bool: it must be of type int"),
-        (Profile("p", notebooks={"03-third": 4}), "are no mapping: 4"),
+        (Profile("p", notebooks={"03-third": 4}), "are not a mapping: 4"),
         (Profile("p", parameters={"records": "x"}), "set by the study itself"),
         (Profile("p", parameters={"sizes": [b"x"]}), r"is \[b'x'\]: use text"),
         (Profile("p", parameters={"sizes": [{1: 2}]}), "mappings with text keys"),

@@ -172,7 +172,7 @@ DAMAGED = {
 
 
 def test_a_folder_whose_name_is_no_text_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match="is no UTF-8 text: name another"):
+    with pytest.raises(ValueError, match="is not UTF-8 text: name another"):
         study.start(Profile("p"), out=f"{tmp_path}/x\udcff")
 
 

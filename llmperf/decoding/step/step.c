@@ -67,6 +67,12 @@ static void normalise(float *to, const float *from, Norm norm, int n, int centre
     to[i] = (from[i] - mean) * scale * norm.weight[i] + (norm.bias ? norm.bias[i] : 0);
 }
 
+// Add what a block has computed, normalised, to the residual (Gemma).
+static void add_normed(float *row, float *add, Norm norm, const Model *m) {
+  normalise(add, add, norm, m->hidden, m->centred, m->epsilon);
+  for (int i = 0; i < m->hidden; i++) row[i] += add[i] * m->residual_scale;
+}
+
 INLINE float number(const void *from, int64_t at, int dtype) {
   if (dtype == OF_F32) return ((const float *)from)[at];
   uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
@@ -243,11 +249,8 @@ static void forward(const void *model, const void *step, Team *team, int thread)
     if (l->out.kind != OF_F32) FOR_ITEMS(r, rows) narrow(in, r, 0, queries, l->out.kind);
     products(team, &l->out, 1, in, l->after_attention.weight ? to_extra : to_x);
     FOR_ITEMS(r, rows) {
-      float *row = x + r * hidden, *add = extra + r * hidden;
-      if (l->after_attention.weight) {
-        normalise(add, add, l->after_attention, m->hidden, m->centred, m->epsilon);
-        for (int i = 0; i < m->hidden; i++) row[i] += add[i] * m->residual_scale;
-      }
+      float *row = x + r * hidden;
+      if (l->after_attention.weight) add_normed(row, extra + r * hidden, l->after_attention, m);
       normalise(full + r * stride, row, l->feed_norm, m->hidden, m->centred, m->epsilon);
       narrow(in, r, 0, m->hidden, l->up[0].kind);
     }
@@ -265,11 +268,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
     }
     products(team, &l->down, 1, in, l->after_feed.weight ? to_extra : to_x);
     if (l->after_feed.weight)
-      FOR_ITEMS(r, rows) {
-        float *row = x + r * hidden, *add = extra + r * hidden;
-        normalise(add, add, l->after_feed, m->hidden, m->centred, m->epsilon);
-        for (int i = 0; i < m->hidden; i++) row[i] += add[i] * m->residual_scale;
-      }
+      FOR_ITEMS(r, rows) add_normed(x + r * hidden, extra + r * hidden, l->after_feed, m);
   }
   FOR_ITEMS(w, s->wanted_count) {
     normalise(full + w * stride, x + s->wanted[w] * hidden, m->final_norm, m->hidden, m->centred,

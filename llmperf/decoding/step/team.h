@@ -67,7 +67,7 @@ static struct {
   const void *model, *step;
   Team team;
   _Atomic uint64_t run;  // 256 x the number of this run, plus its threads
-  uint64_t born;         // the run before the one that the newest threads were started for
+  uint64_t born;         // `run` when the newest threads were started: they wait for the next one
   int started;
   char asleep[MOST_THREADS + 1];
 } pool;
