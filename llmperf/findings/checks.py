@@ -11,7 +11,7 @@ from llmperf.machine import GIB
 
 HOLDS, FAILS, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 LEAST_RANGE = 3  # repeats on each side from which full separation has a chance of at most 1 in 20
-GIL = "note_gil_contention"  # the metric that runs of kind `watched` have
+GIL = "note_gil_contention"  # the one metric that is taken from runs of kind `watched`
 EQUAL_STEPS = 1.25  # memory steps of equal processes; the published ones are rounded to 0.1 GB
 Row = Mapping[str, object]
 
@@ -40,7 +40,7 @@ def ratio(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked 
 
 
 def steps(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked | None:
-    """Equal memory steps from level to level, each of the weights at least; the first dearer."""
+    """Each further process takes equal memory, at least its weights; the first takes even more."""
     names = [check["metric"]] if strict else [check["metric"], check["instead"]]
     for metric in names:
         used = {k: samples(rows, {**check["of"], "level": k}, n, metric) for k in range(1, n + 1)}
@@ -111,7 +111,7 @@ def samples(rows: Sequence[Row], side: Mapping | Sequence, n: int, metric: str) 
             and ("loop" not in s or r.get("loop", "cached") in s["loop"])
             # Ten requests through two workers say nothing of ten workers, unless they arrive.
             and (r.get("arrivals") or r.get("option_workers", level) == level)
-            and (r.get("kind") != "watched" or metric == GIL)  # the watch makes it slower
+            and (r.get("kind") != "watched" or metric == GIL)  # gilknocker slows the run down
         ]
         scale, name = n if "times" in s else 1, s.get("metric", metric)
         nearest = _nearest_variant(found, s.get("options", {}))

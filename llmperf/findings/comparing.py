@@ -13,7 +13,7 @@ from llmperf.measure import frame
 
 RUN_TO_RUN = 0.10  # without A/A data: two launches of one machine may differ by as much
 LEAST_MARGIN = 0.05
-ACROSS = "Different machines: the ratio is of machine, software and minute together."
+ACROSS = "Different machines: the ratio mixes hardware, software and the time of measuring."
 PACKAGES = ("torch", "transformers", "triton", "numpy", "torchao", "gptqmodel", "bitsandbytes")
 CARD = ("name", "driver", "driver_model", "memory_total_bytes", "power_limit_w", "pcie_gen_max",
         "pcie_width_max", "compute_capability")  # fmt: skip
@@ -66,7 +66,7 @@ class RunComparison:
     differs: pd.DataFrame  # a row a fact of the machines that differs, a column a run
     table: pd.DataFrame  # medians; rows are strategies and levels, columns runs and their work
     pairs: tuple[Pair, ...]  # on the same hardware
-    across: tuple[Pair, ...]  # the first run against those on other hardware
+    across: tuple[Pair, ...]  # the first run against the first run of each other hardware
     alone: pd.DataFrame  # medians of the conditions that are in no pair, a column a run
 
     def __str__(self) -> str:
@@ -120,8 +120,8 @@ def _ratio_text(row) -> str:
 
 
 def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> RunComparison:
-    """Put runs side by side, and compare in `quantity` those on the same hardware, and the first
-    with those on another.
+    """Put runs side by side. Compare `quantity` on each hardware, its first run with its others,
+    and across hardware, the first run of the first one with the first run of each other one.
 
     Raises ValueError when there is nothing to compare, or no record has that quantity.
     """

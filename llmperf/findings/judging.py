@@ -126,7 +126,8 @@ def _judge(claim: Claim, rows: Sequence[Row]) -> Verdict:
 
 
 def _by_setting(claim: Claim, rows: Sequence[Row], strict: bool) -> list[Part]:
-    """What each setting says: settings of one experiment, else those of several together."""
+    """One Part per setting and experiment; if there is none, per setting over all experiments.
+    `strict`: only rows on the claim's device and platforms, with its number of new tokens."""
     rows = [
         r
         for r in rows
@@ -165,7 +166,7 @@ def _part(claim: Claim, rows: Sequence[Row], strict: bool) -> Part | None:
 
 
 def _joined(found: Sequence[Checked]) -> tuple[str, str]:
-    """One counterexample refutes; one that cannot be told leaves the whole so."""
+    """(verdict, points_to) of all checks: one FAILS decides, then one CANNOT_TELL, else HOLDS."""
     verdicts, points = {x.verdict for x in found}, {x.points_to for x in found}
     verdict = next((v for v in (FAILS, CANNOT_TELL) if v in verdicts), HOLDS)
     return verdict, FAILS if FAILS in points else HOLDS

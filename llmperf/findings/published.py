@@ -126,9 +126,9 @@ def yi_deployment() -> pd.DataFrame:
     """Yi's deployment table, which the publication quotes, each cell with its implied length.
 
     A cell is taken as weights and workspace at rest (`rest_gb`) plus the cache of `batch_size`
-    rows; `tokens` is what is left over bytes per token, `tokens_low` and `tokens_high` for a cell
-    rounded to whole GB. `predicted_gb` puts the median length of the model's batches from 16 up
-    (where the rounding matters least) into all its cells.
+    rows. `tokens` is (cell - `rest_gb`) divided by the cache bytes of one position in all rows;
+    `tokens_low` and `tokens_high` allow for a cell rounded to whole GB. `predicted_gb` uses, in all
+    cells of a model, the median `tokens` of its batches from 16 up: rounding matters least there.
     """
     rows = table("yi_vram").astype({"quantization": object})
     shapes = [models.shape_of(preset) for preset in rows.preset]

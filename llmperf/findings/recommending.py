@@ -30,8 +30,8 @@ class Recommendation:
     """The option to run, whether it keeps what was asked, and what that rests on."""
 
     name: str
-    share: float  # of the simulated requests, within the limits
-    machines: int | None  # as many as this carry the load; None: no number of them does
+    share: float  # of the simulated requests, within the limits when one machine takes the load
+    machines: int | None  # the fewest that carry the load; None: no number in MACHINES does
     basis: str  # `5 runs`; `2 runs: no interval`
     sentences: tuple[str, ...]  # what to run, what that rests on, what is extrapolated
 
@@ -113,9 +113,9 @@ def recommend(
 ) -> Recommendation:
     """The one of these `options` to run for `load_per_s` arriving requests a second.
 
-    Of the options that keep 90 % of the simulated requests within `slo` (ms), the one with the
-    shortest median answer; of none, the one that keeps most. `new_tokens` is the length of an
-    answer (default: the longest that was measured).
+    Options are ranked by the share of simulated requests within `slo` (ms), 99 % and more counting
+    as equal, then by the shorter median answer. `machines` is the fewest with which the best option
+    keeps 90 %. `new_tokens` is the length of an answer (default: the longest that was measured).
     """
     if not load_per_s > 0:
         raise ValueError(f"the load is {load_per_s} requests/s: it must be above 0")

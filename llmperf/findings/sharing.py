@@ -60,7 +60,7 @@ def _picked(values: Mapping, block: str) -> dict:
 
 
 def without_free_text(value, field: str = ""):
-    """The value with its numbers; of its texts those in a field of `words`, else None."""
+    """Numbers stay; a text stays only in a field listed under `words`, and is None elsewhere."""
     if isinstance(value, Mapping):
         return {k: without_free_text(v, k) for k, v in value.items() if FIELD_NAME.fullmatch(k)}
     if isinstance(value, list | tuple):

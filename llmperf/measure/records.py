@@ -205,7 +205,7 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
 
     Of a newer schema the known fields are read; of an older one the missing fields get their
     defaults. Without `traces` the requests of each trace are dropped. Raises ValueError when the
-    path is no file.
+    path is not a file.
     """
     path = Path(path)
     if not path.is_file():

@@ -8,7 +8,6 @@ __getattr__, __all__ = lazy_face(
     loading="EMBEDDED LoadSpec Model byte_tokenizer load other_models",
     embedded="ModelUnavailable",
     quantization="CHECKPOINT QUANTIZATIONS converted scheme stored",
-    quantize="layer",
     meta="cached_tensors with_cache",
     shape="CacheLayer ModelShape Tensor",
 )

@@ -25,7 +25,8 @@ SCHEMA = 6  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 WEIGHTS = ("auto", "trained", "random")
-MOST_LAYERS, LARGEST = 500, 100_000_000  # of a count: whose key has the word layer, of any
+MOST_LAYERS = 500  # the highest value accepted of a number whose key contains "layer"
+LARGEST = 100_000_000  # the highest value accepted of any other integer, token ids left out
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys for their number
 SLICE = re.compile(r"(.+):layers=(\d+)")  # the first layers of a model, which has random weights
 HUB_S = 3.0  # the hub answers sooner, or there is no network

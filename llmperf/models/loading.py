@@ -107,7 +107,7 @@ def load(
     else:  # loading warms the allocator up with the model's size: give that back
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    if spec.quantization == "none":  # another process is asked for the same
+    if spec.quantization == "none":  # stays in `spec`: another process must load the same
         shape = replace(shape, quantization=None)
     else:
         spec = replace(spec, quantization=word)
@@ -204,10 +204,8 @@ def _weights_complete(folder: Path) -> bool:
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
     try:
-        names = sorted(
-            set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
-        )
-        names = [name.strip() for name in names]
+        mapping = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        names = sorted({name.strip() for name in mapping.values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index.name} of {folder.name} names no file for each tensor") from None
     for name in names:
@@ -226,7 +224,7 @@ def _trained(folder: Path, spec: LoadSpec):
     ours, how = word in OURS, {}  # ours: loaded as it is, then converted layer by layer
     if declared is None and "quantization_config" in plain:  # of compressed-tensors
         if word in BNB:
-            raise ValueError(f"these weights are compressed: {word} cannot follow, leave it None")
+            raise ValueError(f"{word} cannot convert compressed weights: leave quantization None")
         compressed = {**plain["quantization_config"], "dequantize": True}
         plain = {**plain, "quantization_config": compressed}
     if declared is None and word in BNB:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Cache, DynamicCache
-from transformers import initialization as initialisation
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, initialization
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -78,7 +77,7 @@ def _shape(config) -> ModelShape:
 
 
 def _module_of(config):
-    with torch.device("meta"), initialisation.no_init_weights():
+    with torch.device("meta"), initialization.no_init_weights():
         module = AutoModelForCausalLM.from_config(
             config, dtype=PASS_DTYPE, experts_implementation="batched_mm"
         )
@@ -193,8 +192,8 @@ def _cache_layer(layer, before: dict, after: dict) -> CacheLayer:
 def _split(flops: list[float], states: bool) -> tuple[float, float, float]:
     """FLOPs of a token, of a pair of query and key, and of a cached token in each step.
 
-    A pass over n tokens after p cached ones takes n token + n (n + p) pair + p past. Linear
-    attention works in chunks when it prefills, so there only the steps are used.
+    FLOPs of a pass over n tokens after p cached ones: n * token + n * (n + p) * pair + p * past.
+    With linear attention (`states`) a prefill works in chunks, so only the two steps are used.
     """
     first, second, third = flops
     slope = third - second  # pair + past

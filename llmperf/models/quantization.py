@@ -95,9 +95,9 @@ def check(word: str | None, dtype: str, device: str) -> None:
 
 
 def word_of_random(word: str | None, declared: str | None) -> str | None:
-    """What to convert random weights to: those of a quantised checkpoint to 4 bits as well."""
+    """What to convert random weights to: `word`, or bnb-4 if it is None and `declared` is not."""
     if word not in CONVERSIONS:
-        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(QUANTIZATIONS)}")
+        raise ValueError(f"random weights cannot be in {word}: choose {', '.join(CONVERSIONS[1:])}")
     return word or ("bnb-4" if declared else None)
 
 

@@ -89,8 +89,8 @@ class ModelShape:
         return self.past_flops > 0
 
     def widths(self, *roles: str) -> set[tuple[int, int]]:
-        """Of each block of these roles: outputs of all its linear layers but the last, and the
-        inputs of the last. Experts count as often as a token passes one."""
+        """For each block of these roles: (outputs of its linear layers but the last, added up;
+        inputs of the last). Layers of experts count once per expert that a token uses."""
         blocks: dict[tuple, list[Tensor]] = {}
         for t in self.tensors:
             if t.role in roles and (t.linear or t.role == "expert") and t.columns > 1:

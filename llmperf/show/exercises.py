@@ -53,8 +53,7 @@ def _check_function(exercise: Mapping, function: Callable) -> str:
         try:
             found = function(*deepcopy(case["of"]))  # it may change a list that it is given
         except Exception as error:  # of the reader's code, of any kind
-            text = f"{call} raises {type(error).__name__}: {error}"
-            return f"{text}. Hint: {exercise['hint']}"
+            return f"{call} raises {type(error).__name__}: {error}. Hint: {exercise['hint']}"
         if found is None and not i:
             return "write your code above, then run this cell again."
         if wrong := _wrong(found, case["gives"], exercise.get("rel", REL)):
@@ -87,9 +86,9 @@ def _wrong(found: object, right: object, rel: float) -> str:
 
 
 def race(name: str, generate: Callable, model: Model, prompt: Sequence[int], new: int) -> None:
-    """Print whether `generate(step, ids, new)` gives the tokens of the loop `cached`, and how fast,
-    beside the kit's loops: a list of `new` tokens, greedily. ids (1, tokens); `step(ids, cache)`
-    gives logits (1, tokens, vocabulary) and the cache, which is None at first."""
+    """Print whether the reader's `generate(step, ids, new)` lists the `new` greedy tokens of the
+    loop `recompute` or `cached`, and the tokens/s of all three. ids: (1, tokens).
+    `step(ids, cache)` gives logits (1, tokens, vocabulary) and the cache; it is None at first."""
     ids = torch.tensor([prompt], device=model.torch_device)
     asked = [Request(0, tuple(prompt), new)]
 

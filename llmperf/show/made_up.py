@@ -36,7 +36,7 @@ def request(id: int, scheduled_s: float, submitted_s: float, token_s, started_s=
 
 
 def three_requests() -> Trace:
-    """A prompt answer, a long one with a pause of half a second, and a short one that waited."""
+    """A quick answer, a long one with a pause of half a second, and a short one that waited."""
     pause = np.r_[0.6 + 0.05 * np.arange(4), 1.25 + 0.05 * np.arange(5)]
     rows = (
         request(0, 0.0, 0.0, 0.2 + 0.05 * np.arange(5), started_s=0.0),

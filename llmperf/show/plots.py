@@ -68,8 +68,8 @@ def caption(
 ) -> None:
     """Under the figure: machine, model, what was drawn, and whether a run was unstable.
 
-    `curve` and `bars` leave in the figure what they drew. `origin` stands in place of the machine
-    where nothing was measured on one.
+    `curve` and `bars` name what they drew in the artists' `gid`, from where it is read. `origin`
+    replaces the machine where nothing was measured on one.
     """
     lines = [origin or _machines(frame), note]
     if not origin and frame is not None and len(frame):

@@ -48,8 +48,9 @@ def ratio_sentence(
 
 
 def ratio(frame: pd.DataFrame, quantity: str, a: str | Mapping, b: str | Mapping) -> Interval:
-    """`a` over `b`, each a label or values of columns, in a column. Rounds that hold both are
-    compared in pairs; without runs of one of them the value is None."""
+    """The ratio of `quantity`, rows of `a` over rows of `b`; each is a label, or maps columns to
+    values. Where two or more rounds hold both, they are compared in pairs. If `a` or `b` has no
+    runs, the value is None."""
     left, right = (_samples(frame, quantity, side) for side in (a, b))
     common = left.index.intersection(right.index)
     if pairs := len(common) > 1:

@@ -20,9 +20,9 @@ MODEL = ["model", "dtype", "quantization", "weights", "loop", "hardware", "os"]
 
 
 def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
-    """The runs of the model, dtype, loop and machine with the most of them: of every strategy the
-    setting and variant with the most levels, and of those the fastest. The option with the most
-    tokens/s of all comes last where it is none of these."""
+    """The runs to draw, all of the model, dtype, loop and machine that has the most runs: of each
+    strategy the setting and variant with the most levels, of equals the fastest. If the option with
+    the most tokens/s of all runs is not among them, its runs are added last."""
     rows = measure.frame(r for r in records if r.counts and not r.condition.get("arrivals"))
     if not len(rows):
         return rows

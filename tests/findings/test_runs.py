@@ -273,7 +273,7 @@ def test_what_may_not_be_compared(tmp_path):
     )
     apart = findings.compare_runs([other[0], *card])
     assert not apart.pairs and apart.across[0].verdict.startswith("cannot tell: none of 3")
-    assert "Different machines: the ratio is of machine, software" in str(apart)
+    assert "Different machines: the ratio mixes hardware, software" in str(apart)
     with pytest.raises(ValueError, match="choose one of .*ttft_ms"):
         findings.compare_runs(other, "speed")
 

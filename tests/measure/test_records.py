@@ -210,7 +210,7 @@ def test_a_pipe_and_a_folder_are_refused_at_once(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     for name in ("pipe.jsonl", "folder.jsonl"):
         for attempt in (Store, records.scan):
-            with pytest.raises(ValueError, match="no file"):
+            with pytest.raises(ValueError, match="is not a file"):
                 attempt(tmp_path / name)
 
 
