@@ -6,5 +6,5 @@ __getattr__, __all__ = lazy_face(
     __name__,
     channels="CHANNELS GPU_CHANNELS summary",
     sampler="INTERVAL_S Sampler",
-    measured="Entry ledger",
+    measured="ledger",
 )

@@ -1,7 +1,6 @@
 """Exercises: the answers are in `exercises.yaml`, the solutions in `notebooks/solutions.md`."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -14,6 +13,7 @@ from transformers import DynamicCache
 
 from llmperf import decoding
 from llmperf.decoding import GREEDY, LOOPS, Request
+from llmperf.machine.rates import seconds_of, waiter
 from llmperf.models import Model, with_cache
 
 REL = 0.02  # how far a number may be off, unless the exercise says
@@ -33,15 +33,16 @@ def check(name: str, answer: object) -> None:
     if name not in exercises():
         raise ValueError(f"there is no exercise {name!r}: choose {', '.join(exercises())}")
     exercise = exercises()[name]
-    wanted = "function" if "cases" in exercise else "value"
-    if answer is not None and callable(answer) != (wanted == "function"):
-        said = f"give the {wanted} itself" + ", without calling it" * (wanted == "function")
-    elif wanted == "function" and answer:
-        said = _check_function(exercise, answer)
-    elif answer is None:
+    if answer is None:
         said = "write your answer above, then run this cell again."
+    elif callable(answer) and "cases" in exercise:
+        said = _check_function(exercise, answer)
+    elif "cases" in exercise:
+        said = "give the function itself, without calling it"
+    elif callable(answer):
+        said = "give the value itself"
     else:
-        wrong = _wrong(answer, exercise.get("answer"), exercise.get("rel", REL))
+        wrong = _wrong(answer, exercise["answer"], exercise.get("rel", REL))
         said = f"{wrong}. Hint: {exercise['hint']}" if wrong else "right."
     print(f"{name}: {said}")
 
@@ -108,15 +109,7 @@ def race(name: str, generate: Callable, model: Model, prompt: Sequence[int], new
         elif (tokens := [int(x) for x in found]) not in (right := [*map(loop, LOOPS[:2])]):
             said = f"the tokens differ: {tokens!r:.60} instead of {right[1]!r:.60}"
         else:
-            speeds = [f"{way} {new / _fastest_s(run):.0f}" for way, run in ways.items()]
+            took = {way: min(seconds_of(run, waiter(model.device), 3)) for way, run in ways.items()}
+            speeds = [f"{way} {new / seconds:.0f}" for way, seconds in took.items()]
             said = f"right. Tokens/s: {', '.join(speeds)}."
     print(f"{name}: {said}")
-
-
-def _fastest_s(run: Callable, repeats: int = 3) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
