@@ -32,8 +32,8 @@ def _at(tensor: torch.Tensor):
 class CpuStep:
     """The step of one model: tokens of any slots and positions in, logits out.
 
-    It reads the model's own weights; `extra_bytes` are copies: small vectors in fp32, and a Conv1D
-    (GPT-2), which holds its weight transposed. Raises Unsupported.
+    It reads the model's own weights; `extra_bytes` are copies: small vectors in fp32, the scales
+    of 4-bit weights, and a Conv1D (GPT-2), which holds its weight transposed. Raises Unsupported.
     """
 
     def __init__(self, model):
@@ -225,11 +225,12 @@ class CpuStep:
         return _at(made)
 
     def _matrix(self, linear) -> dict:
-        weight, scale = linear.weight.detach(), getattr(linear, "scale", None)
+        weight = (linear.whole if hasattr(linear, "whole") else linear.weight).detach()
+        scale = getattr(linear, "scale", None)
         quantised = weight.dtype in (torch.int8, torch.uint8)
         if weight.dtype not in KINDS or quantised != (scale is not None):
             raise Unsupported(f"its {type(linear).__name__} holds {weight.dtype}")
-        (rows, columns), address, group = weight.shape, _at(weight), 0
+        (rows, columns), address, group, packed = weight.shape, _at(weight), 0, None
         if isinstance(linear, Conv1D):
             address, (columns, rows) = self._copy(weight.t(), weight.dtype), weight.shape
         elif not weight.is_contiguous():
@@ -238,8 +239,10 @@ class CpuStep:
             columns, group = linear.inputs, 2 * columns // scale.shape[0]
             if columns % group or group % 64 or rows % 64 or "AVX512" not in processor():
                 raise Unsupported("its 4-bit weights are packed for another kind of step")
-            scale = scale.unflatten(1, (-1, 64)).permute(1, 0, 3, 2)  # in the order of their use
+            packed = scale.unflatten(1, (-1, 64)).permute(1, 0, 3, 2)  # in the order of reading
+            scale = None  # of a whole row
         small = {"bias": self._copy(getattr(linear, "bias", None)), "scale": self._copy(scale)}
+        small["groups"] = self._copy(packed, torch.bfloat16)
         sizes = {"rows": rows, "columns": columns, "kind": KINDS[weight.dtype], "group": group}
         return {"weight": address, **small, **sizes}
 

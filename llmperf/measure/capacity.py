@@ -6,7 +6,8 @@ Arrivals, grouping and the choice of card are those of the server.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,21 @@ def _extended(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     return float(np.interp(x, xs, ys))
 
 
+def start_or_wait(arrived: Sequence[float], now: float, max_batch: int, window_s: float) -> str:
+    """The server's policy: "start" when a batch is full or its first request has waited `window_s`,
+    else "wait". `arrived` holds the arrival times of the requests that wait, in order."""
+    full = len(arrived) >= max_batch
+    return "start" if full or (arrived and now - arrived[0] >= window_s) else "wait"
+
+
 class _Card:
     """A queue of requests, and the steps in which a card answers up to `max_batch` at once."""
 
-    def __init__(self, curve: Curve, max_batch: int, window_s: float, joins: bool):
-        self.curve, self.max_batch, self.window_s, self.joins = curve, max_batch, window_s, joins
+    def __init__(
+        self, curve: Curve, max_batch: int, window_s: float, joins: bool, decide: Callable
+    ):
+        self.curve, self.max_batch, self.joins, self.decide = curve, max_batch, joins, decide
+        self.window_s = 0.0 if joins else window_s
         self.waiting: list[Request] = []
         self.running: list[tuple[Request, float, list[float]]] = []  # with start, token times
         self.done: list[RequestTrace] = []
@@ -77,13 +88,18 @@ class _Card:
             self.running = [x for x in self.running if len(x[2]) < x[0].max_new_tokens]
 
     def _next_start(self) -> float:
-        """An idle card starts when a batch is full, or when its first request has waited."""
+        """An idle card asks its policy when it becomes free, at each arrival, and a nanosecond
+        after the window ends (at its end, rounding could make the wait too short)."""
         if self.running:
             return self.free_s
-        due = self.waiting[0].arrival_s + (0.0 if self.joins else self.window_s)
-        if len(self.waiting) >= self.max_batch:
-            due = min(due, self.waiting[self.max_batch - 1].arrival_s)
-        return max(self.free_s, due)
+        arrived = [r.arrival_s for r in self.waiting]
+        here = bisect_right(arrived, self.free_s)
+        end = max(self.free_s, arrived[0] + self.window_s + 1e-9)
+        for now in sorted([self.free_s] * (here > 0) + arrived[here:] + [end]):
+            waiting = arrived[: bisect_right(arrived, now)]
+            if self.decide(waiting, now, self.max_batch, self.window_s) == "start":
+                return now
+        return math.inf
 
     def unanswered(self, now: float) -> int:
         recent = self.done[-self.max_batch :]  # the last step of older ones has ended
@@ -104,20 +120,24 @@ def simulate(
     max_batch: int = ROWS,
     window_s: float = WINDOW_S,
     joins: bool = False,
+    decide: Callable = start_or_wait,
 ) -> Trace:
     """Run the requests through `cards` simulated cards at their arrival times.
 
     A request goes to the card with the fewest unanswered ones, as in `Server`. An idle card waits
     `window_s` for a full batch; with `joins` (continuous batching) a request enters at the next
-    step, which its prompt lengthens. Tokens are made up (0).
+    step, which its prompt lengthens, so that the window is 0. `decide` replaces `start_or_wait`.
+    Tokens are made up (0). Raises ValueError for a policy that leaves requests unanswered.
     """
-    found = [_Card(curve, max_batch, window_s, joins) for _ in range(cards)]
+    found = [_Card(curve, max_batch, window_s, joins, decide) for _ in range(cards)]
     for request in sorted(work.requests, key=lambda r: r.arrival_s):
         for card in found:
             card.run_steps_until(request.arrival_s)
         min(found, key=lambda c: c.unanswered(request.arrival_s)).waiting.append(request)
     for card in found:
         card.run_steps_until(math.inf)
+    if left := sum(len(card.waiting) for card in found):
+        raise ValueError(f"the policy never starts {left} of {len(work.requests)} requests")
     done = sorted((r for card in found for r in card.done), key=lambda r: r.id)
     end = max(r.token_s[-1] for r in done)
     return Trace(tuple(done), end, {"simulated": True, "cards": cards})

@@ -19,6 +19,7 @@ from statistics import median
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmperf import decoding, predict
@@ -82,7 +83,8 @@ def arithmetic_s(model: Model, rows: int, position: int) -> tuple[float, float]:
     """Seconds of the matrix products of a compiled step on a processor, and of all the rest of it,
     without reading the weights from memory.
 
-    Every layer reads the first one's weights; the output layer is added by its share of them.
+    Every layer reads the first one's weights. The output layer is added by its share of them, as
+    if it had their kind; in int4 it has 8 bits.
     """
     step = decoding.prepare(model, "compiled").step
     head = model.shape.vocab * model.shape.hidden
@@ -95,8 +97,13 @@ def arithmetic_s(model: Model, rows: int, position: int) -> tuple[float, float]:
 def products_s(shape, dtype: str, quantization: str | None, rows: int) -> float:
     """Seconds of all matrix products of a step as torch runs them, weights read from memory."""
     counts = predict.matmul_shapes(shape)
-    packed = {"product": lambda w: quantize.layer(w, quantization)} if quantization else {}
-    seconds = rates.matmul_seconds(list(counts), dtype, rows, **packed)
+    head = shape.vocab, shape.hidden
+
+    def product(weight):
+        word = quantize.word_of_head(quantization) if weight.shape == head else quantization
+        return quantize.layer(weight, word) if word else lambda x: linear(x, weight)
+
+    seconds = rates.matmul_seconds(list(counts), dtype, rows, product)
     return sum(times * seconds[weight] for weight, times in counts.items())
 
 

@@ -21,7 +21,7 @@ from llmperf.models import embedded
 from llmperf.models.embedded import ModelUnavailable
 from llmperf.models.shape import ModelShape, from_json
 
-SCHEMA = 6  # of the kept shapes
+SCHEMA = 7  # of the kept shapes
 FILES = {file.stem: file for file in sorted((DATA / "models").glob("*.json"))}
 PRESETS = (embedded.NAME, *(name for name in FILES if name != embedded.NAME))
 WEIGHTS = ("auto", "trained", "random")

@@ -119,7 +119,7 @@ def _tensors(module, hidden: int) -> Iterator[Tensor]:
         elif isinstance(owner, torch.nn.Embedding):
             learned = owner is not inputs and re.search(r"pos|wpe", path)
             role = "position" if learned else "embedding"
-        linear = isinstance(owner, torch.nn.Linear | Conv1D) and leaf == "weight"
+        linear = is_linear(owner) and leaf == "weight"
         count, (rows, columns) = 1, (size[0], p.numel() // size[0])
         if len(size) == 3 and role == "expert":
             count, rows, columns = size
@@ -130,6 +130,11 @@ def _tensors(module, hidden: int) -> Iterator[Tensor]:
         layer = re.search(r"\.(\d+)\.", name)
         index, item = int(layer[1]) if layer else None, _item_bytes(module, name, p)
         yield Tensor(name, role, index, rows, columns, count, linear and role != "head", item)
+
+
+def is_linear(module) -> bool:
+    """Whether a quantised layer can take its place: a router returns more than a product."""
+    return isinstance(module, torch.nn.Linear | Conv1D) and "Router" not in type(module).__name__
 
 
 def _item_bytes(module, name: str, tensor: torch.Tensor) -> int:

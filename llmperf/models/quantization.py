@@ -1,7 +1,9 @@
 """Fewer bits a weight, as words and bytes, without torch: see `quantize` for the layers.
 
-Only the matrices of linear layers are quantised. `int8` and `int4` run on torch's own kernels,
-`bnb-8` and `bnb-4` on bitsandbytes, a checkpoint in `awq` or `gptq` on gptqmodel.
+Only the matrices of linear layers are quantised. `int8` and `int4` run on torch's own kernels and
+keep the output layer in int8, as a tensor of its own where it was tied to the embedding; `bnb-8`
+and `bnb-4` run on bitsandbytes, a checkpoint in `awq` or `gptq` on gptqmodel, and leave that layer
+as it is.
 """
 
 import re
@@ -51,19 +53,22 @@ def scheme(word: str | None) -> Scheme | None:
 
 def converted(shape: ModelShape, t: Tensor, how: Scheme) -> bool:
     """Whether a scheme converts this tensor of the model."""
-    if any(kept in t.name for kept in shape.unquantized if "*" not in kept):
+    if how.method != "int" and any(k in t.name for k in shape.unquantized if "*" not in k):
         return False
     if how.method in ("fp8", "mxfp4") and t.role == "expert":
         return t.columns > 1
-    return t.linear and t.role != "head" and how.method != "mxfp4"
+    if t.role == "head":
+        return how.method == "int" and t.columns > 1  # not its bias
+    return t.linear and how.method != "mxfp4"
 
 
 def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
     """Bytes of the tensors that replace one matrix of `rows` outputs and `columns` inputs."""
     groups = ceil(t.columns / how.group) if how.group > 0 else 1
     if how.method == "int":  # int8: a scale a row; int4: scale and zero a group, padded to whole
-        yield t.numel if how.bits == 8 else t.rows * groups * how.group // 2
-        yield item * t.rows * (1 if how.bits == 8 else 2 * groups)
+        eight = how.bits == 8 or t.role == "head"
+        yield t.numel if eight else t.rows * groups * how.group // 2
+        yield item * t.rows * (1 if eight else 2 * groups)
         return
     yield t.numel * how.bits // 8
     if how.method == "bnb" and how.bits == 8:  # one fp32 scale a row

@@ -1,5 +1,6 @@
 """Give a model quantised linear layers, on torch's own kernels or on those of bitsandbytes."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,16 +8,18 @@ from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from llmperf.models.meta import stays_fp32
-from llmperf.models.quantization import BNB, GROUP
+from llmperf.models.meta import is_linear, stays_fp32
+from llmperf.models.quantization import BNB, GROUP, OURS
 
+SLICE = 8192  # rows of an int8 matrix that are expanded at a time: an output layer is large
+WHOLE = 32  # columns: torch's int8 product reads past the end of a row that is no multiple of it
 FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, torch's int8 is slow
 
 
 def quantize(module, word: str, device: str = "cpu"):
     """Replace the linear layers of a loaded module one after another, in place; returns it."""
-    for name, child in list(_linears(module)):
-        module.set_submodule(name, _quantized(child.to(device), word))
+    for name, child, how in list(_linears(module, word)):
+        module.set_submodule(name, _quantized(child.to(device), how))
     return module.to(device)
 
 
@@ -28,12 +31,16 @@ def random_module(config, word: str | None, dtype, device: str):
     torch.manual_seed(0)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    linears = dict(_linears(module))
+    linears = {name: how for name, _, how in _linears(module, word)} if word else {}
+    head = module.get_output_embeddings()
     for name, child in list(module.named_modules()):
         _fill(module, child, device)
-        if word and name in linears:
-            module.set_submodule(name, _quantized(child, word))
-    module.tie_weights()
+        if name in linears:
+            if _tied(module, child):
+                child.weight = module.get_input_embeddings().weight
+            module.set_submodule(name, _quantized(child, linears[name]))
+    if module.get_output_embeddings() is head:  # else it no longer shares the embedding's weights
+        module.tie_weights()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if stays_fp32(module, name):  # as `from_pretrained` does
             tensor.data = tensor.data.float()
@@ -42,17 +49,37 @@ def random_module(config, word: str | None, dtype, device: str):
 
 def _fill(module, child, device: str) -> None:
     tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-    tied = child is module.get_output_embeddings() and module.config.tie_word_embeddings
-    if tensors and not (tied and len(tensors) == 1):
+    if tensors and not (_tied(module, child) and len(tensors) == 1):
         child.to_empty(device=device, recurse=False)
+        weights = [p.data for p in child.parameters(recurse=False) if p.is_floating_point()]
+        for weight in weights:
+            weight.fill_(math.nan)
         module._init_weights(child)
+        for weight in weights:
+            if weight.isnan().any():  # some models forget it (Qwen3-Next's gate, Apertus' xIELU)
+                weight.normal_(std=0.02)
 
 
-def _linears(module) -> Iterator[tuple[str, object]]:
+def _tied(module, child) -> bool:
+    return child is module.get_output_embeddings() and module.config.tie_word_embeddings
+
+
+def _linears(module, word: str) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Name, layer and quantisation of what `word` converts."""
     head = module.get_output_embeddings()
     for name, child in module.named_modules():
-        if isinstance(child, torch.nn.Linear | Conv1D) and child is not head:
-            yield name, child
+        how = word_of_head(word) if child is head else word
+        if how and is_linear(child):
+            yield name, child, how
+
+
+def word_of_head(word: str | None) -> str | None:
+    """How `word` quantises the output layer: ours in int8, others not at all.
+
+    With only this layer of smollm2-135m quantised, the likeliest token stayed the same at 96 % of
+    the 6,602 positions of the kit's prompts in int8, and at 79 % in int4.
+    """
+    return "int8" if word in OURS else None
 
 
 def _quantized(linear, word: str):
@@ -92,18 +119,27 @@ class Int8(torch.nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
-        whole = (weight.float() / scale).round().to(torch.int8)
-        self.weight = torch.nn.Parameter(whole, False)
-        self.scale = torch.nn.Parameter(scale[:, 0].to(weight.dtype), False)
+        whole, scales = torch.empty_like(weight, dtype=torch.int8), []
+        for rows, to in zip(weight.split(SLICE), whole.split(SLICE), strict=True):
+            scales.append(rows.float().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127)
+            to.copy_((rows.float() / scales[-1]).round())
+        self.whole = torch.nn.Parameter(whole, False)
+        self.scale = torch.nn.Parameter(torch.cat(scales)[:, 0].to(weight.dtype), False)
         self.bias = bias
+
+    @property
+    def weight(self):
+        """The weights in the model's dtype; some models ask their output layer for it."""
+        return self.whole * self.scale[:, None]
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])  # (rows, in)
-        if x.device.type == "cpu" and flat.shape[0] <= FAST_ROWS[x.dtype]:
-            out = torch._weight_int8pack_mm(flat.contiguous(), self.weight, self.scale)
+        few = flat.shape[0] <= FAST_ROWS[x.dtype] and flat.shape[1] % WHOLE == 0
+        if x.device.type == "cpu" and few:
+            out = torch._weight_int8pack_mm(flat.contiguous(), self.whole, self.scale)
         else:
-            out = linear(flat, self.weight.to(x.dtype)) * self.scale
+            slices = zip(self.whole.split(SLICE), self.scale.split(SLICE), strict=True)
+            out = torch.cat([linear(flat, w * scale[:, None]) for w, scale in slices], -1)
         out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 

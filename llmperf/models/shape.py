@@ -12,7 +12,7 @@ class Tensor:
     `role`: embedding, position, head, attention, feed-forward, expert, router, norm, other, and
     tower for what only images or sound pass.
     A matrix is (rows, columns) = (out, in); an expert stack has `count` of them. `linear` marks
-    the weight of a linear layer, which a quantisation may convert. `item_bytes` is 0 where the
+    the weight of a linear layer other than the output layer. `item_bytes` is 0 where the
     tensor has the model's dtype.
     """
 

@@ -1,5 +1,6 @@
 """Bytes: what each parameter tensor, buffer and cache entry takes, to the byte, without torch."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 from llmperf.machine import DTYPE_BYTES
@@ -25,6 +26,10 @@ def tensors(
             found += [(t, size) for size in stored(t, how, element)]
         else:
             found.append((t, t.numel * element))
+    if how and how.method == "int" and shape.tied_embeddings:  # now a tensor of its own
+        tied = (t for t in shape.tensors if t.role in ("embedding", "head") and t.columns > 1)
+        head = replace(next(tied), role="head")
+        found += [(head, size) for size in stored(head, how, item)]
     return tuple(found)
 
 
@@ -39,18 +44,18 @@ def weights_read(
 ) -> float:
     """Bytes of parameters that one forward pass of `tokens` tokens reads.
 
-    An untied embedding is looked up, not read through; of a mixture of experts as many are read as
-    that many tokens hit, if each chooses at random.
+    An embedding is looked up, not read through, unless it is the output layer too; of a mixture of
+    experts as many are read as that many tokens hit, if each chooses at random.
     """
     hit = 1.0
     if shape.experts:
         hit = 1 - (1 - shape.experts_per_token / shape.experts) ** tokens
-    total = 0.0
-    for t, size in tensors(shape, dtype, quantization):
-        looked_up = t.role in ("position", "tower")
-        looked_up |= t.role == "embedding" and not shape.tied_embeddings
-        total += 0 if looked_up else size * (hit if t.role == "expert" else 1)
-    return total
+    every = tensors(shape, dtype, quantization)
+    looked_up = {"position", "tower"}
+    if any(t.role == "head" and t.columns > 1 for t, _ in every):
+        looked_up.add("embedding")
+    read = ((t, size) for t, size in every if t.role not in looked_up)
+    return float(sum(size * (hit if t.role == "expert" else 1) for t, size in read))
 
 
 def kv_bytes(shape: ModelShape, rows: int, length: int, dtype: str) -> int:

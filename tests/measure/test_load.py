@@ -191,6 +191,20 @@ def test_with_continuous_batching_a_request_joins_at_the_next_step():
     assert full.requests[1].started_s == pytest.approx(0.25)
 
 
+def test_another_policy_replaces_that_of_the_server():
+    work = Workload((Request(0, (1,), 1), Request(1, (1,), 1, arrival_s=0.05)))
+    how = {"max_batch": 2, "window_s": 1.0}
+    for decide, starts in (
+        (capacity.start_or_wait, [0.05, 0.05]),  # full
+        (lambda *_: "start", [0.0, 0.1]),
+        (lambda arrived, now, *_: "start" if now - arrived[0] >= 1.0 else "wait", [1.0, 1.0]),
+    ):
+        trace = capacity.simulate(work, FLAT, decide=decide, **how)
+        assert [r.started_s for r in trace.requests] == pytest.approx(starts)
+    with pytest.raises(ValueError, match="the policy never starts 2 of 2 requests"):
+        capacity.simulate(work, FLAT, decide=lambda *_: "wait", **how)
+
+
 def test_more_cards_carry_more_and_the_fewest_that_hold_are_found():
     work = load.arriving(requests(1_000), "poisson", rate_per_s=30.0, seed=2)
     slo = {"ttft_ms": 400}

@@ -24,7 +24,7 @@ def asked(monkeypatch):
     """Made-up times: a product takes 1 ms, an operation 10 us, a draw 0.1 ms; rows asked for."""
     rows = []
 
-    def seconds(shapes, dtype, batch, **product):
+    def seconds(shapes, dtype, batch, product):
         rows.append(batch)
         return dict.fromkeys(shapes, STEP_S)
 

@@ -72,6 +72,8 @@ def test_bytes_in_bf16_are_exact_for_trained_and_random_weights(decoder):
             assert predict.weights_bytes(model.shape, "bf16", word) == held, (weights, word)
             buffers = sum(b.nbytes for b in model.module.buffers())
             assert sum(predict.buffers(model.shape, "bf16")) == buffers, (weights, word)
+            with torch.inference_mode():
+                assert model.module(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_bytes_are_exact_and_flops_are_those_of_torchs_counter(decoder):

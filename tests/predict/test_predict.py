@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, SMALL, build
 
 from llmperf import predict
 from llmperf.findings import published
-from llmperf.models import cached_tensors, converted, scheme, shape_of, stored, with_cache
+from llmperf.models import Tensor, cached_tensors, converted, scheme, shape_of, stored, with_cache
 from llmperf.predict import Cost, RunSpec, forward
 
 
@@ -63,7 +63,7 @@ def test_linear_flops_are_those_of_the_modules_that_ran():
 
 
 def test_quantized_weights_by_hand():
-    """One linear of 64 inputs and 32 outputs in all schemes, the rest left as it is."""
+    """Layers of 256 and 128 inputs in all schemes; torch's own convert the output layer too."""
     config = dict(
         model_type="llama",
         vocab_size=10,
@@ -89,10 +89,19 @@ def test_quantized_weights_by_hand():
     # bitsandbytes, 8 bit: a fp32 scale an output; 6 matrices have 256 (o, q, k, v, down), 2 128.
     int8 = plain + weights + 4 * (5 * 256 + 2 * 128)
     assert predict.weights_bytes(shape, "bf16", "bnb-8") == int8
-    # torch's own, 8 bit: a scale an output in the model's dtype.
+    # torch's own, 8 bit: a scale an output in the model's dtype, the output layer too.
+    plain += 10 * 256 + 2 * 10 - 2 * 10 * 256  # int8 and its scales in place of bf16
     assert predict.weights_bytes(shape, "bf16", "int8") == plain + weights + 2 * (5 * 256 + 2 * 128)
-    # torch's own, 4 bit: a scale and a zero in bf16 for 64 inputs.
+    # torch's own, 4 bit: a scale and a zero in bf16 for 64 inputs; the output layer has 8 bits.
     assert predict.weights_bytes(shape, "bf16", "int4") == plain + weights // 2 + 4 * weights // 64
+    # A tied embedding is then kept beside the output layer, and no longer read.
+    tied = shape_of(config | {"tie_word_embeddings": True})
+    int8 = predict.weights_bytes(shape, "bf16", "int8")
+    assert predict.weights_bytes(tied, "bf16", "int8") == int8
+    assert predict.weights_read(tied, "bf16", "int8") == int8 - 2 * 10 * 256
+    with_bias = replace(tied, tensors=(*tied.tensors, Tensor("lm_head.bias", "head", None, 10)))
+    for shape in (tied, with_bias):
+        assert predict.weights_read(shape, "bf16") == predict.weights_bytes(shape, "bf16")
     with pytest.raises(ValueError, match="unknown quantization 'exl2'"):
         predict.weights_bytes(shape, "fp16", "exl2")
     with pytest.raises(ValueError, match="unknown dtype 'fp8'"):

@@ -5,7 +5,8 @@ enum { SILU, GELU_TANH, GELU, RELU };
 
 typedef struct {  // weight (rows, columns) times an input, times scale, plus bias
   const void *weight;
-  const float *bias, *scale;  // OF_INT4: (rows / 64, groups, 2, 64), scales, then values of code 8
+  const float *bias, *scale;  // one a row
+  const uint16_t *groups;  // OF_INT4, bf16: (rows / 64, groups, 2, 64): scale, value of code 8
   int32_t rows, columns, kind, group;
 } Matrix;
 typedef struct { const float *weight, *bias; } Norm;  // no weight: no such norm

@@ -176,8 +176,7 @@ INLINE bits interleave(const uint8_t *p) {
 // outputs: 32 bytes a column, output i in the low half of byte i, output i + 32 in the high half.
 INLINE void int4_block(const Matrix *w, Input in, Output out, int n, int row, int r) {
   const uint8_t *weights = (const uint8_t *)w->weight + (int64_t)n / 2 * w->columns;
-  const float *scales = w->scale + (int64_t)n / 64 * (w->columns / w->group) * 128;
-  const Matrix plain = {.bias = w->bias};
+  const uint16_t *groups = w->groups + (int64_t)n / 64 * (w->columns / w->group) * 128;
   vector acc[16];  // that of input j and outputs from 16 q on is number j * 4 + q
   UNROLL for (int i = 0; i < 4 * r; i++) acc[i] = all(0);
   for (int64_t at = 0; at < w->columns; at += BLOCK) {
@@ -195,18 +194,18 @@ INLINE void int4_block(const Matrix *w, Input in, Output out, int n, int row, in
                                       (integers){} + pair);
       }
     }
-    const float *scale = scales + at / w->group * 128, *middle = scale + 64;
+    const uint16_t *scale = groups + at / w->group * 128, *middle = scale + 64;
     UNROLL for (int j = 0; j < r; j++) {
       const float *block = in.blocks + ((row + j) * in.stride + at) / BLOCK * 2;
       UNROLL for (int q = 0; q < 4; q++) {
         const vector found = __builtin_convertvector(part[j * 4 + q], vector) * block[0];
-        acc[j * 4 + q] += (found - 8 * block[1]) * load_f32(scale + q * 16) +
-                          block[1] * load_f32(middle + q * 16);
+        acc[j * 4 + q] += (found - 8 * block[1]) * load_bf16(scale + q * 16) +
+                          block[1] * load_bf16(middle + q * 16);
       }
     }
   }
   UNROLL for (int i = 0; i < 4 * r; i++)
-    put(&plain, out, row + i / 4, n + i % 4 * 16, 16, 1, (float *)(acc + i));
+    put(w, out, row + i / 4, n + i % 4 * 16, 16, 1, (float *)(acc + i));
 }
 #endif
 
