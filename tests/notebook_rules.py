@@ -78,14 +78,13 @@ def not_literal(source: str) -> Iterator[str]:
     if not body:
         yield "the parameters cell sets nothing"
     for line in body:
-        targets = getattr(line, "targets", [getattr(line, "target", None)])
         try:
             ast.literal_eval(line.value)
-            literal = isinstance(line, ast.Assign | ast.AnnAssign)
+            literal = isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
         except (AttributeError, ValueError, TypeError):
             literal = False
-        if not literal or not all(isinstance(target, ast.Name) for target in targets):
-            yield f"parameters: `{ast.unparse(line)}` is not `name = literal`"
+        if not literal:
+            yield f"parameters: `{ast.unparse(line)}` is not `name: type = literal`"
 
 
 def kernel_is_python3(nb):

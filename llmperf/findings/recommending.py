@@ -11,7 +11,6 @@ import pandas as pd
 from llmperf.decoding.requests import Request, Workload
 from llmperf.machine import GIB
 from llmperf.measure import Record, capacity, frame, load, metrics
-from llmperf.strategies import STRATEGIES
 from llmperf.strategies.server import WINDOW_S
 
 SLO = {"ttft_ms": 2000.0, "tpot_ms": 100.0}  # MLPerf's for an 8B model
@@ -19,7 +18,6 @@ ARRIVALS = 300  # simulated requests
 FOREVER_S = 1e9  # a batch waits until it is full; a server groups what comes in its window
 MACHINES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # the numbers that are tried
 TIMES = ("output_tokens_per_s", "duration_s", "ttft_ms", "tpot_ms", "e2el_ms", "queue_delay_ms")
-ASKED = ("model", "quantization", "dtype", "loop", "prompt_tokens", "output_tokens", "requests_ok")
 # Of the prediction of each run.
 PREDICTED = ("read_bytes_per_s", "flops_per_s", "bound_tpot_ms", "weights_bytes")
 PEAKS = ("max_device_used_bytes", "max_reserved_bytes", "max_rss_bytes")
@@ -45,19 +43,18 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
     `first_ms` is the time to the first token without waiting, `rows` the requests that share a
     step, `servers` the steps at the same time. Foreign engines are left out.
     """
-    counted = [r for r in records if r.counts and r.metric("output_tokens_per_s")]
-    rows = frame(counted).assign(record=counted)
+    rows = frame(r for r in records if r.counts and r.metric("output_tokens_per_s"))
     if rows.empty:
         return rows
     rows = rows[~rows.foreign]
-    used = [*TIMES, *PEAKS, *ASKED, *PREDICTED, "limit"]
+    first = ("label", "model", "dtype", "precision", "loop", "prompt_tokens", "limit", "arrivals",
+             "rows", "servers", "joins", "served")  # fmt: skip
+    used = [*TIMES, *PEAKS, *PREDICTED, *first, "output_tokens", "requests_ok"]
     rows = rows.reindex(columns=rows.columns.union(used, sort=False))
-    rows["precision"] = rows.quantization.astype(object).fillna(rows["dtype"])
     rows["loop"] = rows.loop.astype(object).fillna("cached")
     rows["answer_tokens"] = rows.output_tokens / rows.requests_ok.fillna(rows.level)
     rows["memory_gib"] = rows[list(PEAKS)].bfill(axis=1).iloc[:, 0] / GIB
     rows[list(PREDICTED)] = rows[list(PREDICTED)].apply(pd.to_numeric, errors="coerce")
-    first = ("record", "label", "model", "dtype", "precision", "loop", "prompt_tokens", "limit")
     found = rows.groupby(["setting", "variant", "level"], sort=False).agg(
         **{name: (name, "first") for name in first},
         **{name: (name, "median") for name in (*TIMES, *PREDICTED, "answer_tokens")},
@@ -66,16 +63,11 @@ def options(records: Iterable[Record]) -> pd.DataFrame:
         warning=("warnings", "max"),
     )
     found = found.reset_index()
-    how = [(r.condition["level"], r.condition.get("options") or {}) for r in found.record]
-    known = [STRATEGIES[r.condition["strategy"]] for r in found.record]
-    found["rows"] = [s.rows_per_step(*h) for s, h in zip(known, how, strict=True)]
-    found["servers"] = [s.servers(*h) for s, h in zip(known, how, strict=True)]
-    found["joins"] = [s.joins for s in known]
-    found["served"] = [s.served for s in known]
-    found["arriving"] = [bool(r.condition.get("arrivals")) for r in found.record]
+    found[["rows", "servers"]] = found[["rows", "servers"]].astype(int)
+    found["arriving"] = found.arrivals.notna()
     found["weights_gib"] = found.weights_bytes / GIB
     found["first_ms"] = (found.ttft_ms - found.queue_delay_ms.fillna(0)).clip(lower=0)
-    return found.drop(columns="record")
+    return found
 
 
 def headline(found: pd.DataFrame) -> str:

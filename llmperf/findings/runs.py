@@ -139,6 +139,8 @@ def _doubts(records: Sequence[Record]) -> Iterator[str]:
         yield "on battery"
     if impossible := sum(not r.possible for r in measured):
         yield f"runs that are faster than the machine can be, and left out: {impossible}"
-    failed = Counter(r.status for r in measured if r.status != "ok")
-    if failed:
-        yield "runs without a result: " + ", ".join(f"{n} {word}" for word, n in failed.items())
+    if failed := [r for r in measured if r.status != "ok"]:
+        counts = Counter(r.status for r in failed)
+        said = ", ".join(f"{n} {word}" for word, n in counts.items())
+        first = f"{failed[0].experiment}: {failed[0].reason}"
+        yield f"runs without a result: {said}; the first: {first}"

@@ -84,7 +84,9 @@ class _Card:
             for r, began, times in self.running:
                 times.append(self.free_s)
                 if len(times) == r.max_new_tokens:
-                    self.done.append(_answered(r, began, times))
+                    length, tokens, at = len(r.prompt_ids), (0,) * len(times), r.arrival_s
+                    row = RequestTrace(r.id, length, at, at, began, tuple(times), tokens)
+                    self.done.append(row)
             self.running = [x for x in self.running if len(x[2]) < x[0].max_new_tokens]
 
     def _next_start(self) -> float:
@@ -105,11 +107,6 @@ class _Card:
         recent = self.done[-self.max_batch :]  # the last step of older ones has ended
         ending = sum(r.token_s[-1] >= now for r in recent)
         return len(self.waiting) + len(self.running) + ending
-
-
-def _answered(r: Request, start: float, times: list[float]) -> RequestTrace:
-    length, tokens = len(r.prompt_ids), (0,) * len(times)
-    return RequestTrace(r.id, length, r.arrival_s, r.arrival_s, start, tuple(times), tokens)
 
 
 def simulate(

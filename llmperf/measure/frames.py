@@ -17,9 +17,10 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
     `setting`: what runs share that may be compared (model, lengths, loop, machine), in words;
     `variant`: strategy and options, `threads intra_op=1`; `label`: the same in words, with the
-    level; `work`: model and lengths. Each entry of the condition is a column, each option one
-    (`option_intra_op`). Distributions give their median (`ttft_ms`), memory channels their max,
-    mean and first value (`max_rss_bytes`), notes of the strategy numbers (`note_gil_contention`).
+    level; `work`: model and lengths; `rows`: requests that share a step; `servers`: steps at the
+    same time. Each entry of the condition is a column, each option one (`option_intra_op`).
+    Distributions give their median (`ttft_ms`), memory channels their max, mean and first value
+    (`max_rss_bytes`), notes of the strategy numbers (`note_gil_contention`).
     """
     known: dict[str, dict] = {}  # condition and machine → their columns
     settings: dict[str, str] = {}
@@ -27,23 +28,24 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     for r in records:
         same = digest(r.environment, r.condition)
         if same not in known:
-            row = known[same] = described(r.condition, r.environment)
+            row = known[same] = _condition_columns(r.condition, r.environment)
             place = {k: row.get(k) for k in (*WORK, *PLACE)}
             name = f"{row['work']}, {row['hardware']}, {row['os']}"
             twins = sum(text.startswith(name) for text in settings.values())
             name += f" ({twins + 1})" * (twins > 0)
             row["setting"] = settings.setdefault(digest(place), name)
-            strategy = STRATEGIES.get(row["strategy"])
-            options = r.condition.get("options") or {}
-            row["label"] = row["variant"]
+            row |= {"label": row["variant"], "foreign": True}
             with suppress(AttributeError, KeyError, TypeError):  # a newer strategy, strange options
-                row["label"] = strategy.words(row["level"], options)
-            row["foreign"] = not strategy or strategy.foreign  # one of a newer version too
+                strategy = STRATEGIES[row["strategy"]]
+                how = row["level"], r.condition.get("options") or {}
+                row |= {"label": strategy.words(*how), "rows": strategy.rows_per_step(*how)}
+                row |= {"servers": strategy.servers(*how), "joins": strategy.joins}
+                row |= {"served": strategy.served, "foreign": strategy.foreign}
         rows.append(known[same] | _measured_columns(r))
     return pd.DataFrame(rows)
 
 
-def described(condition: Mapping, environment: Mapping) -> dict:
+def _condition_columns(condition: Mapping, environment: Mapping) -> dict:
     """The columns that come from a condition and a machine."""
     c, cards = condition, environment.get("gpus") or []
     row = {k: _scalar(v) for k, v in c.items() if k != "options"}
@@ -55,6 +57,7 @@ def described(condition: Mapping, environment: Mapping) -> dict:
         "machine": machine_in_words(environment),
         "hardware": hardware or "unknown hardware",
         "os": environment.get("os") or "unknown system",
+        "precision": c.get("quantization") or c.get("dtype"),
         "work": work(c),
         "variant": " ".join([c["strategy"], *(f"{k}={v}" for k, v in sorted(options.items()))]),
     }  # fmt: skip

@@ -40,10 +40,6 @@ def arriving(work: Workload, kind: str, **options) -> Workload:
 
 def scheduled(work: Workload, times: Sequence[float]) -> Workload:
     """The same requests at the given times (s)."""
-    if len(times) != len(work.requests):
-        raise ValueError(f"{len(work.requests)} requests have {len(times)} times: give one each")
-    if not all(0 <= t < math.inf for t in times):
-        raise ValueError("a scheduled time is negative or not a number: give seconds from 0 on")
     requests = (replace(r, arrival_s=float(t)) for r, t in zip(work.requests, times, strict=True))
     return replace(work, requests=tuple(requests))
 

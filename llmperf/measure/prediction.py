@@ -73,9 +73,10 @@ def audit(condition: Condition, prediction: Mapping, trace: Trace) -> dict:
     bandwidth, flops = prediction["most_read_bytes_per_s"], prediction["flops_per_s"]
     verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
     found = {"mbu": verdict.mbu, "mfu": verdict.mfu, "plausible": verdict.plausible}
-    if not verdict.plausible and (readers := _readers(condition, spec)) > 1:
-        shared = replace(cost, bytes=cost.bytes / readers)
-        verdict = predict.audit(shared, trace.duration_s, bandwidth, flops)
+    if not verdict.plausible:  # a cache may serve all but the first of those that share weights
+        shared = condition.options.get("weights") == "shared"
+        cost = replace(cost, bytes=cost.bytes / max(1, spec.processes if shared else spec.threads))
+        verdict = predict.audit(cost, trace.duration_s, bandwidth, flops)
         found["plausible"] = verdict.plausible
     return {**prediction, **found, "why": verdict.sentence}
 
@@ -134,12 +135,6 @@ def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
 def _processes(condition: Condition) -> int:
     """Processes that compute; none where the requests go to another machine."""
     return condition.runner.processes(condition.level, condition.options)
-
-
-def _readers(condition: Condition, spec: predict.RunSpec) -> int:
-    """Threads or processes that read the same weights: a cache may serve all but the first."""
-    shared = condition.options.get("weights") == "shared"
-    return spec.processes if shared else spec.threads
 
 
 def _cost(condition: Condition, spec: predict.RunSpec) -> predict.Cost:

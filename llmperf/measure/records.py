@@ -8,7 +8,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, get_type_hints
 
@@ -16,7 +16,6 @@ import orjson
 from filelock import FileLock, Timeout
 
 from llmperf import RUNS
-from llmperf.decoding.trace import Trace
 
 SCHEMA = 1
 MOST_LINE_BYTES = 64 * 2**20  # a longer line is no record
@@ -78,12 +77,6 @@ class Record:
             value = value.get(name) if isinstance(value, Mapping) else None
         return as_number(value)
 
-    def to_trace(self) -> Trace:
-        """The run as a Trace; raises ValueError when it has none."""
-        if self.trace is None:
-            raise ValueError(f"a record with status {self.status!r} has no trace: {self.reason}")
-        return Trace.from_dict(self.trace)
-
 
 TYPES = get_type_hints(Record)
 
@@ -139,9 +132,6 @@ class Store:
         self.keys = {r.key for r in kept}
         self.machines = {machine for r in kept if (machine := place(r.environment))}
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys
-
     def append(self, record: Record) -> None:
         """Write one record as one line and flush it to the disk; a known key is not written again.
 
@@ -166,7 +156,11 @@ class Store:
         self.keys.add(record.key)
 
     def read(self) -> list[Record]:
-        return read(self.path)
+        """The records of the file (see `scan`); what was left out is a warning."""
+        found, left_out = scan(self.path)
+        if left_out:
+            warnings.warn("; ".join(left_out), stacklevel=2)
+        return found
 
     def _repair_last_line(self) -> None:
         """End a whole last line with a newline; drop a torn one with a warning."""
@@ -190,14 +184,6 @@ def open_store(path: str, experiment: str) -> Store:
         now = datetime.datetime.now()
         path = RUNS / "interactive" / f"{experiment}-{now:%Y%m%d-%H%M%S}.jsonl"
     return Store(path)
-
-
-def read(path: Path | str) -> list[Record]:
-    """The records of a file (see `scan`); what was left out is a warning."""
-    found, left_out = scan(path)
-    if left_out:
-        warnings.warn("; ".join(left_out), stacklevel=2)
-    return found
 
 
 def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]]:
@@ -232,24 +218,16 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
     except (EOFError, zlib.error, OSError) as error:
         notes[f"the file was read up to there ({error})"] = [number]
     _judge_again(found.values())
-    return _without_repaired(found.values()), [
+    return [r for r in found.values() if not _repaired(r, found)], [
         f"{path.name}, line {lines[0]}: {why}" + f" ({len(lines)} lines)" * (len(lines) > 1)
         for why, lines in notes.items()
     ]
 
 
-def _without_repaired(found: Collection[Record]) -> list[Record]:
-    """All but the failures whose run went through later, after a resume."""
-    if not any(r.kind == "failed" for r in found):
-        return list(found)
-    kept, good = [], set()
-    for r in reversed(found):
-        run = (r.experiment, r.repeat, json.dumps(r.condition, sort_keys=True, default=str))
-        if r.kind != "failed" or run not in good:
-            kept.append(r)
-        if r.kind == "measure" and r.status == "ok":
-            good.add(run)
-    return kept[::-1]
+def _repaired(r: Record, found: Mapping[str, Record]) -> bool:
+    """Whether this is a failure whose run went through later, after a resume."""
+    again = found.get(replace(r, kind="measure").key) if r.kind == "failed" else None
+    return again is not None and again.status == "ok"
 
 
 def _judge_again(found: Collection[Record]) -> None:

@@ -25,7 +25,7 @@ class Results:
     def traces(self, kind: str = "measure", **wanted) -> list[Trace]:
         """The traces of the ok runs of this kind whose condition has these values."""
         return [
-            r.to_trace()
+            Trace.from_dict(r.trace)
             for r in self.records
             if r.kind == kind
             and r.status == "ok"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from llmperf import decoding, machine, predict, strategies
@@ -42,7 +43,6 @@ def measure(
     expect: bool = False,
     twin: bool = False,
     watch: bool = False,
-    progress: bool | None = None,
     sampler: Sampler | None = None,
     limits: Mapping | None = None,
 ) -> Results:
@@ -53,8 +53,7 @@ def measure(
     fit is not tried, see `prediction.check_fits`. `expect` predicts the time of a step too. `twin`
     runs the first condition twice a round, see `Results.twin`. `watch` watches the interpreter
     lock, which makes runs slower: they are records of kind `watched` and count for nothing else.
-    `progress`: a bar (default: on a terminal or in Jupyter). `sampler` and `limits` are for tests:
-    who watches the memory, and the machine's ceilings.
+    `sampler` and `limits` are for tests: who watches the memory, and the machine's ceilings.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: it must be at least 1")
@@ -68,7 +67,7 @@ def measure(
     if device != "cpu":  # end kept processes: their copies of the model occupy the card
         served.ensure_started(conditions[0].model, 0)
     predict.cap_allocator(conditions[0].model)
-    wanted = progress is not False and ("ipykernel" in sys.modules or sys.stderr.isatty())
+    wanted = "ipykernel" in sys.modules or sys.stderr.isatty()
     bar = tqdm(total=len(slots) * repeats, desc=experiment, leave=False, disable=not wanted)
     with sampler or Sampler(device=device) as watching, strategies.session(), bar:
         for repeat in range(repeats):
@@ -89,7 +88,7 @@ def environment(device: str = "cpu") -> dict:
 def _described() -> dict:
     """The machine; memory of its cards that this process's allocator holds is not in use."""
     found = machine.describe()
-    if torch := torch_in_use():
+    if torch_in_use():
         for i, card in enumerate(found["gpus"]):
             if used := card["memory_used_bytes"]:
                 card["memory_used_bytes"] = max(0, used - torch.cuda.memory_reserved(i))
@@ -113,7 +112,7 @@ class _Session:
         missing = []
         for i, kind in slots:
             key = records.digest(self.experiment, kind, self.conditions[i].describe(), repeat)
-            if key not in self.store and i not in self.failed:
+            if key not in self.store.keys and i not in self.failed:
                 missing.append((i, kind))
         bar.update(len(slots) - len(missing))
         here = records.place(environment(self.conditions[0].model.device))
@@ -150,8 +149,7 @@ class _Session:
             return record
         self.failed.add(i)
         gc.collect()  # here, where no exception holds the failed run's tensors any more
-        if torch := torch_in_use():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return replace(record, kind="failed")
 
     def record(self, condition: Condition, repeat: int, trace: Trace | None = None, **fields):
@@ -263,19 +261,14 @@ def _raise_interrupt(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _without_home(text: str) -> str:
-    with suppress(RuntimeError):  # a user without a home
-        home = Path.home()
-        return text.replace(str(home), "~") if len(home.parts) > 1 else text
-    return text
-
-
 def _classify(error: Exception) -> tuple[str, str]:
     """A status and one sentence without this machine's paths."""
     if isinstance(error, DoesNotFit):
         return "skipped", f"refused beforehand: {error}"
-    torch = sys.modules.get("torch")
-    kinds = (MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
-    text = _without_home(f"{type(error).__name__}: {machine.first_line(error)}")
+    text = f"{type(error).__name__}: {machine.first_line(error)}"
+    with suppress(RuntimeError):  # a user without a home
+        home = Path.home()
+        text = text.replace(str(home), "~") if len(home.parts) > 1 else text
+    kinds = MemoryError | torch.OutOfMemoryError
     full = isinstance(error, kinds) or "out of memory" in text.lower()
     return ("oom" if full else "error"), text

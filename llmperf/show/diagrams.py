@@ -57,12 +57,10 @@ def named_times(ax: Axes, trace: Trace, row: int) -> None:
     ax.set_ylim(bottom=max(*ax.get_ylim(), row + 1.4))
 
 
-def lock_lanes(
-    ax: Axes, threads: int, lock_ms: float, operator_ms: float, tokens: int = 3
-) -> float:
-    """Simulated threads with a core each: every token takes the lock first, and then runs operators
-    without it. Gives the ms until the last one ends."""
-    asking = [(0.0, thread, tokens) for thread in range(threads)]  # when, who, tokens left
+def lock_lanes(ax: Axes, threads: int, lock_ms: float, operator_ms: float) -> float:
+    """Simulated threads with a core each: each of three tokens takes the lock first, and then runs
+    operators without it. Gives the ms until the last one ends."""
+    asking = [(0.0, thread, 3) for thread in range(threads)]  # when, who, tokens left
     free = end = 0.0
     while asking:
         asked, thread, left = heappop(asking)

@@ -74,7 +74,8 @@ def caption(
     lines = [origin or _machines(frame), note]
     if not origin and frame is not None and len(frame):
         ok = frame[frame.status == "ok"]
-        models = ", ".join(sorted({_label(row) for _, row in ok.iterrows()}))
+        random = ok.weights.eq("random").map({True: " (random weights)", False: ""})
+        models = ", ".join(sorted(set(ok.model + " " + ok.precision + random)))
         drawn = {a.get_gid() for ax in fig.axes for a in ax.get_children()} - {None}
         words = "; ".join((models, *sorted(drawn)))
         words = words.replace(
@@ -85,7 +86,8 @@ def caption(
             lines.append(f"warning on {len(warned)} of {len(ok)} runs: {warned.iloc[0]}")
         if len(failed := frame[frame.status != "ok"]):
             lines.append(f"left out: {len(failed)} runs, {failed.status.iloc[0]}")
-    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
+    every = "\n".join(filter(None, lines)).split("\n")
+    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in every)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left", parse_math=False)
 
 
@@ -94,12 +96,6 @@ def _machines(frame: pd.DataFrame | None) -> str:
     if frame is None or not frame.get("machine", pd.Series(dtype=str)).notna().any():
         return machine.caption(measure.environment())
     return "; ".join(sorted(frame.machine.dropna().unique()))
-
-
-def _label(row) -> str:
-    random = " (random weights)" if row.weights == "random" else ""
-    word = row.get("quantization")  # NaN, which counts as true, where others are quantised
-    return f"{row.model} {word if isinstance(word, str) else row['dtype']}{random}"
 
 
 def curve(

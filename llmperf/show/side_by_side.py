@@ -43,8 +43,8 @@ def comparable_rows(records: Iterable[measure.Record]) -> pd.DataFrame:
     if len(drawn.merge(most[KIND])):
         return drawn
     one = most.iloc[0]
-    how = one.quantization if isinstance(one.quantization, str) else one["dtype"]
-    return pd.concat([drawn, most.assign(curve=f"the most: {one.label}, {how}, {one.loop}")])
+    words = f"{one.label}, {one.precision}, {one.loop}"
+    return pd.concat([drawn, most.assign(curve=f"the most: {words}")])
 
 
 def strategy_curves(ax: Axes, rows: pd.DataFrame, y: str, title: str, unit: str) -> None:

@@ -3,7 +3,6 @@
 The memory calculator; a step under the roofline; the draw of a token; a batch size; a queue.
 """
 
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -22,7 +21,6 @@ from llmperf.predict import GIB
 from llmperf.show import plots
 
 ANSWER_SHARE = 4  # one token in four of a context is generated, the others are the prompt
-TEXT_COLUMNS = 110  # characters of a line under the figure
 TOKENS_SHOWN = 16
 QUANTIZATIONS = ["as stored", "none", "awq", "gptq", "gptq-8", "bnb-8", "bnb-4"]
 
@@ -75,8 +73,7 @@ def draw_memory(question: Question) -> Figure:
     words = f"{q.model}, batch {q.batch:,}, {q.context:,} tokens{many} on {card.name}: {verdict}"
     ax.set_title(words, fontsize=10, loc="left")
     sentences = [*predict.advise(spec, card), *(f"Note: {text}." for text in book.warnings)]
-    text = "\n".join(textwrap.fill(s, TEXT_COLUMNS) for s in sentences)
-    fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left", parse_math=False)
+    plots.caption(fig, origin="\n".join(sentences))
     return fig
 
 

@@ -154,15 +154,6 @@ def failures(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.status in ("error", "oom")]
 
 
-def not_ok(records: Sequence[Record]) -> str | None:
-    """A line that counts the `failures`, or None. A run refused beforehand is none."""
-    if not (bad := failures(records)):
-        return None
-    kinds = _tally(r.status for r in bad)
-    first = f"{bad[0].experiment}: {bad[0].reason}"
-    return f"{len(bad)} records are not ok ({kinds}); the first: {first}"
-
-
 def write_card(folder: Path | str, run: Run, answer: Sequence[str]) -> tuple[Path, Path]:
     """`card.png` and `card.html`, 1200 x 630 pixels, in a study's folder: the lines of the answer,
     and the tokens/s of every strategy as a plot."""

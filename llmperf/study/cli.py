@@ -143,11 +143,11 @@ def _ending(folder: Path, state, records_only: bool) -> int:
     failed = {stem: outcome for stem, outcome in state.done.items() if outcome != "ok"}
     for stem, outcome in failed.items():
         _say(f"Failed: {stem}: {outcome}", sys.stderr)
-    bad = None
+    bad = []
     try:
         run = answer.load(folder)
-        bad = answer.not_ok(run.records)
-        for line in filter(None, (bad, *run.notes)):
+        bad = answer.failures(run.records)
+        for line in run.notes:
             _say(line, sys.stderr)
         lines = answer.of_run(run)
         answer.write_card(folder, run, lines)

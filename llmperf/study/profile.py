@@ -142,11 +142,8 @@ def parameters_of(notebook: Path) -> dict:
     """Name → default value, from the notebook's one `parameters` cell, read as literals."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))
-    found = {}
-    for line in ast.parse("".join(source)).body:
-        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
-        found[target.id] = ast.literal_eval(line.value)
-    return found
+    lines = ast.parse("".join(source)).body  # each `name: type = literal`
+    return {line.target.id: ast.literal_eval(line.value) for line in lines}
 
 
 def plan(profile: Profile, paths: Sequence[Path], overrides: Mapping | None = None) -> dict:

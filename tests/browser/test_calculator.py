@@ -8,7 +8,7 @@ import pytest
 
 from llmperf import models, predict
 from llmperf.predict import fits
-from llmperf.show import Question
+from llmperf.show.widgets import Question
 from llmperf.study.cli import main
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

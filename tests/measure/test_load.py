@@ -80,7 +80,7 @@ def test_a_measured_load_is_scored_from_its_schedule_and_compared_with_sequentia
         for name in ("sequential", "threads")
     ]
     store = records.Store(tmp_path / "records.jsonl")
-    found = measure("load", conditions, store, repeats=1, progress=False).records
+    found = measure("load", conditions, store, repeats=1).records
     counted = [r for r in found if r.kind == "measure"]
     assert [r.status for r in counted] == ["ok", "ok"]
     for record in counted:

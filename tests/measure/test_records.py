@@ -89,7 +89,7 @@ def test_a_whole_last_line_without_a_newline_is_kept(store):
     whole = store.path.read_bytes()
     store.path.write_bytes(whole[:-1])
     again = Store(store.path)
-    assert store.path.read_bytes() == whole and FIRST.key in again
+    assert store.path.read_bytes() == whole and FIRST.key in again.keys
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(store, monkeypatch):
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(store, monkeypatch):
         patched.setattr(records.os, "fsync", full)
         with pytest.raises(records.NotWritten, match="No space left on device.*--resume"):
             store.append(replace(FIRST, repeat=1))
-    assert store.path.read_bytes() == before and replace(FIRST, repeat=1).key not in store
+    assert store.path.read_bytes() == before and replace(FIRST, repeat=1).key not in store.keys
     store.append(replace(FIRST, repeat=1))
     assert len(store.read()) == 2
 
@@ -229,7 +229,7 @@ def test_a_newer_schema_is_read_as_far_as_it_is_known(store):
     newer = {**asdict(FIRST), "schema": records.SCHEMA + 1, "tomorrow": {"a": 1}}
     store.path.write_text(json.dumps(newer) + "\n", encoding="utf-8")
     with pytest.warns(UserWarning, match=f"schema {records.SCHEMA + 1} is newer"):
-        (found,) = records.read(store.path)
+        (found,) = store.read()
     assert replace(found, schema=records.SCHEMA) == FIRST
 
 
@@ -265,7 +265,7 @@ def test_a_lone_surrogate_does_not_end_the_measurement(store):
 def test_nan_is_refused_before_anything_is_written(store):
     with pytest.raises(ValueError):
         store.append(replace(FIRST, metrics={"duration_s": float("nan")}))
-    assert store.path.read_bytes() == b"" and FIRST.key not in store
+    assert store.path.read_bytes() == b"" and FIRST.key not in store.keys
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
@@ -362,8 +362,3 @@ def test_one_walk_finds_a_number_in_the_metrics():
     record = replace(FIRST, metrics={"ttft_ms": {"median": 2.0, "p99": None}, "words": "a"})
     wanted = ("ttft_ms.median", "ttft_ms.p99", "ttft_ms", "words", "none.median")
     assert [record.metric(q) for q in wanted] == [2.0, None, None, None, None]
-
-
-def test_a_record_without_a_trace_says_why():
-    with pytest.raises(ValueError, match="'oom' has no trace: too big"):
-        replace(FIRST, status="oom", reason="too big").to_trace()

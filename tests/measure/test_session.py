@@ -59,7 +59,7 @@ def points(tiny):
 
 def run(conditions, store, **options):
     options = {"sampler": Blind(), "limits": CEILINGS, **options}
-    return measure("test", conditions, store, progress=False, **options)
+    return measure("test", conditions, store, **options)
 
 
 def counted(store):
@@ -280,7 +280,7 @@ def test_warmup_and_reference_are_kept_and_never_counted(tiny, store):
     assert (kinds.count("measure"), kinds.count("warmup"), kinds.count("reference")) == (6, 3, 1)
     assert set(found.frame.kind) == {"measure"} and len(found.frame) == 6
     for r in store.read():
-        longest = max(len(row.tokens) for row in r.to_trace().requests)
+        longest = max(len(row.tokens) for row in Trace.from_dict(r.trace).requests)
         if r.kind == "warmup":
             assert longest == WARMUP_TOKENS
             assert len(r.metrics["warmup_s"]) == WARMUP_RUNS["cpu"]
@@ -288,7 +288,7 @@ def test_warmup_and_reference_are_kept_and_never_counted(tiny, store):
             assert longest == 6
         if r.kind == "reference":
             assert r.condition["strategy"] == "sequential"
-            assert len(r.to_trace().requests) == REFERENCE_REQUESTS
+            assert len(Trace.from_dict(r.trace).requests) == REFERENCE_REQUESTS
 
 
 @pytest.mark.parametrize(

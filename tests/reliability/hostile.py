@@ -311,7 +311,7 @@ def _hostile_run(run: Path, dice: random.Random, evil: str) -> None:
     (run / "notebooks").mkdir(parents=True)
     payloads = _payloads(evil)
     say = partial(dice.choice, payloads)
-    shipped = records.read(findings.shipped_runs()[0] / "records.jsonl.gz")
+    shipped = records.scan(findings.shipped_runs()[0] / "records.jsonl.gz")[0]
     with (run / "records.jsonl").open("w", encoding="utf-8") as file:
         for r in [r for r in shipped if r.counts][:40]:
             environment = r.environment | {"cpu_model": say(), "os": say()}

@@ -86,7 +86,7 @@ class Study:
 
     def read(self, name: str) -> list:
         path = self.store(name)
-        found = records.read(path) if path.exists() else []
+        found = records.scan(path)[0] if path.exists() else []
         found = [r for r in found if r.kind != "failed"]  # measured again
         return sorted(f"{r.kind} {r.status} {r.reason} {r.repeat} {r.key}" for r in found)
 
@@ -352,7 +352,7 @@ def random_inputs(count: int, seed: int, folder: Path) -> str:
         path.write_text(json.dumps({**sample, key: value}) + "\n", encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged record is left out with a warning
-            list(records.read(path))
+            records.scan(path)
 
     def parameters(value):
         profile.check_data(value, "a parameter")

@@ -23,7 +23,7 @@ def frame(repeats, **fields):
     for level in (1, 2, 4):
         for repeat in range(repeats):
             row = {"status": "ok", "level": level, "y": level * (10 + repeat), "repeat": repeat}
-            row |= {"model": "gpt2", "dtype": "fp32", "weights": "trained", "quantization": None}
+            row |= {"model": "gpt2", "precision": "fp32", "weights": "trained"}
             rows.append(row | {"warnings": "", "machine": "a card"} | fields)
     return pd.DataFrame(rows)
 

@@ -223,7 +223,7 @@ def test_the_sweep_goes_on_after_a_death_and_idle_workers_are_not_counted(
     ]
     monkeypatch.setattr(served.Server, "run", deadly)
     store = Store(tmp_path / "records.jsonl")
-    rows = measure("x", conditions, store, repeats=2, progress=False, seed=1).frame
+    rows = measure("x", conditions, store, repeats=2, seed=1).frame
     assert len(rows) == 8 and not workers_left()
     assert set(rows.status) == {"ok"} and deaths  # it died after its run: the next one starts anew
     assert (rows.agree == rows.compared).all()

@@ -95,7 +95,7 @@ def test_a_strategy_is_added_in_one_file_of_under_25_lines(tiny, tmp_path, monke
     exec(ADDED, file)
     monkeypatch.setitem(STRATEGIES, "reverse", file["STRATEGY"])
     points = [Condition(tiny, name, 2, prompt_tokens=4, new_tokens=3) for name in ("reverse",)]
-    results = measure("x", points, Store(tmp_path / "r.jsonl"), repeats=1, progress=False)
+    results = measure("x", points, Store(tmp_path / "r.jsonl"), repeats=1)
     (row,) = results.frame.to_dict("records")
     assert row["status"] == "ok" and row["agree"] == row["compared"] == 2
     with pytest.raises(ValueError, match="reverse has no option 'workers': its options are none"):

@@ -93,7 +93,7 @@ def test_a_notebook_that_has_changed_since_the_run_is_refused():
 def made_up() -> nbformat.NotebookNode:
     """A notebook without a fault: prose, parameters, a checked result and a figure."""
     spec = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-    settings = 'n = -4\nlevels: list = [1, 2]\nmodel = "gpt2"  # a name or None'
+    settings = 'n: int = -4\nlevels: list = [1, 2]\nmodel: str = "gpt2"  # a name or None'
     cells = [
         v4.new_markdown_cell("See https://example.org/home/x and data/tmp/y.", id="prose"),
         v4.new_code_cell(settings, id="settings", execution_count=1),
@@ -134,11 +134,11 @@ VIEW = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Bar()"}
 BROKEN = [
     (rules.one_parameters_cell, lambda nb: nb.cells[1].metadata.pop("tags")),
     (rules.one_parameters_cell, lambda nb: nb.cells[3].metadata.update(tags=["parameters"])),
-    (rules.one_parameters_cell, parameters("n = 2 * 3")),
-    (rules.one_parameters_cell, parameters("a, b = 1, 2")),
+    (rules.one_parameters_cell, parameters("n: int = 2 * 3")),
+    (rules.one_parameters_cell, parameters("n = 2")),
     (rules.one_parameters_cell, parameters("n: int")),
-    (rules.one_parameters_cell, parameters("n = 1\nn += 1")),
-    (rules.one_parameters_cell, parameters("n = 1\nprint(n)")),
+    (rules.one_parameters_cell, parameters("n: int = 1\nn += 1")),
+    (rules.one_parameters_cell, parameters("n: int = 1\nprint(n)")),
     (rules.one_parameters_cell, parameters("%matplotlib inline")),
     (rules.one_parameters_cell, parameters("# nothing yet")),
     (rules.parameters_are_checked, lambda nb: nb.cells[2].update(source="n + 1")),

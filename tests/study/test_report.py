@@ -139,13 +139,13 @@ def test_a_name_with_dollars_is_no_formula(folder):
 
 def test_a_failure_that_was_measured_again_does_not_count(tmp_path):
     failed = made_up("batch", 4, 20, 9, kind="failed", status="error", reason="killed", metrics={})
-    assert "1 records are not ok (1 error)" in answer.not_ok([*RUNS, failed])
+    assert answer.failures([*RUNS, failed]) == [failed]
     store = Store(tmp_path / "records.jsonl")
     for r in (failed, made_up("batch", 4, 20, 9), dataclasses.replace(failed, repeat=10)):
         store.append(r)
     assert [r.repeat for r in answer.failures(store.read())] == [10]
     refused = made_up("batch", 99, 1, status="skipped", reason="refused beforehand", metrics={})
-    assert answer.not_ok([*RUNS, refused]) is None
+    assert answer.failures([*RUNS, refused]) == []
 
 
 def test_the_report_opens_with_the_card_one_figure_and_the_findings(folder):

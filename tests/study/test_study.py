@@ -309,7 +309,7 @@ Store(records).append(Record("00-first", condition, 1, metrics={"output_tokens_p
     asked = ["run", "--profile", tmp_path / "p.yaml", "--out", tmp_path / "run", "--only", "0"]
     assert main([*map(str, asked), "--no-notebooks"]) == 1
     said = capsys.readouterr()
-    assert "1 records are not ok (1 error); the first: 00-first: gone" in said.err
+    assert "runs without a result: 1 error; the first: 00-first: gone" in said.err
     assert "\x1b" not in said.err + said.out
 
 
