@@ -225,7 +225,7 @@ class CpuStep:
         return _at(made)
 
     def _matrix(self, linear) -> dict:
-        weight = (linear.whole if hasattr(linear, "whole") else linear.weight).detach()
+        weight = (linear.integers if hasattr(linear, "integers") else linear.weight).detach()
         scale = getattr(linear, "scale", None)
         quantised = weight.dtype in (torch.int8, torch.uint8)
         if weight.dtype not in KINDS or quantised != (scale is not None):

@@ -29,7 +29,7 @@ class ChildDied(RuntimeError):
     """The child ended or fell silent: exit code and last words."""
 
 
-class Child:
+class Child(contextlib.AbstractContextManager):
     """`python -m module arguments`; leaving a `with` block ends it.
 
     `on_message` gets each message in the reading thread, and None when the child has ended;
@@ -114,9 +114,6 @@ class Child:
             deadline = time.monotonic() + EXIT_S
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *_) -> None:
         self.end()

@@ -6,12 +6,12 @@ import importlib.metadata
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import platformdirs
 import psutil
 
 from llmperf.machine import gpu
@@ -33,13 +33,7 @@ def cache_dir() -> Path:
     """The user's cache folder for this kit: LLMPERF_CACHE, or the platform's place."""
     if chosen := os.environ.get("LLMPERF_CACHE"):
         return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llmperf"
+    return platformdirs.user_cache_path("llmperf", appauthor=False, opinion=False)
 
 
 def save_whole(file: Path, text: str) -> None:

@@ -6,7 +6,6 @@ person, a host or a folder, so that a record can be shared.
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -112,12 +111,8 @@ def _cpu_model() -> str:
 
 
 def _cores_allowed() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    try:
-        return len(psutil.Process().cpu_affinity())
-    except AttributeError:
-        raise Unknown("macOS has no processor affinity") from None
+    affinity = getattr(psutil.Process(), "cpu_affinity", None)
+    return len(_known(affinity, "macOS has no processor affinity")())
 
 
 def cpu_max_cores(cpu_max: str) -> float | None:
@@ -173,14 +168,9 @@ def _hags() -> bool:
     return _known(found, "the registry does not say; the driver's default applies")[1] == "2"
 
 
-def _packages() -> dict[str, str | None]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None  # None: not installed
-    return found
+def _packages() -> dict[str, str | None]:  # None: not installed
+    version = importlib.metadata.version
+    return {name: ask(lambda name=name: version(name))[0] for name in PACKAGES}
 
 
 def others_percent() -> float:

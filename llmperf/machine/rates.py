@@ -101,15 +101,14 @@ def launch_latency(device: str = "cpu") -> dict:
 
 
 def matmul_seconds(
-    shapes: Sequence[tuple[int, int]], dtype: str, rows: int, product: Callable | None = None
+    shapes: Sequence[tuple[int, int]], dtype: str, rows: int, product: Callable
 ) -> dict[tuple[int, int], float]:
     """Median seconds of products on the CPU, the weights (out, in) coming from memory.
 
-    `product(weight)` gives the callable that is timed, by default the plain product. Each weight
-    is repeated until no cache holds all copies.
+    `product(weight)` gives the callable that is timed. Each weight is repeated until no cache holds
+    all copies.
     """
     target, found = past_caches_bytes("cpu") // 4, {}
-    product = product or (lambda weight: lambda x: torch.nn.functional.linear(x, weight))
     for n, k in dict.fromkeys(shapes):
         weight = torch.randn(n, k).to(getattr(torch, DTYPES[dtype]))
         copies = max(1, -(-target // weight.nbytes))

@@ -18,7 +18,7 @@ NO_ALLOCATOR = "torch has no caching allocator on the CPU"
 ANSWER_S = 60.0  # the first answer includes imports; a busy machine takes its time
 
 
-class Sampler:
+class Sampler(contextlib.AbstractContextManager):
     """A sampling process. It samples inside each `window`; the next window replaces a dead one.
 
     `device`: torch's name of the model's device, by default the card that this process uses, else
@@ -34,9 +34,6 @@ class Sampler:
     def _start(self) -> Child:
         arguments = (os.getpid(), INTERVAL_S, self._device)
         return Child("llmperf.memory.probe", *arguments, name="memory sampler")
-
-    def __enter__(self) -> Sampler:
-        return self
 
     def __exit__(self, *_) -> None:
         self._child.end()

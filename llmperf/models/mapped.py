@@ -1,8 +1,6 @@
 """One copy of a model's weights for several processes: a file that each of them maps."""
 
-import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -12,29 +10,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmperf.models.configs import shape_of
 from llmperf.models.loading import LoadSpec, Model
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
 
 
-def save(model: Model) -> Path:
-    """Write the weights as they are in memory into a new temporary folder; give the folder."""
-    folder, module = Path(tempfile.mkdtemp(prefix="llmperf-weights-")), model.module
-    named = [*module.named_parameters(), *module.named_buffers()]  # tied ones once
-    try:
-        save_file({k: t.detach().contiguous() for k, t in named}, folder / WEIGHTS)
-        module.config.save_pretrained(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+def save(model: Model) -> tempfile.TemporaryDirectory:
+    """Write the weights as they are in memory into a new temporary folder."""
+    folder = tempfile.TemporaryDirectory(prefix="llmperf-weights-", ignore_cleanup_errors=True)
+    named = [*model.module.named_parameters(), *model.module.named_buffers()]  # tied ones once
+    save_file({k: t.detach().contiguous() for k, t in named}, Path(folder.name) / WEIGHTS_FILE)
+    model.module.config.save_pretrained(folder.name)
     return folder
 
 
 def load(folder: Path, source: LoadSpec) -> Model:
     """The model over the mapped file. It has no tokenizer: requests are token ids."""
-    start = time.perf_counter()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):  # shapes without memory
         module = AutoModelForCausalLM.from_config(config)
-    for name, tensor in load_file(folder / WEIGHTS).items():  # maps the file, copies nothing
+    for name, tensor in load_file(folder / WEIGHTS_FILE).items():  # maps the file, copies nothing
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         is_parameter = isinstance(getattr(owner, leaf), torch.nn.Parameter)
@@ -43,4 +36,4 @@ def load(folder: Path, source: LoadSpec) -> Model:
     module.eval().requires_grad_(False)
     how = (source.dtype, source.device, source.weights, source.quantization)
     shape = shape_of(source.name, name=source.name)
-    return Model(source.name, module, None, shape, *how, time.perf_counter() - start, source)
+    return Model(source.name, module, None, shape, *how, 0.0, source)

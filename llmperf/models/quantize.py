@@ -11,8 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from llmperf.models.meta import is_linear, stays_fp32
 from llmperf.models.quantization import BNB, GROUP, OURS
 
-SLICE = 8192  # rows of an int8 matrix that are expanded at a time: an output layer is large
-WHOLE = 32  # columns: torch's int8 product reads past the end of a row that is no multiple of it
+ROWS_AT_A_TIME = (
+    8192  # rows of an int8 matrix that are expanded at a time: an output layer is large
+)
+COLUMN_STEP = (
+    32  # columns: torch's int8 product reads past the end of a row that is no multiple of it
+)
 FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, torch's int8 is slow
 
 
@@ -119,26 +123,30 @@ class Int8(torch.nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        whole, scales = torch.empty_like(weight, dtype=torch.int8), []
-        for rows, to in zip(weight.split(SLICE), whole.split(SLICE), strict=True):
+        integers, scales = torch.empty_like(weight, dtype=torch.int8), []
+        for rows, to in zip(
+            weight.split(ROWS_AT_A_TIME), integers.split(ROWS_AT_A_TIME), strict=True
+        ):
             scales.append(rows.float().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127)
             to.copy_((rows.float() / scales[-1]).round())
-        self.whole = torch.nn.Parameter(whole, False)
+        self.integers = torch.nn.Parameter(integers, False)
         self.scale = torch.nn.Parameter(torch.cat(scales)[:, 0].to(weight.dtype), False)
         self.bias = bias
 
     @property
     def weight(self):
         """The weights in the model's dtype; some models ask their output layer for it."""
-        return self.whole * self.scale[:, None]
+        return self.integers * self.scale[:, None]
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])  # (rows, in)
-        few = flat.shape[0] <= FAST_ROWS[x.dtype] and flat.shape[1] % WHOLE == 0
+        few = flat.shape[0] <= FAST_ROWS[x.dtype] and flat.shape[1] % COLUMN_STEP == 0
         if x.device.type == "cpu" and few:
-            out = torch._weight_int8pack_mm(flat.contiguous(), self.whole, self.scale)
+            out = torch._weight_int8pack_mm(flat.contiguous(), self.integers, self.scale)
         else:
-            slices = zip(self.whole.split(SLICE), self.scale.split(SLICE), strict=True)
+            slices = zip(
+                self.integers.split(ROWS_AT_A_TIME), self.scale.split(ROWS_AT_A_TIME), strict=True
+            )
             out = torch.cat([linear(flat, w * scale[:, None]) for w, scale in slices], -1)
         out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias

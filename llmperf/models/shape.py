@@ -88,6 +88,14 @@ class ModelShape:
         """Whether the cache holds latents that each step expands (DeepSeek, arXiv:2405.04434)."""
         return self.past_flops > 0
 
+    @property
+    def step_copies(self) -> int:
+        """Elements of a cached token that a step holds twice. DynamicCache appends by concatenating
+        keys, then values: one of them in one layer. Latent attention expands both of all tokens."""
+        if self.latent:
+            return max(first for first, _ in self.widths("attention"))
+        return self.kv_heads * self.head_dim
+
     def widths(self, *roles: str) -> set[tuple[int, int]]:
         """For each block of these roles: (outputs of its linear layers but the last, added up;
         inputs of the last). Layers of experts count once per expert that a token uses."""

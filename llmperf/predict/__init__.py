@@ -1,16 +1,13 @@
 """Arithmetic over a `RunSpec`, without torch: what a run must move, compute and hold."""
 
 from llmperf import lazy_face
-from llmperf.decoding.requests import WINDOW  # noqa: F401
-from llmperf.machine import GIB  # noqa: F401
-from llmperf.predict.costs import run as run_cost  # noqa: F401
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    costs="Cost attention_flops forward matmul_shapes",
+    costs="Cost WINDOW attention_flops forward matmul_shapes run_cost",
     fits="Card advise budget card judge knee known_cards largest",
     free_memory="cap_allocator free_and_held",
-    ledger="LEVELS Ledger Line at_rest memory widest_layer",
+    ledger="GIB LEVELS Ledger Line at_rest memory widest_layer",
     roofline="Audit audit bound decode_bound",
     sizes="buffers kv_bytes weights_bytes weights_read",
     spec="PLATFORMS RunSpec",

@@ -56,7 +56,7 @@ def step(spec: RunSpec, context: int) -> Cost:
     return forward(spec, new, logits=new)
 
 
-def run(spec: RunSpec) -> Cost:
+def run_cost(spec: RunSpec) -> Cost:
     """The whole generation of one batch: the prompt, then token by token."""
     start, new = spec.prompt_tokens, spec.new_tokens
     if spec.loop == "recompute":

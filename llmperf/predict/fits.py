@@ -5,6 +5,7 @@ Cards are known by name, from their data sheets.
 
 import csv
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,7 +20,7 @@ SPILLS = ("windows", "wsl2")  # a full card takes system memory there instead of
 MARGIN = 0.05  # of the card, where it must never run full
 LEAST_MARGIN_GIB = 0.5
 KNEE_DROP = 0.25  # of the best throughput
-CEILINGS = {"rows": 65536, "processes": 256}
+LARGEST_TRIED = {"rows": 65536, "processes": 256}
 ALIASES = {"h100 hbm3": "h100 sxm5", "h200": "h200 sxm"}  # as the driver names them → as sold
 NOISE = re.compile(r"\b(nvidia|geforce|tesla|gpu|\d+\s*gb)\b")
 
@@ -112,18 +113,14 @@ def largest(spec: RunSpec, name: str, budget_bytes: int, **known) -> Largest:
 
     Tokens end at the model's positions. `known`: further arguments of `memory`.
     """
-    ceiling = CEILINGS.get(name) or max(1, spec.shape.max_positions - spec.new_tokens)
+    most = LARGEST_TRIED.get(name) or max(1, spec.shape.max_positions - spec.new_tokens)
 
-    def most(bound: str) -> int:
-        low, high = 0, ceiling + 1  # low fits (nothing always does), high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            book = memory(replace(spec, **{name: middle}), **known)
-            fits = getattr(book, bound) <= budget_bytes
-            low, high = (middle, high) if fits else (low, middle)
-        return low
+    def book(n: int) -> Ledger:
+        return memory(replace(spec, **{name: n}), **known)
 
-    return Largest(most("high"), most("low"))
+    numbers = range(1, most + 1)
+    surely = bisect_right(numbers, budget_bytes, key=lambda n: book(n).high)
+    return Largest(surely, bisect_right(numbers, budget_bytes, key=lambda n: book(n).low))
 
 
 def advise(spec: RunSpec, card: Card) -> list[str]:

@@ -125,25 +125,14 @@ def _widest(s: RunSpec) -> tuple[int, ...]:
     """Bytes beyond the final cache: in the prefill, when the cache is still small (though a
     sliding layer holds the whole prompt), or in the last step; whichever is more.
     """
-    growth = 0
+    growth = copies = 0
     if s.loop == "cached":
         prompt = s.rows * s.prompt_tokens * sizes.token_bytes(s.shape, s.dtype)
         growth = kv_bytes(s.shape, s.rows, s.length, s.dtype) - prompt
+    if s.loop == "cached" or (s.loop == "compiled" and s.shape.latent):
+        copies = s.rows * s.length * s.shape.step_copies * dtype_bytes(s.dtype)
     prefill, step = _activations(s, s.rows * s.seen), _activations(s, s.rows)
-    extra = _step_copies(s)
-    return tuple(max(0, a - growth, b + extra) for a, b in zip(prefill, step, strict=True))
-
-
-def _step_copies(s: RunSpec) -> int:
-    """DynamicCache appends by concatenating keys, then values, so one is there twice; latent
-    attention expands keys and values of all tokens.
-    """
-    if s.loop == "recompute":
-        return 0
-    size = s.rows * s.length * dtype_bytes(s.dtype)
-    if s.shape.latent:
-        return size * max(first for first, _ in s.shape.widths("attention"))
-    return size * s.shape.kv_heads * s.shape.head_dim if s.loop == "cached" else 0
+    return tuple(max(0, a - growth, b + copies) for a, b in zip(prefill, step, strict=True))
 
 
 def _activations(s: RunSpec, tokens: int) -> tuple[int, int]:

@@ -35,11 +35,10 @@ class RunSpec:
         for name, words in known.items():
             if (value := getattr(self, name)) not in words:
                 raise ValueError(f"unknown {name} {value!r}: choose {', '.join(words)}")
-        for name in ("rows", "prompt_tokens", "new_tokens", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}: it must not be negative")
+        least = {"rows": 1, "prompt_tokens": 1, "new_tokens": 1, "processes": 1, "threads": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {low}")
 
     @property
     def concurrent(self) -> int:

@@ -79,15 +79,12 @@ def _of_model(shape: models.ModelShape) -> dict:
             spare = placed.reserved - placed.allocated
             weights, read = predict.weights_bytes(*how), predict.weights_read(*how)
             held[f"{dtype} {word}"] = [weights, buffers, rounding, spare, read]
-    copied = shape.kv_heads * shape.head_dim
-    if shape.latent:
-        copied = max(first for first, _ in shape.widths("attention"))
     return {
         "held": held,
         "hidden": shape.hidden,
         "vocab": shape.vocab,
         "positions": shape.max_positions,
         "widths": predict.widest_layer(shape),
-        "copies": copied,
+        "copies": shape.step_copies,
         "cache": [[n, *astuple(layer)] for layer, n in Counter(shape.cache).items()],
     }

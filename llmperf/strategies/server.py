@@ -9,14 +9,13 @@ The publication recommends it in its summary, first and second points.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import wraps
-from pathlib import Path
 from queue import Empty, Queue
+from tempfile import TemporaryDirectory
 
 from llmperf import decoding, machine
 from llmperf.decoding.requests import Request, Workload
@@ -66,7 +65,7 @@ class Server:
         self.model, self.weights, self._engine = model, weights, engine
         self.processes: list[InferenceProcess] = []
         self._events: Queue = Queue()  # (place of the process, message or None)
-        self._folder: Path | None = None
+        self._folder: TemporaryDirectory | None = None  # of the mapped weights
 
     def __enter__(self) -> Server:
         self.start(1)
@@ -87,7 +86,7 @@ class Server:
             hear = lambda message, i=place, to=self._events: to.put((i, message))  # noqa: E731
             child = Child("llmperf.strategies.inference", name="inference process", on_message=hear)
             self.processes.append(InferenceProcess(child))
-        folder = str(self._folder) if self._folder else None
+        folder = self._folder and self._folder.name
         config = {"engine": self._engine, "spec": asdict(self.model.source), "folder": folder}
         for place, reply in zip(new, self._ask(new, **config), strict=True):
             self.processes[place].load_s = reply["load_s"]
@@ -99,7 +98,7 @@ class Server:
         for process in processes:
             process.child.end()
         if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.cleanup()
             self._folder = None
 
     def pids(self, start: int = 0) -> list[int]:
