@@ -69,7 +69,7 @@ def parameters_are_checked(nb):
 
 
 def not_literal(source: str) -> Iterator[str]:
-    """Papermill and a reader set parameters: each line is a name and a literal, not computed."""
+    """Papermill and a reader set parameters: each line is a name, its type and a literal."""
     try:
         body = ast.parse(source).body
     except SyntaxError as error:

@@ -19,11 +19,6 @@ class Batch:
     mask: torch.Tensor  # (rows, columns), 1 where there is a token
     steps: int  # new tokens of the longest row
 
-    @property
-    def padded(self) -> bool:
-        """Whether any row is shorter than the longest; without, no mask is needed."""
-        return not bool(self.mask.all())
-
 
 def pad(requests: Sequence[Request], device) -> Batch:
     """The prompts of `requests`, flush right in one tensor on `device`."""
@@ -86,7 +81,7 @@ def recompute(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
 
     It computes the logits of every position and uses the last, as published. Yields (rows,).
     """
-    ids, mask, padded = batch.ids, batch.mask, batch.padded
+    ids, mask, padded = batch.ids, batch.mask, not batch.mask.all()
     for step in range(batch.steps):
         ids, mask = ids[:, -WINDOW:], mask[:, -WINDOW:]
         logits = model.module(
@@ -109,7 +104,7 @@ def cached(model, batch: Batch, draw: Draw) -> Iterator[torch.Tensor]:
     """
     rows, columns = batch.ids.shape
     mask = torch.cat((batch.mask, batch.mask.new_ones(rows, batch.steps)), dim=1)
-    padded = batch.padded
+    padded = not batch.mask.all()  # else no mask is needed
     position = positions(batch.mask)
     kept = DynamicCache(config=model.module.config)
     given = with_cache(model.module, kept)

@@ -6,7 +6,6 @@ runs `cached`.
 """
 
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmperf.decoding.batch import Piece
 from llmperf.decoding.cpu_library import Unsupported, ffi, library, processor
 from llmperf.decoding.sampling import Sampling, next_tokens
+from llmperf.machine.rates import seconds_of
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in model.h
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
@@ -83,12 +83,7 @@ class CpuStep:
         for tensor in (buffers.keys, buffers.values):
             tensor.zero_()  # maps the pages; uninitialised memory may hold slow denormals
         call = ([0] * rows, list(range(rows)), [position] * rows, [False] * rows, buffers)
-        seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            self(*call, alike)
-            seconds.append(time.perf_counter() - start)
-        return seconds[1:]  # the first one fetches the layer
+        return seconds_of(lambda: self(*call, alike), lambda: None, repeats)
 
     def __call__(self, ids, slots, positions, wanted, buffers, description=None) -> torch.Tensor:
         """Run tokens through the model; lists of equal length, one entry a token.

@@ -138,10 +138,7 @@ class GraphRows:
 
     def _copy_prompt(self, slot: int, cache: DynamicCache) -> None:
         if self.keys is None:
-
-            def empty(x: torch.Tensor) -> torch.Tensor:
-                return x.new_zeros(self._rows, x.shape[1], self._length, x.shape[3])
-
+            empty = lambda x: x.new_zeros(self._rows, x.shape[1], self._length, x.shape[3])  # noqa: E731
             self.keys = [empty(layer.keys) for layer in cache.layers]
             self.values = [empty(layer.values) for layer in cache.layers]
         for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):

@@ -142,5 +142,6 @@ def _doubts(records: Sequence[Record]) -> Iterator[str]:
     if failed := [r for r in measured if r.status != "ok"]:
         counts = Counter(r.status for r in failed)
         said = ", ".join(f"{n} {word}" for word, n in counts.items())
-        first = f"{failed[0].experiment}: {failed[0].reason}"
-        yield f"runs without a result: {said}; the first: {first}"
+        one = min(failed, key=lambda r: r.status == "skipped")  # one that was tried, if any was
+        why = machine.first_line(one.reason or "no reason is kept")
+        yield f"runs without a result: {said}; the first: {one.experiment}: {why}"

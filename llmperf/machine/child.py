@@ -6,8 +6,6 @@ Queues are `queue.Queue`: on a busy machine a `SimpleQueue` may wait for ever in
 timeout (CPython 3.11: a rest below zero is no limit to its lock).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -17,10 +17,12 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 
     `setting`: what runs share that may be compared (model, lengths, loop, machine), in words;
     `variant`: strategy and options, `threads intra_op=1`; `label`: the same in words, with the
-    level; `work`: model and lengths; `rows`: requests that share a step; `servers`: steps at the
-    same time. Each entry of the condition is a column, each option one (`option_intra_op`).
-    Distributions give their median (`ttft_ms`), memory channels their max, mean and first value
-    (`max_rss_bytes`), notes of the strategy numbers (`note_gil_contention`).
+    level; `work`: model and lengths; `precision`: quantisation or dtype; `rows`: requests that
+    share a step; `servers`: steps at the same time; `foreign`: another engine, or a strategy or
+    options that this version does not know (these have no `rows`). Each entry of the condition is
+    a column, each option one (`option_intra_op`). Distributions give their median (`ttft_ms`),
+    memory channels their max, mean and first value (`max_rss_bytes`), notes of the strategy numbers
+    (`note_gil_contention`).
     """
     known: dict[str, dict] = {}  # condition and machine → their columns
     settings: dict[str, str] = {}
@@ -35,13 +37,13 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
             name += f" ({twins + 1})" * (twins > 0)
             row["setting"] = settings.setdefault(digest(place), name)
             row |= {"label": row["variant"], "foreign": True}
-            with suppress(AttributeError, KeyError, TypeError):  # a newer strategy, strange options
+            with suppress(KeyError, TypeError, AttributeError):  # a newer strategy, strange options
                 strategy = STRATEGIES[row["strategy"]]
                 how = row["level"], r.condition.get("options") or {}
                 row |= {"label": strategy.words(*how), "rows": strategy.rows_per_step(*how)}
                 row |= {"servers": strategy.servers(*how), "joins": strategy.joins}
                 row |= {"served": strategy.served, "foreign": strategy.foreign}
-        rows.append(known[same] | _measured_columns(r))
+        rows.append(known[same] | _measured_columns(r) | known[same])  # a record cannot rename them
     return pd.DataFrame(rows)
 
 
@@ -57,7 +59,7 @@ def _condition_columns(condition: Mapping, environment: Mapping) -> dict:
         "machine": machine_in_words(environment),
         "hardware": hardware or "unknown hardware",
         "os": environment.get("os") or "unknown system",
-        "precision": c.get("quantization") or c.get("dtype"),
+        "precision": _scalar(c.get("quantization") or c.get("dtype")),
         "work": work(c),
         "variant": " ".join([c["strategy"], *(f"{k}={v}" for k, v in sorted(options.items()))]),
     }  # fmt: skip

@@ -218,16 +218,21 @@ def scan(path: Path | str, traces: bool = True) -> tuple[list[Record], list[str]
     except (EOFError, zlib.error, OSError) as error:
         notes[f"the file was read up to there ({error})"] = [number]
     _judge_again(found.values())
-    return [r for r in found.values() if not _repaired(r, found)], [
+    return _without_repaired(found), [
         f"{path.name}, line {lines[0]}: {why}" + f" ({len(lines)} lines)" * (len(lines) > 1)
         for why, lines in notes.items()
     ]
 
 
-def _repaired(r: Record, found: Mapping[str, Record]) -> bool:
-    """Whether this is a failure whose run went through later, after a resume."""
-    again = found.get(replace(r, kind="measure").key) if r.kind == "failed" else None
-    return again is not None and again.status == "ok"
+def _without_repaired(found: Mapping[str, Record]) -> list[Record]:
+    """All but the failures whose run went through later, after a resume."""
+    kept, went_through = [], set()
+    for key, r in reversed(found.items()):
+        if r.kind != "failed" or replace(r, kind="measure").key not in went_through:
+            kept.append(r)
+        if r.status == "ok":
+            went_through.add(key)
+    return kept[::-1]
 
 
 def _judge_again(found: Collection[Record]) -> None:

@@ -1,7 +1,5 @@
 """The memory sampler: watches this process, its children and a GPU from another process."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

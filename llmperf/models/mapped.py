@@ -1,6 +1,5 @@
 """One copy of a model's weights for several processes: a file that each of them maps."""
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,13 +12,11 @@ from llmperf.models.loading import LoadSpec, Model
 WEIGHTS_FILE = "weights.safetensors"
 
 
-def save(model: Model) -> tempfile.TemporaryDirectory:
-    """Write the weights as they are in memory into a new temporary folder."""
-    folder = tempfile.TemporaryDirectory(prefix="llmperf-weights-", ignore_cleanup_errors=True)
+def save(model: Model, folder: Path) -> None:
+    """Write the weights as they are in memory into a folder."""
     named = [*model.module.named_parameters(), *model.module.named_buffers()]  # tied ones once
-    save_file({k: t.detach().contiguous() for k, t in named}, Path(folder.name) / WEIGHTS_FILE)
-    model.module.config.save_pretrained(folder.name)
-    return folder
+    save_file({k: t.detach().contiguous() for k, t in named}, folder / WEIGHTS_FILE)
+    model.module.config.save_pretrained(folder)
 
 
 def load(folder: Path, source: LoadSpec) -> Model:

@@ -11,12 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from llmperf.models.meta import is_linear, stays_fp32
 from llmperf.models.quantization import BNB, GROUP, OURS
 
-ROWS_AT_A_TIME = (
-    8192  # rows of an int8 matrix that are expanded at a time: an output layer is large
-)
-COLUMN_STEP = (
-    32  # columns: torch's int8 product reads past the end of a row that is no multiple of it
-)
+SLICE_ROWS = 8192  # of an int8 matrix, expanded at a time: an output layer is large
+COLUMN_STEP = 32  # torch's int8 product reads past the end of a row that is no multiple of it
 FAST_ROWS = {torch.float32: 1, torch.bfloat16: 8, torch.float16: 8}  # beyond, torch's int8 is slow
 
 
@@ -124,9 +120,7 @@ class Int8(torch.nn.Module):
     def __init__(self, weight, bias):
         super().__init__()
         integers, scales = torch.empty_like(weight, dtype=torch.int8), []
-        for rows, to in zip(
-            weight.split(ROWS_AT_A_TIME), integers.split(ROWS_AT_A_TIME), strict=True
-        ):
+        for rows, to in zip(weight.split(SLICE_ROWS), integers.split(SLICE_ROWS), strict=True):
             scales.append(rows.float().abs().amax(1, keepdim=True).clamp(min=1e-9) / 127)
             to.copy_((rows.float() / scales[-1]).round())
         self.integers = torch.nn.Parameter(integers, False)
@@ -144,9 +138,7 @@ class Int8(torch.nn.Module):
         if x.device.type == "cpu" and few:
             out = torch._weight_int8pack_mm(flat.contiguous(), self.integers, self.scale)
         else:
-            slices = zip(
-                self.integers.split(ROWS_AT_A_TIME), self.scale.split(ROWS_AT_A_TIME), strict=True
-            )
+            slices = zip(self.integers.split(SLICE_ROWS), self.scale.split(SLICE_ROWS), strict=True)
             out = torch.cat([linear(flat, w * scale[:, None]) for w, scale in slices], -1)
         out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias

@@ -71,11 +71,12 @@ def caption(
     `curve` and `bars` name what they drew in the artists' `gid`, from where it is read. `origin`
     replaces the machine where nothing was measured on one.
     """
-    lines = [origin or _machines(frame), note]
+    lines = [*origin.split("\n"), note] if origin else [_machines(frame), note]
     if not origin and frame is not None and len(frame):
         ok = frame[frame.status == "ok"]
-        random = ok.weights.eq("random").map({True: " (random weights)", False: ""})
-        models = ", ".join(sorted(set(ok.model + " " + ok.precision + random)))
+        runs = zip(ok.model, ok.precision, ok.weights, strict=True)
+        named = {f"{m} {p}" + " (random weights)" * (w == "random") for m, p, w in runs}
+        models = ", ".join(sorted(named))
         drawn = {a.get_gid() for ax in fig.axes for a in ax.get_children()} - {None}
         words = "; ".join((models, *sorted(drawn)))
         words = words.replace(
@@ -86,8 +87,7 @@ def caption(
             lines.append(f"warning on {len(warned)} of {len(ok)} runs: {warned.iloc[0]}")
         if len(failed := frame[frame.status != "ok"]):
             lines.append(f"left out: {len(failed)} runs, {failed.status.iloc[0]}")
-    every = "\n".join(filter(None, lines)).split("\n")
-    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in every)
+    text = "\n".join(textwrap.fill(line, CAPTION_COLUMNS) for line in lines if line)
     fig.supxlabel(text, fontsize=8, color="#57606a", x=0.01, ha="left", parse_math=False)
 
 

@@ -1,6 +1,6 @@
 """Requests that wait are grouped into a batch: I/O and CPU work here, inference in a process.
 
-The publication recommends it in its summary and did not measure it.
+The publication recommends it in its summary, first and second points, and did not measure it.
 """
 
 from collections.abc import Mapping

@@ -28,10 +28,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
 
 def _refuse(model: Model, level: int, options: Mapping) -> None:
     if options["weights"] == "shared" and model.device != "cpu":
-        raise ValueError(
-            f"shared weights are for the cpu, and the model is on {model.device}: each process"
-            " needs its own there, so leave weights at own"
-        )
+        raise ValueError(f"shared weights are for the cpu: leave weights at own on {model.device}")
     if options["weights"] == "shared" and model.quantization:
         raise ValueError(f"weights in {model.quantization} cannot be shared: leave weights at own")
 

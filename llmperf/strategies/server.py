@@ -1,9 +1,7 @@
 """The server: requests wait and their tokens arrive here, inference runs in other processes.
 
-    with Server(model) as server:
-        trace = server.run(workload, rows=8, on_token=print)
-
-The publication recommends it in its summary, first and second points.
+with Server(model) as server:
+    trace = server.run(workload, rows=8, on_token=print)
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import wraps
+from pathlib import Path
 from queue import Empty, Queue
 from tempfile import TemporaryDirectory
 
@@ -81,7 +80,8 @@ class Server:
             self.close()
         new = range(len(self.processes), processes)
         if new and self.weights == "shared" and not self._folder:
-            self._folder = mapped.save(self.model)
+            self._folder = TemporaryDirectory(prefix="llmperf-weights-", ignore_cleanup_errors=True)
+            mapped.save(self.model, Path(self._folder.name))
         for place in new:
             hear = lambda message, i=place, to=self._events: to.put((i, message))  # noqa: E731
             child = Child("llmperf.strategies.inference", name="inference process", on_message=hear)

@@ -38,14 +38,10 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
     stream = options["stream"]
     queue, cancel = run_control.in_order(workload.requests), threading.Event()
     how = run_control.decode_arguments(workload, options, cancel)
-    recorder: Recorder | None = None
+    clock: list[Recorder] = []
     seen: dict[int, dict] = {}
 
-    def start_clock() -> None:
-        nonlocal recorder
-        recorder = Recorder(workload.requests)
-
-    start = threading.Barrier(workers, start_clock)
+    start = threading.Barrier(workers, lambda: clock.append(Recorder(workload.requests)))
 
     def work(i: int) -> None:
         torch.set_num_threads(intra_op)  # OpenMP keeps this number per thread
@@ -53,8 +49,8 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
             start.wait()
             cpu = time.thread_time()
             for request in queue:
-                run_control.wait_for_arrival(request, recorder, cancel)
-                decoding.run(model, [request], recorder, worker=str(i), **how)
+                run_control.wait_for_arrival(request, clock[0], cancel)
+                decoding.run(model, [request], clock[0], worker=str(i), **how)
         seen[i] = {"worker": str(i), "cpu_s": time.thread_time() - cpu}
 
     before = torch.get_num_threads()
@@ -63,7 +59,7 @@ def run(model: Model, workload: Workload, options: Mapping) -> Trace:
             _run_all(work, workers, cancel, start)
             if model.device != "cpu":
                 torch.cuda.synchronize(model.torch_device)
-            trace = recorder.trace()
+            trace = clock[0].trace()
     finally:
         torch.set_num_threads(before)  # a thread's setting becomes the default of later threads
     trace.notes.update(
@@ -137,10 +133,7 @@ def _on_stream(model: Model, worker: int, kind: str):
 
 def _refuse(model: Model, level: int, options: Mapping) -> None:
     if "intra_op" in options and model.device != "cpu":
-        raise ValueError(
-            f"intra_op sets threads of the processor, but the model is on {model.device}:"
-            " leave it out"
-        )
+        raise ValueError(f"intra_op is for the cpu: leave it out on {model.device}")
     if options["stream"] == "own" and model.device == "cpu":
         raise ValueError("a stream of its own needs a CUDA GPU, and the model is on the cpu")
 

@@ -142,8 +142,9 @@ def parameters_of(notebook: Path) -> dict:
     """Name → default value, from the notebook's one `parameters` cell, read as literals."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))
-    lines = ast.parse("".join(source)).body  # each `name: type = literal`
-    return {line.target.id: ast.literal_eval(line.value) for line in lines}
+    lines = ast.parse("".join(source)).body  # each `name: type = literal`, or without a type
+    names = [ast.unparse(getattr(line, "target", None) or line.targets[0]) for line in lines]
+    return {n: ast.literal_eval(line.value) for n, line in zip(names, lines, strict=True)}
 
 
 def plan(profile: Profile, paths: Sequence[Path], overrides: Mapping | None = None) -> dict:

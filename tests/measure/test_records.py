@@ -362,3 +362,10 @@ def test_one_walk_finds_a_number_in_the_metrics():
     record = replace(FIRST, metrics={"ttft_ms": {"median": 2.0, "p99": None}, "words": "a"})
     wanted = ("ttft_ms.median", "ttft_ms.p99", "ttft_ms", "words", "none.median")
     assert [record.metric(q) for q in wanted] == [2.0, None, None, None, None]
+
+
+def test_a_failure_after_the_run_that_it_watched_is_kept(store):
+    failed = replace(FIRST, kind="failed", status="error", reason="killed", metrics={})
+    for r in (FIRST, failed):  # a watched run or a twin of one condition fails as `failed` too
+        store.append(r)
+    assert [r.status for r in store.read()] == ["ok", "error"]

@@ -285,7 +285,7 @@ def test_bad_options_are_one_clear_sentence(tiny, name, options, words):
 
 
 def test_intra_op_is_refused_on_a_gpu(tiny):
-    with pytest.raises(ValueError, match="intra_op sets threads of the processor"):
+    with pytest.raises(ValueError, match="intra_op is for the cpu: leave it out"):
         strategies.check("threads", replace(tiny, device="cuda:0"), 2, {"intra_op": 1})
 
 
