@@ -36,32 +36,23 @@ INLINE int64_t bytes_ahead(int64_t row_bytes, int m, int r) {
 
 // ---- Weights in fp32 and bf16. Pairs of bf16 are multiplied where the processor can do that.
 #ifdef __AVX512BF16__
-#define WIDTH(kind) ((kind) == OF_BF16 ? 32 : 16)
-INLINE vector load_input(Input in, int64_t at, int kind) {
-  if (kind == OF_F32) return load_f32(in.full + at);
-  return (vector)load_pairs(in.narrow + at);
-}
-INLINE vector load_weight(const void *w, int kind) {
-  return kind == OF_F32 ? load_f32(w) : (vector)load_pairs(w);
-}
-INLINE vector multiply_add(vector sum, vector a, vector b, int kind) {
-  if (kind == OF_F32) return sum + a * b;
-  return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
+#define PAIRED(kind) ((kind) == OF_BF16)
+#define ADD_PAIRS(sum, a, b) (vector)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(a), (__m512bh)(b))
 #else
-#define WIDTH(kind) LANES
+#define PAIRED(kind) ((kind) < 0)
+#define ADD_PAIRS(sum, a, b) (sum)
+#endif
+#define WIDTH(kind) (PAIRED(kind) ? 2 * LANES : LANES)  // columns in a vector
 INLINE vector load_input(Input in, int64_t at, int kind) {
-  (void)kind;
-  return load_f32(in.full + at);
+  return PAIRED(kind) ? (vector)load_pairs(in.narrow + at) : load_f32(in.full + at);
 }
 INLINE vector load_weight(const void *w, int kind) {
+  if (PAIRED(kind)) return (vector)load_pairs(w);
   return kind == OF_F32 ? load_f32(w) : load_bf16(w);
 }
 INLINE vector multiply_add(vector sum, vector a, vector b, int kind) {
-  (void)kind;
-  return sum + a * b;
+  return PAIRED(kind) ? ADD_PAIRS(sum, a, b) : sum + a * b;
 }
-#endif
 
 // n weight rows from `first` on times r input rows: sum[j * n + i] is that of weight i and input j.
 // What will be read next is fetched meanwhile where `ahead`.
