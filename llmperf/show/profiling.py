@@ -1,5 +1,10 @@
 """What the processor does during a few decode steps, by torch.profiler."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pandas as pd
 
 from llmperf import decoding
@@ -25,12 +30,26 @@ def profile_steps(
     running = decoding.decode(model, [request], loop=loop, sampling=GREEDY)
     for _ in range(3):
         next(running)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for step in range(steps):
             with record_function(f"{STEP} {step}"):
                 next(running)
     running.close()
     return rows_of(profiler.events())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's native code announces its start and stop on the error stream (torch 2.13)."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def rows_of(events) -> pd.DataFrame:

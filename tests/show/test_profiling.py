@@ -9,8 +9,9 @@ import pytest
 from llmperf.show import plots, profiling
 
 
-def test_profiled_steps_hold_their_operations(tiny):
+def test_profiled_steps_hold_their_operations(tiny, capfd):
     rows = profiling.profile_steps(tiny, steps=2, prompt_tokens=5)
+    assert "profiler_start" not in capfd.readouterr().err  # written by native code
     assert list(rows[rows.kind == profiling.STEP].step) == [0, 1]
     products = rows[(rows.kind == "matrix products") & (rows.step == 0)]
     assert len(products) == 7 * 2 + 1  # of two layers, and the head
