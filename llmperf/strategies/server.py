@@ -1,7 +1,6 @@
 """The server: requests wait and their tokens arrive here, inference runs in other processes.
 
-with Server(model) as server:
-    trace = server.run(workload, rows=8, on_token=print)
+`with Server(model) as server: trace = server.run(workload, rows=8, on_token=print)`
 """
 
 from __future__ import annotations
