@@ -32,9 +32,7 @@ class Sampling:
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}: it must be above 0, or use greedy"
-            )
+            raise ValueError(f"temperature is {self.temperature}: it must be above 0 (or greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: it must be at least 1, or None for no limit")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -84,7 +82,7 @@ class Request:
             raise ValueError(f"request {self.id} has an empty prompt: give at least one token")
         if self.max_new_tokens < 1:
             raise ValueError(
-                f"request {self.id}: {self.max_new_tokens} new tokens, ask for 1 or more"
+                f"request {self.id} asks for {self.max_new_tokens} new tokens: ask for at least 1"
             )
 
     @property
