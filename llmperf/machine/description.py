@@ -165,7 +165,7 @@ def busy_warning(cpu_percent: float | None, gpus: list[dict], our_pids: set[int]
 
 
 def busy(device: str = "cpu") -> str | None:
-    """`busy_warning` right now, of the processor and of this device; takes 0.2 s, on a card 1.2 s.
+    """`busy_warning` right now, of the processor and of this device; takes 0.1 s, on a card 1.1 s.
 
     In a container NVML shows the host's process ids: when this process uses the card and is not
     among them, nothing is said of other processes.

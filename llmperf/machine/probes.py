@@ -26,7 +26,7 @@ PACKAGES = (
 WINDOWS_TOOLS = Path("/mnt/c/Windows/System32")  # where WSL2 reaches the programs of its host
 CGROUP = Path("/sys/fs/cgroup")
 TOOL_S = 5.0
-BUSY_WINDOW_S = 0.2
+BUSY_WINDOW_S = 0.1
 
 
 def ask(probe: Callable[[], object]) -> tuple[object, str | None]:

@@ -8,6 +8,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, get_type_hints
@@ -16,6 +17,7 @@ import orjson
 from filelock import FileLock, Timeout
 
 from llmperf import RUNS
+from llmperf.decoding.trace import Trace
 
 SCHEMA = 1
 MOST_LINE_BYTES = 64 * 2**20  # a longer line is no record
@@ -131,6 +133,21 @@ class Store:
         kept = self.read()
         self.keys = {r.key for r in kept}
         self.machines = {machine for r in kept if (machine := place(r.environment))}
+        self._references = [r for r in kept if r.kind == "reference" and r.status == "ok"]
+
+    def reference(self, wanted: Record) -> Trace | None:
+        """A reference like `wanted`, of any experiment, with as many requests and of the same
+        packages; None if the store held none as it was opened."""
+
+        def alike(record: Record) -> str:
+            packages = record.environment.get("packages", {})
+            return digest({**record.condition, "level": 0}, packages)
+
+        for r in self._references:
+            if r.condition["level"] >= wanted.condition["level"] and alike(r) == alike(wanted):
+                with suppress(KeyError, TypeError):  # a damaged trace
+                    return Trace.from_dict(r.trace)
+        return None
 
     def append(self, record: Record) -> None:
         """Write one record as one line and flush it to the disk; a known key is not written again.

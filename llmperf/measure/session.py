@@ -28,6 +28,7 @@ from llmperf.strategies import served
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 # At most so many; fewer when two in a row take the same time. On a processor one is enough, after
 # the reference: in a whole study the second took as long (median ratio 0.99 over 75 conditions).
+# One more where the reference ran in another process.
 WARMUP_RUNS = {"cpu": 1, "cuda": 3}
 SETTLED = 0.10  # two warm-up runs within 10 % of each other count as settled
 REFERENCE_REQUESTS = 4  # requests of a condition that are compared with `sequential`
@@ -103,6 +104,7 @@ class _Session:
         self.expect, self.given = expect, limits is not None
         self.limits = limits or ceilings.now(conditions[0].model.device)
         self.references: dict[str, Trace] = {}
+        self.cold: set[str] = set()  # references that another process ran: nothing warmed this one
         self.prepared: set[int] = set()
         self.failed: set[int] = set()  # not run again in this call
         self.busy: str | None = None  # what other programs did as the round began
@@ -178,7 +180,11 @@ class _Session:
         prediction.check_fits(condition)
         self.reference(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
-        for _ in range(WARMUP_RUNS[condition.model.device.partition(":")[0]]):
+        most = WARMUP_RUNS[condition.model.device.partition(":")[0]]
+        if (key := condition.reference(1).key) in self.cold:
+            self.cold.remove(key)
+            most += 1
+        for _ in range(most):
             trace = condition.run(short)
             times.append(trace.duration_s)
             if len(times) > 1 and abs(times[-1] - times[-2]) <= SETTLED * times[-2]:
@@ -189,13 +195,19 @@ class _Session:
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,
-        level or arrivals alone share one."""
+        level or arrivals alone share one, the notebooks of a study too."""
         key = condition.reference(1).key
         if key not in self.references:
             alike = [c.level for c in self.conditions if c.reference(1).key == key]
             alone = condition.reference(min(max(alike), REFERENCE_REQUESTS))
-            self.references[key] = alone.run()
-            self.store.append(self.record(alone, 0, self.references[key], kind="reference"))
+            record = self.record(alone, 0, kind="reference")
+            if trace := self.store.reference(record):
+                self.cold.add(key)
+            else:
+                trace = alone.run()
+                record = replace(record, trace=trace.to_dict(), token_digest=trace.digest())
+                self.store.append(record)
+            self.references[key] = trace
         return self.references[key]
 
     def complete(self, i: int, repeat: int, kind: str, trace: Trace, window, predicted) -> Record:
