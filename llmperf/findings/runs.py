@@ -16,7 +16,7 @@ ENDINGS = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one machine, without token times."""
+    """The records of one machine."""
 
     name: str  # the machine's short name; #2 for a second run of it
     records: tuple[Record, ...] = field(repr=False)
@@ -60,18 +60,19 @@ def shipped_runs() -> list[Path]:
     return sorted(p.parent for p in (REFERENCE / "runs").glob("*/records.jsonl*"))
 
 
-def latest(path: Path | str = "") -> Run:
+def latest(path: Path | str = "", traces: bool = False) -> Run:
     """The run in `path` if it has records, else the newest file of each notebook run by hand, else
-    the first run that came with the kit. ValueError when there is none of them.
+    the first run that came with the kit; with `traces` the times of its tokens too. ValueError when
+    there is none of them.
     """
     files = _filled((RUNS / "interactive").glob("*.jsonl"))
     by_hand = {f.name[:2]: f for f in files}  # the last of each notebook
     if path and _filled([Path(path)]):
-        return _load([Path(path)])
+        return _load([Path(path)], traces)
     if by_hand:
-        return _load(list(by_hand.values()))
-    if shipped_runs():
-        return load_runs(shipped_runs()[:1])[0]
+        return _load(list(by_hand.values()), traces)
+    if shipped := shipped_runs():
+        return _load(_files(shipped[0])[0], traces)
     raise ValueError("nothing was measured yet: run notebook 03 first")
 
 
@@ -111,11 +112,11 @@ def _filled(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if p.is_file() and p.stat().st_size)
 
 
-def _load(files: Sequence[Path]) -> Run:
+def _load(files: Sequence[Path], traces: bool = False) -> Run:
     records: list[Record] = []
     faults: list[str] = []
     for file in files:
-        found, unread = scan(file, traces=False)
+        found, unread = scan(file, traces)
         records += found
         faults += unread
     if not records:

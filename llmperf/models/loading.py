@@ -136,14 +136,22 @@ def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
     return [sizes for sizes, device in others if device == model.device]
 
 
-def _tokenizer(folder: Path | None):
-    if not folder:
+def tokenizer_of(name: str, weights: str = "auto"):
+    """The tokenizer of a preset, hub id or local folder, without its weights; of bytes where they
+    are random. Raises ValueError when it cannot be had."""
+    known, embedded_one = configs.preset(name), name.lower() == EMBEDDED
+    source = embedded.folder() if embedded_one else known["hub_id"] if known else name
+    return _tokenizer(None if weights == "random" else source)
+
+
+def _tokenizer(source: Path | str | None):
+    if not source:
         return byte_tokenizer()
     try:
         # without trust_remote_code it would ask the user
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is of any kind
-        why = f"the tokenizer of {folder.name} cannot be loaded: {first_line(error)}"
+        why = f"the tokenizer of {Path(source).name} cannot be loaded: {first_line(error)}"
         raise ValueError(why) from error
 
 

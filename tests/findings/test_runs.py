@@ -124,6 +124,8 @@ def test_the_latest_run(tmp_path, monkeypatch):
     assert [r.condition["level"] for r in findings.latest().records] == [2, 3]
     study = write(tmp_path / "study") / "records.jsonl"
     assert len(findings.latest(study).records) == 15
+    traces = [findings.latest(study, traces=wanted).records[0].trace for wanted in (False, True)]
+    assert [bool(trace["requests"]) for trace in traces] == [False, True]
 
 
 def test_torn_pack_and_no_environment(tmp_path):

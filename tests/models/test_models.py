@@ -383,3 +383,17 @@ def test_random_weights_of_a_quantised_checkpoint_may_stay_whole_in_every_proces
         assert (found.quantization, found.shape.quantization) == (None, None)
         held = sum(p.nbytes for p in found.module.parameters())
         assert held == predict.weights_bytes(found.shape, "bf16", found.quantization)
+
+
+def test_a_tokenizer_is_to_be_had_without_the_weights(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    models.byte_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(loading.embedded, "folder", lambda: folder)
+    for found in (
+        models.tokenizer_of(models.EMBEDDED),
+        models.tokenizer_of(str(folder)),
+        models.tokenizer_of("yi-6b-chat", weights="random"),
+    ):
+        assert found.decode(found("two words")["input_ids"]) == "two words"
+    with pytest.raises(ValueError, match="the tokenizer of nothing cannot be loaded"):
+        models.tokenizer_of(str(tmp_path / "nothing"))

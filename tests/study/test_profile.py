@@ -81,7 +81,7 @@ def test_bad_profiles_are_refused_before_anything_runs(shelf, asked, sentence):
         ("09-serving", "endpoint", {"url": "ftp://x"}, "url is 'ftp://x': give the server's"),
         ("09-serving", "endpoint", {"url": "http://x:99999"}, "url is 'http://x:99999': give"),
         ("09-serving", "endpoint", {"url": "http://x/v1", "foo": 1}, "has no option 'foo'"),
-        ("09-serving", "rate_per_s", 0, "it takes numbers above 0, for instance 12"),
+        ("09-serving", "rate_per_s", 0, "it takes numbers above 0, for instance 16"),
         ("09-serving", "rates", [5.0], "give the lowest and the highest rate"),
         ("09-serving", "rates", [9.0, 3.0], "give the lowest and the highest rate"),
     ],
