@@ -54,7 +54,7 @@ def predict_run(condition: Condition, expect: bool = False, limits: Mapping | No
         )
         found |= {"memory_level": level, "memory_low_bytes": low, "memory_high_bytes": high}
     if expect:
-        found |= step_time.expected(condition, spec, step.seconds, limits)
+        found |= step_time.expected(condition, spec, step, limits)
     return found
 
 

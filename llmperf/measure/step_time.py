@@ -3,10 +3,10 @@ overhead, and the draw of the next token.
 
 eager loops on a processor   max(bound, products as torch runs them) + operations x overhead + draw
 eager loops on a GPU         max(bound, operations x time of a launch) + draw
-compiled on a processor      bound and products together + the rest of the step + draw
+compiled on a processor      reading and products together + the rest of the step + draw
 compiled on a GPU            bound + draw (one graph: no launches)
 
-The bound is at the bandwidth of the minute. A compiled step reads weights while it multiplies
+Bounds are at the bandwidth of the minute. A compiled step reads weights while it multiplies
 others: at best the shorter of both is hidden, at worst they add up; the middle is expected.
 
 Left out: elementwise work on long inputs, and on a GPU whatever keeps kernels from the memory's
@@ -32,7 +32,9 @@ RANGE = (0.75, 1.5)  # measured over expected
 TINY = 16  # width of the tensors on which the overhead of an operation is measured
 
 
-def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits: Mapping) -> dict:
+def expected(
+    condition: Condition, spec: predict.RunSpec, bound: predict.Bound, limits: Mapping
+) -> dict:
     """`expected_tpot_ms`, its range, and `limit`: Python or launches where operations take longest;
     None with a reason for engines and weights whose step is not this sum."""
     m, rows = condition.model, condition.rows_per_step
@@ -42,12 +44,13 @@ def expected(condition: Condition, spec: predict.RunSpec, bound_s: float, limits
         return {"expected_tpot_ms": None, "expected_reason": "its kernels are not ours to time"}
     on_cpu, launch_s = m.device == "cpu", limits["launch_s"]["drained"]["median"]
     operations_s = 0.0
-    low_s = high_s = bound_s
+    low_s = high_s = bound_s = bound.seconds
     if spec.loop == "compiled":
         if on_cpu:
             multiply_s, rest_s = arithmetic_s(m, rows, spec.prompt_tokens)
-            low_s = rest_s + max(bound_s, multiply_s)
-            high_s = rest_s + bound_s + multiply_s
+            read_s = bound.bytes / limits["read_bytes_per_s"]["median"]
+            low_s = rest_s + max(read_s, multiply_s)
+            high_s = rest_s + read_s + multiply_s
     elif on_cpu:
         seen = min(predict.WINDOW, spec.prompt_tokens + spec.new_tokens // 2 + 1)
         new = 1 if spec.loop == "cached" else seen

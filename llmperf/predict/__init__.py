@@ -8,7 +8,7 @@ __getattr__, __all__ = lazy_face(
     fits="Card advise budget card judge knee known_cards largest",
     free_memory="cap_allocator free_and_held",
     ledger="GIB LEVELS Ledger Line at_rest memory widest_layer",
-    roofline="Audit audit bound decode_bound",
+    roofline="Audit Bound audit bound decode_bound",
     sizes="buffers kv_bytes weights_bytes weights_read",
     spec="PLATFORMS RunSpec",
 )

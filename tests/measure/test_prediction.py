@@ -74,12 +74,18 @@ def test_operations_are_those_that_torch_runs(tiny):
 
 
 @pytest.mark.parametrize("multiply_s", [1e-9, 0.5])
-def test_a_compiled_step_lies_between_full_and_no_overlap(tiny, asked, monkeypatch, multiply_s):
+@pytest.mark.parametrize("limit", ["bandwidth", "arithmetic"])
+def test_a_compiled_step_lies_between_full_and_no_overlap(
+    tiny, asked, monkeypatch, multiply_s, limit
+):
     monkeypatch.setattr(step_time, "arithmetic_s", lambda *_: (multiply_s, 0.002))
     condition = Condition(tiny, "batch", 2, "compiled", prompt_tokens=8, new_tokens=4)
-    found = predict_run(condition, expect=True, limits=LIMITS)
+    read_ms = predict_run(condition, limits=LIMITS)["bound_tpot_ms"]
+    slow = {"flops_per_s": {"fp32": {"median": 1e6}}} if limit == "arithmetic" else {}
+    found = predict_run(condition, expect=True, limits=LIMITS | slow)
     multiply_ms, bound_ms = multiply_s * 1e3, found["bound_tpot_ms"]
-    low, high = 2.1 + max(bound_ms, multiply_ms), 2.1 + bound_ms + multiply_ms
+    assert (bound_ms > read_ms) == (limit == "arithmetic")
+    low, high = 2.1 + max(read_ms, multiply_ms), 2.1 + read_ms + multiply_ms
     assert found["expected_tpot_ms"] == pytest.approx((low + high) / 2)
     assert found["expected_low_ms"] <= low and found["expected_high_ms"] >= high
     assert not asked, "none of torch's products is timed"
