@@ -51,7 +51,9 @@ class Pair:
         said += besides
         if not found:
             margin = f"the {self.margin:.0%} of two launches ({self.basis})"
-            return f"cannot tell: none of {n} conditions differs by more than {margin}{besides}"
+            return (
+                f"cannot tell: none of {n} conditions surely differs by more than {margin}{besides}"
+            )
         if special.bdtr(sum(found.values()) - 1, n, 0.05) < 0.95:  # their intervals are of 95 %
             return f"cannot tell: {said}, no more than chance gives"
         return said + ("" if self.differs else "; nothing that is recorded explains it")

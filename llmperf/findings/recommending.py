@@ -81,7 +81,7 @@ def headline(found: pd.DataFrame) -> str:
     if alone is None or best["rows"] * best.servers == 1:
         return f"{text}."
     gain = speed / alone.output_tokens_per_s
-    return f"{text}, {gain:.1f} times one request after another."
+    return f"{text}, {gain:.1f} times one request after another in {best.precision}."
 
 
 def one_at_a_time(found: pd.DataFrame, best: pd.Series) -> pd.Series | None:
@@ -131,7 +131,7 @@ def recommend(
     share, answer_ms = simulated(best, load_per_s, slo, tokens)
     limits = ", ".join(f"{k.split('_')[0].upper()} {limit:g} ms" for k, limit in slo.items())
     said = f"{share:.0%} of the requests at {load_per_s:g}/s are within {limits}"
-    said += f"; a median answer of {tokens} tokens takes {answer_ms / 1e3:.3g} s with its waiting"
+    said += f"; a median answer of {tokens} tokens takes {answer_ms / 1e3:.3g} s, waiting included"
     name = name_of(best)
     what = f"Run {name}: {said}."
     if machines is None:

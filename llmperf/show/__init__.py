@@ -4,7 +4,7 @@ from llmperf import lazy_face
 
 __getattr__, __all__ = lazy_face(
     __name__,
-    side_by_side="strategies_figure",
+    side_by_side="replay_ends strategies_figure",
     replaying="replay replay_svg",
     static_calculator="calculator_page",
     exercises="check race",

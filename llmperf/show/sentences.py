@@ -131,7 +131,7 @@ def longer_load_sentence(rate_per_s: float, requests: int, longer: int, share: f
         else "the queue grows in the longer run, and the highest rate that holds there is lower"
     )
     held = f"{rate_per_s:.1f} requests/s held for {took[0]}"
-    return f"{held}. Simulated with {took[1]}: {share:.0%} in time: {end}."
+    return f"{held}. Simulated with {took[1]}, {share:.0%} are in time: {end}."
 
 
 def _samples(frame: pd.DataFrame, quantity: str, side: str | Mapping) -> pd.Series:

@@ -1,13 +1,16 @@
-"""Every strategy in one figure: throughput, and what each request waits."""
+"""Every strategy in one figure, and the slowest and the fastest one as a replay."""
 
 from collections.abc import Iterable
 
 import pandas as pd
+from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llmperf import measure
+from llmperf import measure, models
+from llmperf.decoding.trace import Trace
 from llmperf.show import plots
+from llmperf.show.replaying import replay
 from llmperf.strategies import STRATEGIES
 
 PANELS = (  # metric, title, unit
@@ -67,3 +70,32 @@ def strategies_figure(records: Iterable[measure.Record]) -> Figure | None:
     plots.legend(axes[1])
     plots.caption(fig, rows)
     return fig
+
+
+def replay_ends(records: Iterable[measure.Record]) -> HTML:
+    """The slowest and the fastest option for the same requests, all sent at once, each by its
+    median run: of the highest level at which several options answered them.
+
+    Raises ValueError when there are none, or the tokenizer cannot be had.
+    """
+    counted = [r for r in records if r.counts and not r.condition.get("arrivals")]
+    timed = [r for r in counted if (r.trace or {}).get("requests")]
+    if not timed:
+        raise ValueError("these records hold no token times (a shared file has none): no replay")
+    rows = measure.frame(timed).assign(record=timed)
+    rows = rows[~rows.foreign].sort_values("duration_s")
+    groups = [g for _, g in rows.groupby(["setting", "level"]) if g.variant.nunique() > 1]
+    if not groups:
+        raise ValueError(
+            "no two options answered the same requests, so there is no replay: notebooks 04 to 06"
+            " answer those of 03 in other ways"
+        )
+    same = max(groups, key=lambda group: group.level.iloc[0])
+    medians = [g.iloc[(len(g) - 1) // 2] for _, g in same.groupby("variant")]
+    fastest, *_, slowest = sorted(medians, key=lambda row: row.duration_s)
+    tokenizer = models.tokenizer_of(str(fastest.model), fastest.get("weights"))
+    try:
+        traces = {row.label: Trace.from_dict(row.record.trace) for row in (slowest, fastest)}
+        return replay(traces, tokenizer, fastest.work)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the times of a record are damaged ({error!r}): no replay") from error

@@ -8,7 +8,8 @@ import pytest
 
 from llmperf import models
 from llmperf.decoding.trace import RequestTrace, Trace
-from llmperf.show import replay, replay_svg
+from llmperf.measure import Record
+from llmperf.show import replay, replay_svg, side_by_side
 from llmperf.show.replaying import LASTS_S, WHOLE_S
 
 TOKENIZER = models.byte_tokenizer()
@@ -61,3 +62,51 @@ def test_it_is_an_image_with_a_text_for_those_who_do_not_see_it():
 def test_the_note_says_where_the_prompts_end():
     page = replay_svg({"one": trace("ab")}, TOKENIZER, "a model")
     assert "prompts end after 4 tokens, so texts may begin in mid-sentence" in page
+
+
+def run_of(strategy, level, step_s, options=None, **condition):
+    """A record of `level` requests, one after another with `step_s` between tokens."""
+    took = trace(*["ab"] * level, step_s=step_s)
+    condition = {"strategy": strategy, "level": level, "options": options or {}, "loop": "cached",
+                 "model": "made-up", "dtype": "fp32", "weights": "random", "device": "cpu",
+                 "prompt_tokens": 4, "new_tokens": 2} | condition  # fmt: skip
+    numbers = {"duration_s": took.duration_s, "output_tokens_per_s": 1.0}
+    return Record("03-batch", condition, 0, trace=took.to_dict(), metrics=numbers)
+
+
+def titles(shown):
+    """The panels' titles: the option, and how long its median run took."""
+    data = re.search('base64,([^"]*)', shown.data)[1]
+    root = ElementTree.fromstring(base64.b64decode(data))
+    return [e.text for e in root.iter() if e.get("font-weight") == "bold"]
+
+
+def test_the_slowest_and_the_fastest_option_are_replayed():
+    records = [run_of("batch", 4, s) for s in (0.01, 0.02, 0.3)]
+    records += [run_of("threads", 4, 0.1, {"intra_op": n}) for n in (1, 2)]
+    records += [run_of("threads", 4, 0.2, {"intra_op": 2}) for _ in range(2)]
+    records += [run_of("sequential", 1, 9.0), run_of("batch", 1, 0.1)]  # at a lower level
+    records += [run_of("batch", 8, 9.0), run_of("coroutine", 4, 9.0, new_tokens=3)]  # alone
+    records += [run_of("peer", 4, 9.0, {"engine": "generate"})]  # foreign
+    assert titles(side_by_side.replay_ends(records)) == [
+        "4 threads (intra_op 2): 8 tokens in 1.60 s",
+        "batches of 4: 8 tokens in 0.16 s",
+    ]
+
+
+@pytest.mark.parametrize("fault", ["shared", "alone", "damaged", "arriving", "model"])
+def test_what_cannot_be_replayed_is_said(fault, tmp_path):
+    records = [run_of("batch", 2, 0.1), run_of("threads", 2, 0.2)]
+    for r in records if fault != "alone" else ():
+        if fault == "shared":
+            r.trace["requests"] = []
+        elif fault == "arriving":
+            r.condition["arrivals"] = {"kind": "even", "rate_per_s": 1.0}
+        elif fault == "damaged":
+            del r.trace["requests"][0]["tokens"]
+        else:
+            r.condition.update(weights="trained", model=str(tmp_path / "gone"))
+    words = {"shared": "no token times", "arriving": "no token times", "alone": "no two options",
+             "damaged": "are damaged", "model": "tokenizer of gone cannot be loaded"}  # fmt: skip
+    with pytest.raises(ValueError, match=words[fault]):
+        side_by_side.replay_ends(records[: 1 if fault == "alone" else 2])
