@@ -39,7 +39,7 @@ def this_minute(limits: dict, device: str = "cpu") -> dict:
     """
     known, most = limits["read_bytes_per_s"], highest_read(limits)
     if device == "cpu":
-        known = rates.read_bandwidth(device, repeats=3, share=0.25)  # enough, and quicker
+        known = rates.read_bandwidth(device, repeats=3, share=0.5)  # half is enough, and quicker
         most = max(most, highest_read({"read_bytes_per_s": known}))
     return {**limits, "read_bytes_per_s": known, "most_read_bytes_per_s": most}
 

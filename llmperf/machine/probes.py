@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -176,16 +176,18 @@ def _packages() -> dict[str, str | None]:  # None: not installed
 def others_percent() -> float:
     """What other programs use of all cores; this process and its children (a sampler that starts)
     are left out."""
-    before = _own_seconds()
+    me = psutil.Process()
+    ours = (me, *me.children(recursive=True))  # before the clock: to list them takes a while
+    before = _seconds(ours)
     percent = psutil.cpu_percent(BUSY_WINDOW_S)
-    own = 100 * (_own_seconds() - before) / BUSY_WINDOW_S / psutil.cpu_count()
+    own = 100 * (_seconds(ours) - before) / BUSY_WINDOW_S / psutil.cpu_count()
     return max(0.0, percent - max(0.0, own))  # below 0: a child has ended meanwhile
 
 
-def _own_seconds() -> float:
-    """Processor time of this process and of its children that run."""
-    me, seconds = psutil.Process(), 0.0
-    for process in (me, *me.children(recursive=True)):
+def _seconds(processes: Iterable[psutil.Process]) -> float:
+    """Processor time of those that still run."""
+    seconds = 0.0
+    for process in processes:
         with contextlib.suppress(psutil.Error):  # it has just ended
             seconds += sum(process.cpu_times()[:2])
     return seconds

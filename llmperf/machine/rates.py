@@ -108,7 +108,7 @@ def matmul_seconds(
     `product(weight)` gives the callable that is timed. Each weight is repeated until no cache holds
     all copies.
     """
-    target, found = past_caches_bytes("cpu") // 8, {}
+    target, found = past_caches_bytes("cpu") // 4, {}
     for n, k in dict.fromkeys(shapes):
         weight = torch.randn(n, k).to(getattr(torch, DTYPES[dtype]))
         copies = max(1, -(-target // weight.nbytes))

@@ -88,7 +88,7 @@ def as_number(value) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def digest(*parts: str | int | Mapping) -> str:
+def digest(*parts: str | int | Mapping | None) -> str:
     """A short digest; equal for equal parts, whatever the order of a mapping's entries."""
     text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(text).hexdigest()[:16]
@@ -133,20 +133,17 @@ class Store:
         kept = self.read()
         self.keys = {r.key for r in kept}
         self.machines = {machine for r in kept if (machine := place(r.environment))}
-        self._references = [r for r in kept if r.kind == "reference" and r.status == "ok"]
+        self._references = [r for r in kept if r.kind == "reference"]
 
     def reference(self, wanted: Record) -> Trace | None:
-        """A reference like `wanted`, of any experiment, with as many requests and of the same
-        packages; None if the store held none as it was opened."""
-
-        def alike(record: Record) -> str:
-            packages = record.environment.get("packages", {})
-            return digest({**record.condition, "level": 0}, packages)
-
+        """The trace of a reference like `wanted`, of any experiment, with at least as many requests
+        and made with the same packages; None if the store holds none."""
+        kind = lambda r: digest(r.condition | {"level": 0}, r.environment.get("packages"))  # noqa: E731
         for r in self._references:
-            if r.condition["level"] >= wanted.condition["level"] and alike(r) == alike(wanted):
-                with suppress(KeyError, TypeError):  # a damaged trace
-                    return Trace.from_dict(r.trace)
+            with suppress(KeyError, TypeError):  # a damaged trace
+                trace = Trace.from_dict(r.trace)
+                if len(trace.requests) >= wanted.condition["level"] and kind(r) == kind(wanted):
+                    return trace
         return None
 
     def append(self, record: Record) -> None:
@@ -171,6 +168,8 @@ class Store:
                 why = f"cannot write to {self.path.name} ({error.strerror}): make room"
                 raise NotWritten(f"{why}, then go on with --resume") from error
         self.keys.add(record.key)
+        if record.kind == "reference":
+            self._references.append(record)
 
     def read(self) -> list[Record]:
         """The records of the file (see `scan`); what was left out is a warning."""

@@ -28,10 +28,11 @@ from llmperf.strategies import served
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 # At most so many; fewer when two in a row take the same time. On a processor one is enough, after
 # the reference: in a whole study the second took as long (median ratio 0.99 over 75 conditions).
-# One more where the reference ran in another process.
+# One more where neither this work nor its reference has run in this process.
 WARMUP_RUNS = {"cpu": 1, "cuda": 3}
 SETTLED = 0.10  # two warm-up runs within 10 % of each other count as settled
 REFERENCE_REQUESTS = 4  # requests of a condition that are compared with `sequential`
+_warm: set[str] = set()  # keys of references: this process has run them, or work like theirs
 
 
 def measure(
@@ -104,7 +105,6 @@ class _Session:
         self.expect, self.given = expect, limits is not None
         self.limits = limits or ceilings.now(conditions[0].model.device)
         self.references: dict[str, Trace] = {}
-        self.cold: set[str] = set()  # references that another process ran: nothing warmed this one
         self.prepared: set[int] = set()
         self.failed: set[int] = set()  # not run again in this call
         self.busy: str | None = None  # what other programs did as the round began
@@ -169,7 +169,7 @@ class _Session:
         )
 
     def prepare(self, i: int) -> None:
-        """Once a condition and process: the reference, then a short run (on a card, until the times
+        """Once a condition and process: its reference, then a short run (on a card, until the times
         of two settle).
 
         Raises DoesNotFit for what surely does not fit.
@@ -181,32 +181,31 @@ class _Session:
         self.reference(condition)
         short, times = condition.shortened(WARMUP_TOKENS), []
         most = WARMUP_RUNS[condition.model.device.partition(":")[0]]
-        if (key := condition.reference(1).key) in self.cold:
-            self.cold.remove(key)
-            most += 1
-        for _ in range(most):
+        here = not (condition.runner.served or condition.runner.foreign)
+        for _ in range(most + (here and condition.reference(1).key not in _warm)):
             trace = condition.run(short)
             times.append(trace.duration_s)
             if len(times) > 1 and abs(times[-1] - times[-2]) <= SETTLED * times[-2]:
                 break
+        if here:
+            _warm.add(condition.reference(1).key)
         took = {"warmup_s": times, "compile_s": prediction.prepared(condition).seconds}
         self.store.append(self.record(condition, 0, trace, kind="warmup", metrics=took))
         self.prepared.add(i)
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,
-        level or arrivals alone share one, the notebooks of a study too."""
+        level or arrivals alone share it. The store may hold it from another notebook of the study.
+        """
         key = condition.reference(1).key
         if key not in self.references:
             alike = [c.level for c in self.conditions if c.reference(1).key == key]
             alone = condition.reference(min(max(alike), REFERENCE_REQUESTS))
-            record = self.record(alone, 0, kind="reference")
-            if trace := self.store.reference(record):
-                self.cold.add(key)
-            else:
+            trace = self.store.reference(self.record(alone, 0))
+            if not trace or trace.notes.get("loop") != prediction.prepared(alone).loop:
                 trace = alone.run()
-                record = replace(record, trace=trace.to_dict(), token_digest=trace.digest())
-                self.store.append(record)
+                _warm.add(key)
+                self.store.append(self.record(alone, 0, trace, kind="reference"))
             self.references[key] = trace
         return self.references[key]
 

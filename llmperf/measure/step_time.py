@@ -49,8 +49,8 @@ def expected(
         if on_cpu:
             multiply_s, rest_s = arithmetic_s(m, rows, spec.prompt_tokens)
             read_s = bound.bytes / limits["read_bytes_per_s"]["median"]
-            low_s = rest_s + max(read_s, multiply_s)
-            high_s = rest_s + read_s + multiply_s
+            low_s = max(bound_s, rest_s + max(read_s, multiply_s))
+            high_s = max(bound_s, rest_s + read_s + multiply_s)
     elif on_cpu:
         seen = min(predict.WINDOW, spec.prompt_tokens + spec.new_tokens // 2 + 1)
         new = 1 if spec.loop == "cached" else seen

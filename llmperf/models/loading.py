@@ -27,7 +27,8 @@ from llmperf.models.shape import ModelShape
 
 EMBEDDED = embedded.NAME
 _loaded: WeakKeyDictionary = WeakKeyDictionary()  # module → (shape, dtype, quantization), device
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -137,21 +138,25 @@ def other_models(model: Model) -> list[tuple[ModelShape, str, str | None]]:
 
 
 def tokenizer_of(name: str, weights: str = "auto"):
-    """The tokenizer of a preset, hub id or local folder, without its weights; of bytes where they
-    are random. Raises ValueError when it cannot be had."""
-    known, embedded_one = configs.preset(name), name.lower() == EMBEDDED
-    source = embedded.folder() if embedded_one else known["hub_id"] if known else name
-    return _tokenizer(None if weights == "random" else source)
+    """The tokenizer of a preset, hub id or local folder; of bytes where the weights are random. Of
+    a hub id its files alone are fetched. Raises ValueError when it cannot be had."""
+    if weights == "random" or name.lower() == EMBEDDED:
+        return _tokenizer(None if weights == "random" else embedded.folder())
+    known, folder = configs.preset(name), Path(name).expanduser()
+    if known or name.count("/") == 1 and not folder.is_dir():
+        found = known["hub_id"] if known else name, TOKENIZER_FILES
+        folder = configs.from_hub(*found, lambda x: [*x.glob("tokenizer*")]) or folder
+    return _tokenizer(folder)
 
 
-def _tokenizer(source: Path | str | None):
-    if not source:
+def _tokenizer(folder: Path | None):
+    if not folder:
         return byte_tokenizer()
     try:
         # without trust_remote_code it would ask the user
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is of any kind
-        why = f"the tokenizer of {Path(source).name} cannot be loaded: {first_line(error)}"
+        why = f"the tokenizer of {folder.name} cannot be loaded: {first_line(error)}"
         raise ValueError(why) from error
 
 

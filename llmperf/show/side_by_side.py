@@ -80,20 +80,22 @@ def replay_ends(records: Iterable[measure.Record]) -> HTML:
     """
     counted = [r for r in records if r.counts and not r.condition.get("arrivals")]
     timed = [r for r in counted if (r.trace or {}).get("requests")]
-    if not timed:
+    if counted and not timed:
         raise ValueError("these records hold no token times (a shared file has none): no replay")
     rows = measure.frame(timed).assign(record=timed)
-    rows = rows[~rows.foreign].sort_values("duration_s")
-    groups = [g for _, g in rows.groupby(["setting", "level"]) if g.variant.nunique() > 1]
+    needed = ["foreign", "setting", "level", "label", "duration_s", "model", "weights"]
+    rows = rows.reindex(columns=rows.columns.union(needed, sort=False))
+    rows = rows[rows.foreign.eq(False) & rows.duration_s.notna()].sort_values("duration_s")
+    groups = [g for _, g in rows.groupby(["setting", "level"]) if g.label.nunique() > 1]
     if not groups:
         raise ValueError(
             "no two options answered the same requests, so there is no replay: notebooks 04 to 06"
             " answer those of 03 in other ways"
         )
-    same = max(groups, key=lambda group: group.level.iloc[0])
-    medians = [g.iloc[(len(g) - 1) // 2] for _, g in same.groupby("variant")]
+    same = max(groups, key=lambda group: (group.level.iloc[0], group.label.nunique()))
+    medians = [g.iloc[(len(g) - 1) // 2] for _, g in same.groupby("label")]
     fastest, *_, slowest = sorted(medians, key=lambda row: row.duration_s)
-    tokenizer = models.tokenizer_of(str(fastest.model), fastest.get("weights"))
+    tokenizer = models.tokenizer_of(str(fastest.model), fastest.weights)
     try:
         traces = {row.label: Trace.from_dict(row.record.trace) for row in (slowest, fastest)}
         return replay(traces, tokenizer, fastest.work)

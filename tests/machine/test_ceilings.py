@@ -78,7 +78,7 @@ def test_matmul_rates_reads_its_weights_from_memory(half_a_second, small_buffer)
         return run
 
     seconds = rates.matmul_seconds([(64, 128), (64, 128)], "bf16", 4, product)
-    copies = MIB // 2 // (64 * 128 * 2)  # so that no cache holds them all
+    copies = MIB // (64 * 128 * 2)  # so that no cache holds them all
     assert len({pointer for _, _, pointer in seen}) == copies
     assert {shapes[:2] for shapes in seen} == {((64, 128), (4, 128))}
     assert seconds == {(64, 128): 0.5 / copies}

@@ -286,7 +286,7 @@ def test_own_processes_are_no_other_programs(monkeypatch, own_cores, others):
     monkeypatch.setattr(probes.psutil, "cpu_count", lambda: 1)
     seconds = iter([10.0, 10.0 + own_cores * probes.BUSY_WINDOW_S])  # -1: a child has ended
     monkeypatch.setattr(probes.psutil, "cpu_percent", lambda window_s: 60.0)
-    monkeypatch.setattr(probes, "_own_seconds", lambda: next(seconds))
+    monkeypatch.setattr(probes, "_seconds", lambda _: next(seconds))
     found = probes.others_percent()
     assert found == pytest.approx(others)
 

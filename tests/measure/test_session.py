@@ -291,19 +291,44 @@ def test_warmup_and_reference_are_kept_and_never_counted(tiny, store):
             assert len(Trace.from_dict(r.trace).requests) == REFERENCE_REQUESTS
 
 
-def test_notebooks_of_a_study_share_a_reference(tiny, store):
+def test_notebooks_of_a_study_share_a_reference(tiny, store, monkeypatch):
     points = [Condition(tiny, "batch", n, prompt_tokens=4, new_tokens=4) for n in (1, 3)]
     run(points[1:], store, repeats=1)
-    more = Store(store.path)  # as another notebook opens it
+    monkeypatch.setattr(session, "_warm", set())  # as in another process
+    more = Store(store.path)
     found = measure("other", points, more, repeats=1, sampler=Blind(), limits=CEILINGS).records
     kinds = [r.kind for r in more.read()]
     assert kinds.count("reference") == 1
     assert [r.agreement["agree"] for r in found if r.kind == "measure"] in ([1, 3], [3, 1])
     warm = [len(r.metrics["warmup_s"]) for r in found if r.kind == "warmup"]
-    assert sorted(warm) == [1, 2]  # nothing ran in this process before the first
+    assert sorted(warm) == [1, 2]  # nothing has warmed this process before the first
+    again = measure("third", points, more, repeats=1, sampler=Blind(), limits=CEILINGS).records
+    assert [len(r.metrics["warmup_s"]) for r in again if r.kind == "warmup"] == [1, 1]
     larger = Condition(tiny, "batch", 4, prompt_tokens=4, new_tokens=4)
     run([larger], Store(store.path), repeats=1)
     assert [r.condition["level"] for r in store.read() if r.kind == "reference"] == [3, 4]
+
+
+def test_what_runs_in_other_processes_warms_this_one_not(tiny, store, monkeypatch):
+    point = Condition(tiny, "batch", 2, prompt_tokens=4, new_tokens=4)
+    run([point], store, repeats=1)
+    monkeypatch.setattr(session, "_warm", set())
+    known = strategies.STRATEGIES
+    monkeypatch.setitem(known, "threads", replace(known["threads"], served=True))
+    served = replace(point, strategy="threads")
+    run([served], Store(store.path), repeats=1)
+    assert not session._warm
+
+
+def test_a_reference_by_another_loop_is_not_shared(tiny, store):
+    point = Condition(tiny, "batch", 2, "cached", prompt_tokens=4, new_tokens=4)
+    run([point], store, repeats=1)
+    lines = [json.loads(line) for line in store.path.read_text().splitlines()]
+    for line in (x for x in lines if x["kind"] == "reference"):
+        line["trace"]["notes"]["loop"] = "recompute"
+    store.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measure("other", [point], Store(store.path), repeats=1, sampler=Blind(), limits=CEILINGS)
+    assert [r.kind for r in store.read()].count("reference") == 2
 
 
 @pytest.mark.parametrize("change", ["packages", "lengths", "damaged"])

@@ -397,3 +397,11 @@ def test_a_tokenizer_is_to_be_had_without_the_weights(tmp_path, monkeypatch):
         assert found.decode(found("two words")["input_ids"]) == "two words"
     with pytest.raises(ValueError, match="the tokenizer of nothing cannot be loaded"):
         models.tokenizer_of(str(tmp_path / "nothing"))
+    asked = []
+    monkeypatch.setattr(configs, "from_hub", lambda *a: asked.append(a) or folder)
+    assert models.tokenizer_of("yi-6b-chat").vocab_size == models.byte_tokenizer().vocab_size
+    assert models.tokenizer_of("owner/model") and [a[0] for a in asked] == [
+        "01-ai/Yi-6B-Chat",
+        "owner/model",
+    ]
+    assert not any("safetensors" in pattern for _, files, _ in asked for pattern in files)

@@ -94,19 +94,24 @@ def test_the_slowest_and_the_fastest_option_are_replayed():
     ]
 
 
-@pytest.mark.parametrize("fault", ["shared", "alone", "damaged", "arriving", "model"])
+@pytest.mark.parametrize(
+    "fault", ["shared", "alone", "damaged", "arriving", "model", "no times", "nothing"]
+)
 def test_what_cannot_be_replayed_is_said(fault, tmp_path):
     records = [run_of("batch", 2, 0.1), run_of("threads", 2, 0.2)]
-    for r in records if fault != "alone" else ():
+    for r in records if fault not in ("alone", "nothing") else ():
         if fault == "shared":
             r.trace["requests"] = []
         elif fault == "arriving":
             r.condition["arrivals"] = {"kind": "even", "rate_per_s": 1.0}
+        elif fault == "no times":
+            del r.metrics["duration_s"], r.condition["model"]
         elif fault == "damaged":
             del r.trace["requests"][0]["tokens"]
         else:
             r.condition.update(weights="trained", model=str(tmp_path / "gone"))
-    words = {"shared": "no token times", "arriving": "no token times", "alone": "no two options",
+    words = {"shared": "no token times", "arriving": "no two options", "alone": "no two options",
+             "no times": "no two options", "nothing": "no two options",
              "damaged": "are damaged", "model": "tokenizer of gone cannot be loaded"}  # fmt: skip
     with pytest.raises(ValueError, match=words[fault]):
-        side_by_side.replay_ends(records[: 1 if fault == "alone" else 2])
+        side_by_side.replay_ends(records[: {"alone": 1, "nothing": 0}.get(fault)])

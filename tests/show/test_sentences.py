@@ -136,4 +136,4 @@ def test_a_rate_that_held_in_a_short_run_is_judged_by_a_longer_one():
     holds = sentences.longer_load_sentence(10, 41, 301, 0.95)
     assert "held for 41 requests (4.0 s" in lower and "301 requests (30.0 s" in lower
     assert "50% are in time" in lower and lower.endswith("that holds there is lower.")
-    assert "95% in time" in holds and holds.endswith("holds in the longer run too.")
+    assert "95% are in time" in holds and holds.endswith("holds in the longer run too.")
