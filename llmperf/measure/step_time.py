@@ -7,7 +7,8 @@ compiled on a processor      reading and products together + the rest of the ste
 compiled on a GPU            bound + draw (one graph: no launches)
 
 Bounds are at the bandwidth of the minute. A compiled step reads weights while it multiplies
-others: at best the shorter of both is hidden, at worst they add up; the middle is expected.
+others: at best the shorter of both is hidden, at worst they add up. `HIDDEN` of it is expected to
+be: the median of four studies, 160 runs, on two cores of an AMD EPYC (quartiles 0.67 and 0.97).
 
 Left out: elementwise work on long inputs, and on a GPU whatever keeps kernels from the memory's
 bandwidth. `RANGE` says how far off a step on an idle machine may be.
@@ -29,6 +30,7 @@ from llmperf.measure.condition import Condition
 from llmperf.models import CHECKPOINT, Model, quantize
 
 RANGE = (0.75, 1.5)  # measured over expected
+HIDDEN = 0.8
 TINY = 16  # width of the tensors on which the overhead of an operation is measured
 
 
@@ -64,7 +66,7 @@ def expected(
     found = {"expected_low_ms": RANGE[0] * low, "expected_high_ms": RANGE[1] * high}
     if operations_s > max(high_s, bound_s):
         found["limit"] = "Python" if on_cpu else "launches"
-    return {"expected_tpot_ms": (low + high) / 2, **found}
+    return {"expected_tpot_ms": low + (1 - HIDDEN) * (high - low), **found}
 
 
 def once_a_model(measured: Callable) -> Callable:

@@ -28,7 +28,7 @@ def figures(folder: Path) -> bool:
     measured = sum(r.metric("duration_s") or 0 for r in run.measured)
     print(f"{seconds / 60:.1f} minutes, {measured / seconds:.0%} of them measured runs")
     rows = frame(r for r in run.measured if "arrivals" not in r.condition)
-    found = {name: set(levels) for name, levels in rows.groupby("strategy").level}
+    found = {name: set(levels) for name, levels in rows.groupby("strategy")["level"]}
     for name in LEVELS:
         print(f"{name}: {', '.join(map(str, sorted(found.get(name, ()))))}")
     missing = {name: sorted(want - found.get(name, set())) for name, want in LEVELS.items()}

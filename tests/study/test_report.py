@@ -8,6 +8,7 @@ import struct
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat import v4
 
@@ -70,6 +71,16 @@ def test_the_answer_has_every_number_from_records(folder):
     assert "llama-3.1-8b in int4 take 5.1 GiB, and one request would get at most 6.5" in memory
     assert run.startswith("At 1 request/s: ") and " of 64 tokens takes" in run
     assert re.search(r"Of 17 published findings", score)
+
+
+def test_a_step_faster_than_its_bound_is_explained():
+    alone = pd.Series({"model": "gpt2", "precision": "fp32", "loop": "compiled", "limit": "bandwidth",
+                       "output_tokens_per_s": 90.0, "tpot_ms": 10.0, "bound_tpot_ms": 12.5})  # fmt: skip
+    said = answer._single(alone)
+    assert said.endswith("100, more than the 80 that bandwidth allowed when it was measured: the"
+                         " speed of this machine changes.")  # fmt: skip
+    alone["bound_tpot_ms"] = float("nan")
+    assert answer._single(alone).endswith("after its first token 100.")
 
 
 def test_the_memory_is_that_of_notebook_07(folder):
