@@ -135,11 +135,11 @@ class Store:
         self.machines = {machine for r in kept if (machine := place(r.environment))}
         self._references = [r for r in kept if r.kind == "reference"]
 
-    def reference(self, wanted: Record) -> Trace | None:
-        """The trace of a reference like `wanted`, of any experiment, with at least as many requests
-        and made with the same packages; None if the store holds none."""
+    def reference(self, wanted: Record, loop: str) -> Trace | None:
+        """The trace of a reference like `wanted`, of any experiment, that ran in this loop with the
+        same packages and has at least as many requests; None if the store holds none."""
         kind = lambda r: digest(r.condition | {"level": 0}, r.environment.get("packages"))  # noqa: E731
-        for r in self._references:
+        for r in (r for r in self._references if r.notes.get("loop") == loop):
             with suppress(KeyError, TypeError):  # a damaged trace
                 trace = Trace.from_dict(r.trace)
                 if len(trace.requests) >= wanted.condition["level"] and kind(r) == kind(wanted):

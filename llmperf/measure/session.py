@@ -28,7 +28,8 @@ from llmperf.strategies import served
 WARMUP_TOKENS = 2  # a warm-up run generates this many tokens: a prefill and a decode step
 # At most so many; fewer when two in a row take the same time. On a processor one is enough, after
 # the reference: in a whole study the second took as long (median ratio 0.99 over 75 conditions).
-# One more where neither this work nor its reference has run in this process.
+# One more where this process has run neither this work nor its reference; what runs in other
+# processes and engines gets none.
 WARMUP_RUNS = {"cpu": 1, "cuda": 3}
 SETTLED = 0.10  # two warm-up runs within 10 % of each other count as settled
 REFERENCE_REQUESTS = 4  # requests of a condition that are compared with `sequential`
@@ -195,14 +196,13 @@ class _Session:
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,
-        level or arrivals alone share it. The store may hold it from another notebook of the study.
-        """
+        options, level or arrivals alone share it, through the store those of a whole study."""
         key = condition.reference(1).key
         if key not in self.references:
             alike = [c.level for c in self.conditions if c.reference(1).key == key]
             alone = condition.reference(min(max(alike), REFERENCE_REQUESTS))
-            trace = self.store.reference(self.record(alone, 0))
-            if not trace or trace.notes.get("loop") != prediction.prepared(alone).loop:
+            trace = self.store.reference(self.record(alone, 0), prediction.prepared(alone).loop)
+            if not trace:
                 trace = alone.run()
                 _warm.add(key)
                 self.store.append(self.record(alone, 0, trace, kind="reference"))

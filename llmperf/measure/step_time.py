@@ -3,12 +3,12 @@ overhead, and the draw of the next token.
 
 eager loops on a processor   max(bound, products as torch runs them) + operations x overhead + draw
 eager loops on a GPU         max(bound, operations x time of a launch) + draw
-compiled on a processor      reading and products together + the rest of the step + draw
+compiled on a processor      max(bound, reading and products together + the rest) + draw
 compiled on a GPU            bound + draw (one graph: no launches)
 
 Bounds are at the bandwidth of the minute. A compiled step reads weights while it multiplies
-others: at best the shorter of both is hidden, at worst they add up. `HIDDEN` of it is expected to
-be: the median of four studies, 160 runs, on two cores of an AMD EPYC (quartiles 0.67 and 0.97).
+others: at best all of the shorter is hidden, at worst nothing. Expected is the share HIDDEN, the
+median of four studies, 160 runs, on two cores of an AMD EPYC (quartiles 0.67 and 0.97).
 
 Left out: elementwise work on long inputs, and on a GPU whatever keeps kernels from the memory's
 bandwidth. `RANGE` says how far off a step on an idle machine may be.
@@ -29,7 +29,7 @@ from llmperf.machine import DTYPE_BYTES, DTYPES, rates
 from llmperf.measure.condition import Condition
 from llmperf.models import CHECKPOINT, Model, quantize
 
-RANGE = (0.75, 1.5)  # measured over expected
+RANGE = (0.75, 1.5)  # measured over what is expected at best, and at worst
 HIDDEN = 0.8
 TINY = 16  # width of the tensors on which the overhead of an operation is measured
 

@@ -144,8 +144,9 @@ def tokenizer_of(name: str, weights: str = "auto"):
         return _tokenizer(None if weights == "random" else embedded.folder())
     known, folder = configs.preset(name), Path(name).expanduser()
     if known or name.count("/") == 1 and not folder.is_dir():
-        found = known["hub_id"] if known else name, TOKENIZER_FILES
-        folder = configs.from_hub(*found, lambda x: [*x.glob("tokenizer*")]) or folder
+        files = known["hub_id"] if known else name, TOKENIZER_FILES
+        if not (folder := configs.from_hub(*files, lambda x: [*x.glob("tokenizer*")])):
+            raise ValueError(f"the tokenizer of {name} is neither here nor to be had from the hub")
     return _tokenizer(folder)
 
 

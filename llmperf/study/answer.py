@@ -102,12 +102,13 @@ def _single(alone: pd.Series) -> str:
     text = f"One request gets {alone.output_tokens_per_s:.3g} tokens/s ({how})"
     if alone.tpot_ms > 0:
         text += f"; after its first token {1e3 / alone.tpot_ms:.3g}"
+        limit = "arithmetic" if alone.limit == "arithmetic" else "bandwidth"  # not launches, Python
         if alone.tpot_ms < alone.bound_tpot_ms:
-            text += f", more than the {1e3 / alone.bound_tpot_ms:.3g} that {alone.limit} allowed"
-            text += " when it was measured: the speed of this machine changes"
+            text += f", more than the {1e3 / alone.bound_tpot_ms:.3g} that {limit} allowed"
+            text += " as the runs began: the speed of this machine changes"
         elif pd.notna(alone.bound_tpot_ms):
             text += f", {alone.bound_tpot_ms / alone.tpot_ms:.0%} of the"
-            text += f" {1e3 / alone.bound_tpot_ms:.3g} that {alone.limit} allows"
+            text += f" {1e3 / alone.bound_tpot_ms:.3g} that {limit} allows"
     return f"{text}."
 
 

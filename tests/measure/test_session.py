@@ -316,8 +316,9 @@ def test_what_runs_in_other_processes_warms_this_one_not(tiny, store, monkeypatc
     known = strategies.STRATEGIES
     monkeypatch.setitem(known, "threads", replace(known["threads"], served=True))
     served = replace(point, strategy="threads")
-    run([served], Store(store.path), repeats=1)
-    assert not session._warm
+    found = run([served], Store(store.path), repeats=1).records
+    warm = [r for r in found if r.kind == "warmup" and r.condition["strategy"] == "threads"]
+    assert [len(r.metrics["warmup_s"]) for r in warm] == [1] and not session._warm
 
 
 def test_a_reference_by_another_loop_is_not_shared(tiny, store):

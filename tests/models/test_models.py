@@ -397,6 +397,9 @@ def test_a_tokenizer_is_to_be_had_without_the_weights(tmp_path, monkeypatch):
         assert found.decode(found("two words")["input_ids"]) == "two words"
     with pytest.raises(ValueError, match="the tokenizer of nothing cannot be loaded"):
         models.tokenizer_of(str(tmp_path / "nothing"))
+    monkeypatch.setattr(configs, "from_hub", lambda *_: None)
+    with pytest.raises(ValueError, match="of gpt2 is neither here nor to be had"):
+        models.tokenizer_of("gpt2")
     asked = []
     monkeypatch.setattr(configs, "from_hub", lambda *a: asked.append(a) or folder)
     assert models.tokenizer_of("yi-6b-chat").vocab_size == models.byte_tokenizer().vocab_size
