@@ -196,7 +196,7 @@ class _Session:
 
     def reference(self, condition: Condition) -> Trace:
         """The first requests of a condition one after another. Conditions that differ in strategy,
-        options, level or arrivals alone share it, through the store those of a whole study."""
+        options, level or arrivals alone share it; the store hands it to further notebooks."""
         key = condition.reference(1).key
         if key not in self.references:
             alike = [c.level for c in self.conditions if c.reference(1).key == key]
