@@ -100,4 +100,4 @@ def replay_ends(records: Iterable[measure.Record]) -> HTML:
         traces = {row.label: Trace.from_dict(row.record.trace) for row in (slowest, fastest)}
         return replay(traces, tokenizer, fastest.work)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the times of a record are damaged ({error!r}): no replay") from error
+        raise ValueError("the token times of a record are damaged: no replay") from error
