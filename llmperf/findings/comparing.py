@@ -98,7 +98,7 @@ class RunComparison:
             yield f"\n{self.quantity} of the conditions without an equal one in these pairs"
             medians = self.alone.iloc[:, 3:].rename(columns=numbers)
             heads = ["".join(f"{number:>9}" for number in medians)]
-            cells = medians.map(lambda x: f"{'' if pd.isna(x) else f'{x:.4g}':>9}")
+            cells = medians.map(lambda x: f"{'' if pd.isna(x) else machine.significant(x, 4):>9}")
             yield from _by_work(self.alone, heads + list(cells.agg("".join, axis=1)))
 
 
@@ -118,7 +118,8 @@ def _ratio_text(row) -> str:
     interval = f"{row.low:.2f} to {row.high:.2f}" if known else ""
     ratio = f"{row.ratio:.2f}" if pd.notna(row.ratio) else ""
     said = f"{row.verdict}{': ' * bool(row.note)}{row.note}"
-    return f"{row.first:8.4g} {row.second:8.4g} {ratio:>8}{interval:>15}  {said}"
+    medians = "".join(f"{machine.significant(x, 4):>8} " for x in (row.first, row.second))
+    return f"{medians}{ratio:>8}{interval:>15}  {said}"
 
 
 def compare_runs(runs: Sequence[Run], quantity: str = "output_tokens_per_s") -> RunComparison:

@@ -9,7 +9,7 @@ from statistics import median
 import pandas as pd
 
 from llmperf.decoding.requests import Request, Workload
-from llmperf.machine import GIB
+from llmperf.machine import GIB, significant
 from llmperf.measure import Record, capacity, frame, load, metrics
 from llmperf.strategies.server import WINDOW_S
 
@@ -76,7 +76,7 @@ def headline(found: pd.DataFrame) -> str:
         return "Nothing was measured yet."
     best = found.loc[found.output_tokens_per_s.idxmax()]
     name, speed = name_of(best), best.output_tokens_per_s
-    text = f"{name[0].upper()}{name[1:]}: the most tokens here, {speed:.3g} tokens/s"
+    text = f"{name[0].upper()}{name[1:]}: the most tokens here, {significant(speed)} tokens/s"
     alone = one_at_a_time(found, best)
     if alone is None or best["rows"] * best.servers == 1:
         return f"{text}."
@@ -131,7 +131,8 @@ def recommend(
     share, answer_ms = simulated(best, load_per_s, slo, tokens)
     limits = ", ".join(f"{k.split('_')[0].upper()} {limit:g} ms" for k, limit in slo.items())
     said = f"{share:.0%} of the requests at {load_per_s:g}/s are within {limits}"
-    said += f"; a median answer of {tokens} tokens takes {answer_ms / 1e3:.3g} s, waiting included"
+    answer_s = significant(answer_ms / 1e3)
+    said += f"; a median answer of {tokens} tokens takes {answer_s} s, waiting included"
     name = name_of(best)
     what = f"Run {name}: {said}."
     if machines is None:

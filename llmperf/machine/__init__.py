@@ -8,5 +8,6 @@ __getattr__, __all__ = lazy_face(
     description="busy busy_warning cache_dir caption cores describe platform_word slug"
     " usable_cores",
     probes="PROBES ask",
-    units="DTYPES DTYPE_BYTES GIB Unknown first_line",
+    gpu="no_cuda",
+    units="DTYPES DTYPE_BYTES GIB Unknown first_line significant",
 )

@@ -9,6 +9,11 @@ class Unknown(Exception):
     """A probe has no answer; its text says why."""
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """The number with so many significant digits, a larger one whole: 0.0123, 45.6, 1,235."""
+    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
+
+
 def first_line(text: object) -> str:
     """The first line of an exception's text, for a sentence; or the exception's class."""
     lines = str(text).strip().splitlines()

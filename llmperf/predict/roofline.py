@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llmperf.machine import significant
 from llmperf.predict import costs
 from llmperf.predict.costs import Cost
 from llmperf.predict.spec import RunSpec
@@ -62,8 +63,8 @@ def audit(
     if (mfu or 0) > mbu:
         need, unit, rate, word, worst = cost.flops / 1e9, "GFLOP", flops_s / 1e9, "MFU", mfu
     sentence = (
-        f"{cost.steps:,.0f} steps take at least {need:,.1f} {unit}, {need / rate:.3g} s at "
-        f"{rate:,.0f} {unit}/s; measured {seconds:.3g} s: {word} {worst:.2f}, "
+        f"{cost.steps:,.0f} steps take at least {need:,.1f} {unit}, {significant(need / rate)} s"
+        f" at {rate:,.0f} {unit}/s; measured {significant(seconds)} s: {word} {worst:.2f}, "
         f"{'implausible' if worst > 1 else 'plausible'}"
     )
     return Audit(worst <= 1, mbu, mfu, sentence)

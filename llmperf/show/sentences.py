@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from llmperf import stats
+from llmperf.machine import significant
 from llmperf.measure import Record, metrics
 from llmperf.stats import Interval
 
@@ -78,7 +79,7 @@ def value_sentence(
     found = stats.median_interval(values.tolist())
     if pd.api.types.is_scalar(samples):
         found = Interval(found.value, found.value, found.value, 1)
-    end = _outcome(found, limit, above, below, unclear.format(limit=f"{limit:.3g}{unit}"))
+    end = _outcome(found, limit, above, below, unclear.format(limit=f"{significant(limit)}{unit}"))
     return f"{what}: {_shown(found)}{unit}, {end}."
 
 
@@ -99,7 +100,8 @@ def loops_sentence(records: Iterable[Record]) -> str:
         asked, ran, why = r.condition.get("loop"), r.notes.get("loop"), r.notes.get("fallback")
         if r.status == "ok" and ran:
             other = f"{asked} ran as {ran} ({why or 'no reason is noted'})"
-            found[f"{ran} ran as asked" if ran == asked else other] = None
+            same = f"{ran} ran as asked" + f" ({why})" * bool(why)
+            found[same if ran == asked else other] = None
     return f"Loops: {'; '.join(found) or 'not noted in these runs'}."
 
 
@@ -109,7 +111,7 @@ def guess_sentence(
     """How a reader's guess compares with what was measured: right within a share of it."""
     if measured is None or math.isnan(measured):
         return f"{what}: not measured."
-    found = f"{what}: {measured:.3g}{unit}"
+    found = f"{what}: {significant(measured)}{unit}"
     if guess is None:
         return f"{found}. No guess was written down above."
     if type(guess) not in (int, float) or not math.isfinite(guess):
@@ -152,5 +154,6 @@ def _outcome(found: Interval, limit: float, above: str, below: str, unclear: str
 
 
 def _shown(found: Interval) -> str:
-    value, *ends = ("" if v is None else f"{v:.3g}" for v in (found.value, found.low, found.high))
+    three = (found.value, found.low, found.high)
+    value, *ends = ("" if v is None else significant(v) for v in three)
     return value if len({*ends}) == 1 else f"{value} ({ends[0]} to {ends[1]})"

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from llmperf import models, predict
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.sampling import Sampling, filtered_logits
+from llmperf.machine import significant
 from llmperf.measure import capacity, load, metrics
 from llmperf.predict import GIB
 from llmperf.show import plots
@@ -117,8 +118,9 @@ def draw_roofline(
     fig, ax = plots.figure(height=3.4)
     plots.roofline(ax, limits, points)
     least = steps[f"batch {batch}"]
-    words = f"at least {least.seconds * 1e3:.3g} ms a step, {least.limit} sets it: at most "
-    ax.set_title(words + f"{batch / least.seconds:,.0f} tokens/s", fontsize=10, loc="left")
+    words = f"at least {significant(least.seconds * 1e3)} ms a step, {least.limit} sets it"
+    speed = f"at most {batch / least.seconds:,.0f} tokens/s"
+    ax.set_title(f"{words}: {speed}", fontsize=10, loc="left")
     return fig
 
 
@@ -172,7 +174,7 @@ def draw_queue(
         plots.legend(ax)
     ax.set(xlabel="arrival (s)", ylabel="time to first token (s)", ylim=(0, None))
     met = sum(metrics.meets(row, slo) for row in rows) / len(rows)
-    words = f"{rate_per_s:.3g} requests/s: {met:.0%} of the requests within every limit"
+    words = f"{significant(rate_per_s)} requests/s: {met:.0%} of the requests within every limit"
     ax.set_title(words, fontsize=10, loc="left")
     plots.caption(fig, note=f"{len(rows)} simulated requests, from the measured times of a batch")
     return fig

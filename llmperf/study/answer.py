@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from llmperf import findings, models, predict
 from llmperf.findings import Run
-from llmperf.machine import GIB
+from llmperf.machine import GIB, significant
 from llmperf.measure import Record
 from llmperf.show import plots, side_by_side
 
@@ -80,9 +80,10 @@ def _ceilings(option: pd.Series) -> str:
     """What the machine can do."""
     if pd.isna(option.read_bytes_per_s):
         return "This machine's ceilings are not in these records."
-    text = f"This machine reads {option.read_bytes_per_s / 1e9:.3g} GB/s"
+    text = f"This machine reads {significant(option.read_bytes_per_s / 1e9)} GB/s"
     if pd.notna(option.flops_per_s):
-        text += f" and computes {option.flops_per_s / 1e12:.2g} TFLOP/s in {option['dtype']}"
+        tera = significant(option.flops_per_s / 1e12, 2)
+        text += f" and computes {tera} TFLOP/s in {option['dtype']}"
     return f"{text}."
 
 
@@ -99,16 +100,16 @@ def _others(records: Sequence[Record]) -> str:
 def _single(alone: pd.Series) -> str:
     """What one request gets, and what bounds it."""
     how = f"{findings.public_model(str(alone.model))} in {alone.precision}, {alone.loop}"
-    text = f"One request gets {alone.output_tokens_per_s:.3g} tokens/s ({how})"
+    text = f"One request gets {significant(alone.output_tokens_per_s)} tokens/s ({how})"
     if alone.tpot_ms > 0:
-        text += f"; after its first token {1e3 / alone.tpot_ms:.3g}"
+        text += f"; after its first token {significant(1e3 / alone.tpot_ms)}"
         limit = "arithmetic" if alone.limit == "arithmetic" else "bandwidth"  # not launches, Python
         if alone.tpot_ms < alone.bound_tpot_ms:
-            text += f", more than the {1e3 / alone.bound_tpot_ms:.3g} that {limit} allowed"
+            text += f", more than the {significant(1e3 / alone.bound_tpot_ms)} that {limit} allowed"
             text += " as the runs began: the speed of this machine changes"
         elif pd.notna(alone.bound_tpot_ms):
             text += f", {alone.bound_tpot_ms / alone.tpot_ms:.0%} of the"
-            text += f" {1e3 / alone.bound_tpot_ms:.3g} that {limit} allows"
+            text += f" {significant(1e3 / alone.bound_tpot_ms)} that {limit} allows"
     return f"{text}."
 
 
@@ -150,7 +151,7 @@ def _larger(option: pd.Series) -> str:
     step = predict.decode_bound(spec, ANSWER_TOKENS, option.read_bytes_per_s)
     held = predict.weights_bytes(spec.shape, *how) / GIB
     text = f" By arithmetic the weights of {name} in {how[1]} take {held:.1f} GiB"
-    return f"{text}, and one request would get at most {1 / step.seconds:.2g} tokens/s."
+    return f"{text}, and one request would get at most {significant(1 / step.seconds, 2)} tokens/s."
 
 
 def failures(records: Sequence[Record]) -> list[Record]:
