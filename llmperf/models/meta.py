@@ -27,6 +27,8 @@ ROLES = (  # of a parameter by its path in the module; the first that is found
     ("attention", r"attn|attention"),
     ("feed-forward", r"mlp|ffn|feed_forward|shared_expert|moe|(^|\.)fc\d|dense|c_fc|block_sparse"),
 )
+# What the cache is called; the last by Mamba in transformers 5.17.
+CACHES = ("cache", "past_key_values", "cache_params")
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 
 
@@ -98,7 +100,7 @@ def with_cache(module, cache) -> dict:
 @functools.cache
 def _cache_argument(kind: type) -> str:
     known = inspect.signature(kind.forward).parameters
-    found = next((n for n in ("cache", "past_key_values") if n in known), None)
+    found = next((n for n in CACHES if n in known), None)
     if found is None:
         raise ValueError(f"{kind.__name__} takes no cache of keys and values: use loop recompute")
     return found
@@ -163,7 +165,7 @@ def _passes(module, config) -> tuple[tuple[CacheLayer, ...], tuple[int, int], li
             out = module(**inputs)
         flops.append(counter.get_total_flops() / ROWS)
         seen.append([dict(cached_tensors(layer)) for layer in cache.layers])
-    if not isinstance(getattr(out, "past_key_values", None), Cache):
+    if not any(isinstance(getattr(out, n, None), Cache) for n in CACHES):
         raise ValueError("it is an encoder, or it keeps its state outside transformers' cache")
     before, after = seen[-2:]
     found = tuple(_cache_layer(*both) for both in zip(cache.layers, before, after, strict=True))

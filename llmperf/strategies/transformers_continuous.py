@@ -1,5 +1,6 @@
 """transformers' continuous batching, as an engine of `peer`: its own cache, scheduler and draws."""
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -24,17 +25,21 @@ def run(model: Model, workload: Workload, config: GenerationConfig) -> Trace:
     """
     waiting = deque(run_control.in_order(workload.requests))
     needs = sorted(math.ceil(r.length / BLOCK_TOKENS) for r in waiting)
-    limits = ContinuousBatchingConfig(
-        num_blocks=sum(needs[-MAX_BATCH:]) + 1,
-        page_size=BLOCK_TOKENS,
-        max_requests_per_batch=min(MAX_BATCH, len(needs)),
-        max_batch_tokens=PASS_TOKENS,
-        auto_switch_to_flash=False,
-        drop_unsupported_processors=False,  # an error instead of other text
-    )
+    limits = {
+        "num_blocks": sum(needs[-MAX_BATCH:]) + 1,
+        "page_size": BLOCK_TOKENS,
+        "block_size": BLOCK_TOKENS,  # so called in transformers 5.17
+        "max_requests_per_batch": min(MAX_BATCH, len(needs)),
+        "max_batch_tokens": PASS_TOKENS,
+        "auto_switch_to_flash": False,
+        "drop_unsupported_processors": False,  # an error instead of other text
+    }
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     with model.module.continuous_batching_context_manager(
         generation_config=config,
-        continuous_batching_config=limits,
+        continuous_batching_config=ContinuousBatchingConfig(
+            **{name: value for name, value in limits.items() if name in known}
+        ),
         timeout=10,
         warmup=model.device != "cpu",  # captures CUDA graphs
     ) as engine:

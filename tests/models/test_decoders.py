@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import DECODERS, config_of
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from llmperf import decoding, models, predict
 from llmperf.decoding.requests import Request
@@ -12,10 +12,12 @@ from llmperf.decoding.sampling import GREEDY
 
 PROMPTS = [tuple(range(5, 12)), tuple(range(20, 31))]
 NEW = 6
+KNOWN = [kind for kind in DECODERS if kind in CONFIG_MAPPING]  # to the transformers installed
 
 
 def test_there_are_at_least_sixty_types():
-    assert len(DECODERS) >= 60
+    assert len(KNOWN) >= 60
+    assert set(DECODERS) - set(KNOWN) <= {"exaone", "iquestcoder"}  # not in transformers 5.17
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +29,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=DECODERS)
+@pytest.fixture(scope="module", params=KNOWN)
 def decoder(request, tmp_path_factory):
     """A tiny model with random weights, loaded from its folder."""
     torch.manual_seed(0)
