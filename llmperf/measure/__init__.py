@@ -6,7 +6,7 @@ __getattr__, __all__ = lazy_face(
     __name__,
     condition="Condition",
     frames="frame",
-    prediction="check_fits predict_run spec_of",
+    prediction="DoesNotFit check_fits predict_run spec_of",
     records="Record Store open_store",
     results="Results paired",
     session="environment measure",

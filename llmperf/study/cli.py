@@ -140,9 +140,10 @@ def _ending(folder: Path, state, records_only: bool) -> int:
     """The answer, what is not ok, and the path; the exit status."""
     from llmperf.study import answer
 
-    failed = {stem: outcome for stem, outcome in state.done.items() if outcome != "ok"}
-    for stem, outcome in failed.items():
-        _say(f"Failed: {stem}: {outcome}", sys.stderr)
+    not_ok = {stem: outcome for stem, outcome in state.done.items() if outcome != "ok"}
+    failed = [stem for stem, outcome in not_ok.items() if not outcome.startswith(study.SKIPPED)]
+    for stem, outcome in not_ok.items():
+        _say(f"{'Failed: ' * (stem in failed)}{stem}: {outcome}", sys.stderr)
     bad = []
     try:
         run = answer.load(folder)

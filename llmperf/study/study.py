@@ -20,6 +20,8 @@ from llmperf import REFERENCE, RUNS
 from llmperf.study import profile as profiles
 from llmperf.study.profile import Profile
 
+SKIPPED = "skipped"  # a notebook whose runs do not fit this machine
+
 
 @dataclass
 class State:
@@ -28,7 +30,7 @@ class State:
     profile: str
     steps: dict  # notebook → parameters
     timeout_s: int
-    done: dict = field(default_factory=dict)  # notebook → ok or the error's last line
+    done: dict = field(default_factory=dict)  # notebook → ok, SKIPPED and why, or the error
     started: str = ""
     seconds: dict = field(default_factory=dict)  # notebook → how long it took
 
@@ -160,6 +162,8 @@ def _run_one(folder: Path, stem: str, state: State, use_notebooks: bool) -> str:
         else:
             _execute_without_jupyter(source, parameters)
     except Exception as error:  # papermill's own, a time-out, a dead kernel: the study goes on
+        if getattr(error, "ename", type(error).__name__) == "DoesNotFit":
+            return f"{SKIPPED}: {getattr(error, 'evalue', error)}"
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # its last line is the exception
         return f"{type(error).__name__}: {text.splitlines()[-1] if text else 'no message'}"
     return "ok"

@@ -18,7 +18,7 @@ from llmperf import REFERENCE, machine, models, study
 from llmperf.machine import description, rates
 from llmperf.measure import Store
 from llmperf.show import static_calculator
-from llmperf.study import Profile, profile
+from llmperf.study import Profile, cli, profile
 from llmperf.study.cli import main
 
 
@@ -57,6 +57,16 @@ def test_a_notebook_that_fails_is_named_and_the_others_go_on(shelf, tmp_path):
         "03-third": "ok",
     }
     assert "RuntimeError: broke" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_notebook_whose_runs_do_not_fit_is_skipped_and_no_failure(shelf, tmp_path, capsys):
+    body = "from llmperf.measure import DoesNotFit\nraise DoesNotFit('2 GiB do not fit in 1')"
+    write_notebook(shelf, "00-first", body=body)
+    folder = study.start(Profile("p"), out=tmp_path / "run")
+    state = study.run(folder)
+    assert state.done == {"00-first": "skipped: 2 GiB do not fit in 1", "03-third": "ok"}
+    assert cli._ending(folder, state, records_only=False) == 0
+    assert "\n00-first: skipped: 2 GiB do not fit in 1\n" in "\n" + capsys.readouterr().err
 
 
 def test_a_kernel_is_killed_at_the_end_without_waiting_for_its_clean_up(shelf, tmp_path):
