@@ -15,6 +15,7 @@ from llmperf.decoding.requests import graph_size
 from llmperf.models import with_cache
 
 _steps: weakref.WeakSet = weakref.WeakSet()  # of every model
+NOT_FUSED = "its operations are not fused: {}"
 MOST_SHAPES = 256  # that torch compiles the step for: one for each (rows, length), of all models
 
 
@@ -73,6 +74,8 @@ class GraphStep:
     def __init__(self, model):
         self._module, self.device = weakref.ref(model.module), model.torch_device
         self.function = _fused(forward)
+        missing = self.function is forward and "Triton is not installed"
+        self.not_fused = NOT_FUSED.format(missing) if missing else None
         self.kept: dict[tuple[int, int], list] = {}  # (rows, length) → buffers that nobody uses
         _steps.add(self)
 

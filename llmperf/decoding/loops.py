@@ -28,7 +28,8 @@ _lock = threading.RLock()
 
 @dataclass(frozen=True)
 class Prepared:
-    """The loop that runs, why it is not the one asked for, and what making it ready took."""
+    """The loop that runs, why it is not the one asked for (or slower than it could be), and what
+    making it ready took."""
 
     loop: str
     reason: str | None = None
@@ -71,7 +72,8 @@ def _prepare(model, on_gpu: bool) -> Prepared:
     except (cpu_step.Unsupported, RuntimeError, AttributeError, TypeError) as error:
         word = "" if isinstance(error, cpu_step.Unsupported) else f"{type(error).__name__}: "
         return Prepared("cached", word + first_line(error), time.perf_counter() - start)
-    return Prepared("compiled", None, time.perf_counter() - start, step)
+    not_fused = getattr(step, "not_fused", None)
+    return Prepared("compiled", not_fused, time.perf_counter() - start, step)
 
 
 def _graph_step(model) -> graph_step.GraphStep:
@@ -84,7 +86,8 @@ def _graph_step(model) -> graph_step.GraphStep:
     try:
         _check(model, graph_step.GraphRows(step, 1, 5), calls)
         return step
-    except Exception:  # what Triton, torch's compiler and the driver raise is of any kind
+    except Exception as error:  # what Triton, torch's compiler and the driver raise is of any kind
+        step.not_fused = graph_step.NOT_FUSED.format(first_line(error))
         step.function = graph_step.forward
     step.kept.clear()  # only now: the exception held the rows with the graph of the other function
     _check(model, graph_step.GraphRows(step, 1, 5), calls)

@@ -83,9 +83,10 @@ def fits(rows: Sequence[Row], check: Mapping, n: int, strict: bool) -> Checked |
             loop=first.get("loop", "cached"),
             platform=machine.platform_word("cuda", str(first["os"])),
         )
-    except (ValueError, KeyError):  # a model that no preset names, or several lengths
+        free = int(first["card_bytes"] - first.get("card_used_bytes", 0))
+        budget = predict.budget(spec.platform, free, int(first["card_bytes"]))
+    except (ValueError, KeyError):  # no preset's model, several lengths, or a card in use
         return None
-    budget = int(first["card_bytes"] - first.get("card_used_bytes", 0))
     largest = predict.largest(spec, "rows", budget, idle_bytes=0)
     verdict = HOLDS if 0.9 * ran <= largest.at_best and largest.surely <= 1.1 * beyond else FAILS
     text = (
@@ -163,6 +164,8 @@ def _against_limits(
     claimed = f"{least:g} to {most:g}" if least > -inf else f"at most {most:g}"
     claimed = f"at least {least:g}" if most == inf else claimed
     claimed = "outside " * bool(check.get("outside")) + claimed
-    span = f"{value:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]" * (low != high))
+    span = machine.significant(value)
+    if low is not None and low != high:
+        span += f" [{machine.significant(low)}, {machine.significant(high)}]"
     text = f"{check['says'].format(x=span, n=n)} (claimed: {claimed}; {basis})"
     return Checked(verdict, points_to, text)

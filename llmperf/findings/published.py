@@ -179,7 +179,7 @@ def published_records() -> tuple[Record, ...]:
     idle = used[used.processes == 0].set_index("platform").device_used_gb
     for r in used[used.processes > 0].itertuples():  # this table has no times
         memory = {"device_used": {"max": r.device_used_gb},
-                  "device_idle": {"max": idle[r.platform]},  # our runs have no such reading
+                  "device_idle": {"max": idle[r.platform]},
                   "reserved": {"max": r.in_process_gb}}  # fmt: skip
         found.append(_record(r, "processes", r.processes, "VRAM", {}, memory))
     return tuple(found)

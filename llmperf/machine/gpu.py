@@ -19,6 +19,21 @@ def torch_in_use():
     return torch if torch and torch.cuda.is_initialized() else None
 
 
+def no_cuda() -> str:
+    """Why torch cannot use a card here, and what to do."""
+    import torch
+
+    if torch.version.cuda:
+        return (
+            f"this torch ({torch.__version__}) sees no CUDA GPU: where there is one, install a"
+            f" driver for CUDA {torch.version.cuda}, or a torch that was built for an older CUDA"
+        )
+    return (
+        f"this torch ({torch.__version__}) is no CUDA build: the README says under With a GPU how"
+        " to install one"
+    )
+
+
 @contextmanager
 def nvml() -> Iterator[None]:
     """Within it NVML answers. Raises `Unknown` without a driver, and for an answer it refuses."""
@@ -36,8 +51,14 @@ def nvml() -> Iterator[None]:
 
 
 def memory(handle):
-    """Bytes `total`, `used`, `free`, `reserved`; `total - free` means the same in all versions."""
+    """Bytes `total`, `used`, `free`, and what the driver has `reserved`, which is not in `used`."""
     return pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+
+
+def used_bytes(device: str) -> int:
+    """What all programs together use of a card. Raises `Unknown`."""
+    with nvml():
+        return memory(nvml_handle(device)).used
 
 
 def _compute_processes(handle) -> list[dict]:

@@ -51,18 +51,12 @@ def _measured(child: Child, device: str) -> dict:
     if device == "cpu":
         return {stage: child.ask(STAGE_S, stage=stage) for stage in STAGES}
     child.ask(STAGE_S, stage="interpreter")
-    before, used = _device_used(device), {}
+    before, used = gpu.used_bytes(device), {}
     for stage in ("context", "libraries"):
         reserve = child.ask(STAGE_S, stage=stage)["reserved"]
-        used[stage] = _device_used(device) - before - reserve
+        used[stage] = gpu.used_bytes(device) - before - reserve
     total = used["libraries"]
     return {"context": used["context"], "libraries": total - used["context"], "total": total}
-
-
-def _device_used(device: str) -> int:
-    with gpu.nvml():
-        info = gpu.memory(gpu.nvml_handle(device))
-        return info.total - info.free
 
 
 def _tiny_forward(device: str) -> None:

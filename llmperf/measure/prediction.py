@@ -101,9 +101,10 @@ def check_fits(condition: Condition) -> None:
     if known.served:  # server processes need their own memory; what kept ones hold is available
         options = known.with_defaults(condition.options)
         spec = replace(spec, processes=1) if options.get("weights") == "shared" else spec
-        single = predict.memory(replace(spec, processes=1), idle_bytes=0).low
+        single = predict.memory(replace(spec, processes=1), idle_bytes=0, beside_another=True).low
         held = single * len(served.pids())
-    fit = predict.judge(predict.memory(spec, idle_bytes=0), free + held)
+    book = predict.memory(spec, idle_bytes=0, beside_another=known.served)
+    fit = predict.judge(book, free + held)
     if fit.verdict == "does not fit":
         already = f" ({held / predict.GIB:.2f} GiB of it held already)" if held else ""
         raise DoesNotFit(fit.sentence + already)
@@ -128,6 +129,7 @@ def spec_of(condition: Condition, loop: str) -> predict.RunSpec:
         loop,
         processes=max(1, _processes(condition)),
         threads=threads if threads > 1 else 0,
+        streams=known.streams(*how),
         platform=machine.platform_word(m.device),
     )
 

@@ -89,12 +89,13 @@ def environment(device: str = "cpu") -> dict:
 
 @cache
 def _described() -> dict:
-    """The machine; memory of its cards that this process's allocator holds is not in use."""
+    """The machine; what this process holds of the memory of its cards is not in use."""
     found = machine.describe()
     if torch_in_use():
         for i, card in enumerate(found["gpus"]):
-            if used := card["memory_used_bytes"]:
-                card["memory_used_bytes"] = max(0, used - torch.cuda.memory_reserved(i))
+            if (used := card["memory_used_bytes"]) and (held := torch.cuda.memory_reserved(i)):
+                held += predict.least_context(machine.platform_word("cuda", found["os"]))
+                card["memory_used_bytes"] = max(0, used - held)
     return found
 
 
@@ -214,7 +215,8 @@ class _Session:
         condition = self.conditions[i]
         failed = [r.reason for r in trace.requests if r.status == "error"]
         loop, why = trace.notes.get("loop"), trace.notes.get("fallback")
-        warnings = [f"{condition.loop} ran as {loop}: {why}"] if why else []
+        other = why and loop != condition.loop
+        warnings = [f"{condition.loop} ran as {loop}: {why}"] if other else []
         warnings += [f"unstable: {self.busy}"] if self.busy else []
         comparable = trace.notes.get("tokens_comparable", True)
         audited = prediction.audit(condition, predicted, trace)
@@ -255,13 +257,17 @@ def _make_graphs(condition: Condition) -> None:
 
 
 def _memory_of_workers(condition: Condition, trace: Trace) -> dict:
-    """On a GPU, what the allocators of inference processes held: this process's holds no run."""
+    """On a GPU, what the allocators of inference processes held, since this process's holds no run,
+    and what was in use before they were started."""
     if not condition.runner.served or condition.model.device == "cpu":
         return {}
     workers, names = trace.notes["workers"], ("allocated", "reserved")
     held = {name: [w.get(f"{name}_bytes") for w in workers] for name in names}
     why = "an inference process did not report it"
-    return {n: summary(n, [sum(v)] if None not in v else (), why) for n, v in held.items()}
+    found = {n: summary(n, [sum(v)] if None not in v else (), why) for n, v in held.items()}
+    before = trace.notes.get("device_before", {})
+    values = () if before.get("bytes") is None else (before["bytes"],)
+    return found | {"device_before": summary("device_before", values, before.get("reason") or why)}
 
 
 def _raise_interrupt(error: BaseException | None) -> None:

@@ -15,16 +15,19 @@ GPU_CHANNELS = {
 SYSTEM_CHANNELS = {"rss": "bytes", "uss": "bytes"}
 ALLOCATOR_CHANNELS = {"allocated": "bytes", "reserved": "bytes"}
 CHANNELS = GPU_CHANNELS | SYSTEM_CHANNELS | ALLOCATOR_CHANNELS
+# Of inference processes on a card: `device_used` once, before the first of them was started. This
+# process has opened its context by then, so it is more than what an idle card holds.
+RECORDED_CHANNELS = CHANNELS | {"device_before": "bytes"}
 
 
 def summary(name: str, values: Sequence[float], reason: str | None = None) -> dict:
     """Summary of one channel for a record, or why it is unavailable."""
     if not values:
         why = reason or "no sample was taken in time"
-        return {"status": "unavailable", "reason": why, "unit": CHANNELS[name]}
+        return {"status": "unavailable", "reason": why, "unit": RECORDED_CHANNELS[name]}
     return {
         "status": "ok",
-        "unit": CHANNELS[name],
+        "unit": RECORDED_CHANNELS[name],
         "first": values[0],
         "last": values[-1],
         "min": min(values),

@@ -80,18 +80,25 @@ class ChannelReader:
         return values | self._on_gpu() if self.card else values
 
     def slow(self) -> dict[str, float]:
-        """Child processes, looked for anew, and the unique set size, which takes long."""
+        """Child processes, looked for anew, and what takes long: the unique set size, and the
+        counters of Windows, which are collected for all processes."""
         self.tree = [self.root]
         for child in self.root.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 # In a virtual environment on Windows a process is the child of its launcher.
                 if self.without.isdisjoint([child.pid, *(p.pid for p in child.parents())]):
                     self.tree.append(child)
+        values = {}
         try:
-            return {"uss": sum(self._each(lambda p: p.memory_full_info().uss))}
+            values["uss"] = sum(self._each(lambda p: p.memory_full_info().uss))
         except psutil.AccessDenied:
             self.reasons["uss"] = "the operating system does not let this user read it"
-            return {}
+        if self.windows:
+            try:
+                values |= self.windows.read({p.pid for p in self.tree})
+            except Exception as error:  # pywintypes.error, which another system does not have
+                self.reasons["process_shared"] = str(error)
+        return values
 
     def _each(self, read) -> list[int]:
         values = []
@@ -114,11 +121,6 @@ class ChannelReader:
                 values[name] = read()
             except (gpu.NVMLError, LookupError) as error:
                 self.reasons[name] = str(error)
-        if self.windows:
-            try:
-                values = self.windows.read({p.pid for p in self.tree}) | values
-            except Exception as error:  # pywintypes.error, which another system does not have
-                self.reasons["process_shared"] = str(error)
         return values
 
     def _process_vram(self) -> int:
@@ -143,7 +145,7 @@ def sample(probe: ChannelReader, interval_s: float, inbox: queue.Queue, started)
             began = time.perf_counter()
             read, ended = probe.slow(), time.perf_counter()
             due = ended + (ended - began) / SLOW_SHARE
-        found = probe.fast() | (read if slow else {})
+        found = (read if slow else {}) | probe.fast()
         if time.perf_counter() < opened + NVML_WINDOW_S:
             found.pop("utilization", None)  # it would be in part of what ran before
         for name, value in found.items():

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir, first_line
+from llmperf.machine import DTYPE_BYTES, DTYPES, GIB, cache_dir, first_line, no_cuda
 from llmperf.machine.private_memory import copy_to_private_memory
 from llmperf.machine.probes import ram_available
 from llmperf.models import configs, embedded, quantize
@@ -189,7 +189,7 @@ def _device(device: str) -> str:
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} needs a CUDA GPU and this torch sees none: use cpu")
+        raise ValueError(f"device {device!r}: {no_cuda()}; or use cpu")
     return "cuda:0" if device == "cuda" else device
 
 

@@ -93,8 +93,8 @@ def stored(t: Tensor, how: Scheme, item: int) -> Iterator[int]:
 def check(word: str | None, dtype: str, device: str) -> None:
     """Raise ValueError for a word that is unknown or cannot run in `dtype` on `device`."""
     scheme(word)
-    if word == "int4" and device != "cpu":
-        raise ValueError("int4 has torch's kernel for CPUs only: use bnb-4 on a GPU")
+    if word in OURS and device != "cpu":
+        raise ValueError(f"{word} runs on CPUs only here: use {BNB[OURS.index(word)]} on a GPU")
     if word == "int4" and dtype != "bf16":
         raise ValueError(f"int4 computes in bf16, and dtype is {dtype}: use dtype bf16")
 

@@ -135,7 +135,7 @@ class Int8(torch.nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])  # (rows, in)
         few = flat.shape[0] <= FAST_ROWS[x.dtype] and flat.shape[1] % COLUMN_STEP == 0
-        if x.device.type == "cpu" and few:
+        if few:
             out = torch._weight_int8pack_mm(flat.contiguous(), self.integers, self.scale)
         else:
             slices = zip(self.integers.split(SLICE_ROWS), self.scale.split(SLICE_ROWS), strict=True)

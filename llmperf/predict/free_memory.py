@@ -6,8 +6,7 @@ from llmperf import machine
 from llmperf.machine.probes import ram_available
 from llmperf.models import Model
 from llmperf.predict.fits import SPILLS, budget
-from llmperf.predict.ledger import memory
-from llmperf.predict.spec import RunSpec
+from llmperf.predict.ledger import least_context
 
 
 def free_and_held(model: Model) -> tuple[int, int]:
@@ -21,8 +20,7 @@ def free_and_held(model: Model) -> tuple[int, int]:
 
         free, total = torch.cuda.mem_get_info(device)
         # The context is there as well; its low bound, so that nothing is refused for it.
-        context = memory(RunSpec(model.shape, platform=platform)).line("context and libraries")
-        held = torch.cuda.memory_reserved(device) + context.low
+        held = torch.cuda.memory_reserved(device) + least_context(platform)
     return budget(platform, free + held, total) - held, held
 
 

@@ -68,12 +68,17 @@ class Ledger:
 
 
 def memory(
-    spec: RunSpec, *, overhead: Mapping | None = None, idle_bytes: int | None = None
+    spec: RunSpec,
+    *,
+    overhead: Mapping | None = None,
+    idle_bytes: int | None = None,
+    beside_another: bool = False,
 ) -> Ledger:
     """The ledger of a run at its peak.
 
     `overhead` is the result of `machine.overhead`, `idle_bytes` what is used before anything
-    starts; without them a range for the platform is taken.
+    starts; without them a range for the platform is taken. `beside_another`: another process
+    already holds what all processes share.
     """
     s = spec
     weights = sizes.weights_bytes(s.shape, s.dtype, s.quantization) * s.processes
@@ -96,7 +101,7 @@ def memory(
     if idle_bytes is not None:
         low = high = idle_bytes
     idle = Line("in use before the start", "device", low, high)
-    lines = (*kept, *moving, *allocator, _context(s, overhead), idle)
+    lines = (*kept, *moving, *allocator, _context(s, overhead, beside_another), idle)
     return Ledger(lines, _warnings(s))
 
 
@@ -174,8 +179,9 @@ def at_rest(
 
 
 def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
-    """cuBLAS workspaces (one for each thread's handle), what rounding adds, and slack: ends of
-    segments, and holes that a growing cache leaves, no larger than itself."""
+    """cuBLAS workspaces (one for each thread's handle; where handles and streams meet in other
+    pairs from run to run, at most one a pair), what rounding adds, and slack: ends of segments, and
+    holes that a growing cache leaves, no larger than itself."""
     handles = 1 + s.threads  # the main thread's too
     placed = at_rest(s.shape, s.dtype, s.quantization, handles=handles, masks=s.masks)
     spare = (placed.reserved - placed.allocated) * s.processes
@@ -184,24 +190,28 @@ def _allocator(s: RunSpec, moving: list[Line]) -> list[Line]:
     opened = (LARGE_SEGMENT + ROUND_LARGE) * 2 * s.concurrent * s.processes
     rounding = (placed.allocated - placed.requested) * s.processes
     most = spare + sum(line.high for line in moving) + opened
-    each = handles * s.processes
+    pairs = 1 + s.threads * s.streams
+    workspaces = (handles * CUBLAS_WORKSPACE, pairs * CUBLAS_WORKSPACE_HOPPER)
     return [
-        Line("workspaces", "allocated", each * CUBLAS_WORKSPACE, each * CUBLAS_WORKSPACE_HOPPER),
+        Line("workspaces", "allocated", *(s.processes * x for x in workspaces)),
         Line("rounding", "allocated", rounding, rounding),
         Line("allocator slack", "reserved", least, most),
     ]
 
 
-def _context(s: RunSpec, measured: Mapping | None) -> Line:
-    further = s.processes - 1
+def _context(s: RunSpec, measured: Mapping | None, beside_another: bool) -> Line:
+    ends = [tuple(x * GIB for x in pair) for pair in OVERHEAD_GIB[s.platform]]  # (low, high) each
     if measured and measured.get("first"):
-        ends = (measured["first"], measured["further"])
-        ends = [e["forward"]["rss"] if s.platform == "cpu" else e["total"] for e in ends]
-        low = high = ends[0] + ends[1] * further
-    else:
-        first, each = OVERHEAD_GIB[s.platform]
-        low, high = ((first[i] + each[i] * further) * GIB for i in range(2))
+        found = (measured["first"], measured["further"])
+        ends = [(e["forward"]["rss"] if s.platform == "cpu" else e["total"],) * 2 for e in found]
+    first, each = (ends[1], ends[1]) if beside_another else ends
+    low, high = (first[i] + each[i] * (s.processes - 1) for i in range(2))
     return Line("context and libraries", "process", int(low), int(high))
+
+
+def least_context(platform: str) -> int:
+    """Bytes that the context and libraries of a process take at least, where it is the first."""
+    return int(OVERHEAD_GIB[platform][0][0] * GIB)
 
 
 def _warnings(s: RunSpec) -> tuple[str, ...]:

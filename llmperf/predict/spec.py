@@ -14,8 +14,9 @@ class RunSpec:
     """A run as numbers: the model, how it is held, and what goes through it.
 
     `rows` share a step, padded to `prompt_tokens`. `processes` each hold their own model; `threads`
-    are the worker threads of a process (0: only the main thread). `masks`: see
-    `sizes.buffers`. Raises ValueError for an unknown word or a size that is too small.
+    are the worker threads of a process (0: only the main thread), `streams` the CUDA streams on
+    which they decode. `masks`: see `sizes.buffers`. Raises ValueError for an unknown word or a size
+    that is too small.
     """
 
     shape: ModelShape
@@ -27,6 +28,7 @@ class RunSpec:
     loop: str = "cached"
     processes: int = 1
     threads: int = 0
+    streams: int = 1
     platform: str = "linux"
     masks: bool = False
 
@@ -35,7 +37,8 @@ class RunSpec:
         for name, words in known.items():
             if (value := getattr(self, name)) not in words:
                 raise ValueError(f"unknown {name} {value!r}: choose {', '.join(words)}")
-        least = {"rows": 1, "prompt_tokens": 1, "new_tokens": 1, "processes": 1, "threads": 0}
+        least = dict.fromkeys(("rows", "prompt_tokens", "new_tokens", "processes", "streams"), 1)
+        least["threads"] = 0
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {low}")

@@ -24,12 +24,13 @@ def load(config: dict) -> Callable:
     def slots(batching: str, rows: int, max_length: int, loop: str, processes: int, threads):
         predict.cap_allocator(model, processes)
         torch.set_num_threads(threads or all_threads)  # a run before may have had fewer
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
         if loop == "compiled":
             decoding.warm_up(model, rows, [max_length])
         else:
             decoding.free_graphs()
+        if torch.cuda.is_initialized():  # else a small run shows what a large one before it held
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         if batching == "slots":
             return decoding.Slots(model, rows, max_length, loop=loop)
         decode = partial(decoding.decode, model, loop=loop, room=(rows, max_length))

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from llmperf.decoding.requests import Workload
 from llmperf.decoding.trace import Trace
+from llmperf.machine import ask, gpu
+from llmperf.machine.gpu import torch_in_use
 from llmperf.models import Model
 from llmperf.strategies.server import Server
 
@@ -43,6 +45,7 @@ def ensure_started(model: Model, processes: int, weights: str = "own") -> list[i
         return pids()
     if not _kept:
         _kept.append(Server(model, weights=weights))
+        _kept[0].device_before = _device_used(model.device)
     _kept[0].start(processes)
     return _kept[0].pids(processes)
 
@@ -62,7 +65,22 @@ def run(model: Model, workload: Workload, processes: int = 1, weights: str = "ow
     """Run on the kept server; `how` as for `Server.run`."""
     how.pop("on_step", None)
     with session():
-        return kept_server(model, processes, weights).run(workload, processes=processes, **how)
+        server = kept_server(model, processes, weights)
+        trace = server.run(workload, processes=processes, **how)
+    if server.device_before:
+        trace.notes["device_before"] = server.device_before
+    return trace
+
+
+def _device_used(device: str) -> dict:
+    """`bytes` in use on a card, or None and the `reason`; without what this process's allocator
+    keeps unused. Empty on a processor."""
+    if device == "cpu":
+        return {}
+    if torch := torch_in_use():
+        torch.cuda.empty_cache()
+    used, reason = ask(lambda: gpu.used_bytes(device))
+    return {"bytes": used, "reason": reason}
 
 
 def close() -> None:

@@ -64,6 +64,7 @@ class Server:
         self.processes: list[InferenceProcess] = []
         self._events: Queue = Queue()  # (place of the process, message or None)
         self._folder: TemporaryDirectory | None = None  # of the mapped weights
+        self.device_before: dict = {}  # in use on the card before they were started
 
     def __enter__(self) -> Server:
         self.start(1)

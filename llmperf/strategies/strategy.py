@@ -32,6 +32,7 @@ class Strategy:
     rows_per_step: Count = ONE  # in one pass over the weights
     processes: Count = ONE  # that hold the model here; 0: another machine
     threads: Count = ONE  # that decode at the same time in one process
+    streams: Count = ONE  # of CUDA, on which these threads decode
     interleaved_batches: Count = ONE  # that take turns, each with its own buffers
     foreign: bool = False  # another engine: its decoding loop and random numbers are its own
     joins: bool = False  # a request enters the running batch at its next step

@@ -138,12 +138,11 @@ def _refuse(model: Model, level: int, options: Mapping) -> None:
         raise ValueError("a stream of its own needs a CUDA GPU, and the model is on the cpu")
 
 
+_workers = capped_by_level("workers")
 STRATEGY = Strategy(
     "threads",
     run,
-    in_words(
-        "{n} threads", "intra_op", "stream", single="1 thread", count=capped_by_level("workers")
-    ),
+    in_words("{n} threads", "intra_op", "stream", single="1 thread", count=_workers),
     style=1,
     options={
         "workers": COUNT,
@@ -153,5 +152,6 @@ STRATEGY = Strategy(
     },
     defaults={"stream": "default"},
     refuse=_refuse,
-    threads=capped_by_level("workers"),
+    threads=_workers,
+    streams=lambda level, o: _workers(level, o) if o.get("stream") == "own" else 1,
 )

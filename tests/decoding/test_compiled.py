@@ -554,9 +554,19 @@ def test_a_graph_is_checked_before_it_is_promised(monkeypatch):
     monkeypatch.setattr(graph_step, "_fused", lambda function: broken)
     step = loops._graph_step(model)  # without Triton it works
     assert step.function is graph_step.forward and buffers(step) == {(1, 256): 1}
+    found = loops._prepare(model, on_gpu=True)
+    why = "its operations are not fused: Failed to find C compiler"
+    assert (found.loop, found.reason) == ("compiled", why)
     monkeypatch.setattr(graph_step, "forward", lambda *args: 2 * plain(*args))
     with pytest.raises(ValueError, match="its logits differ from the eager ones"):
         loops._graph_step(model)
+
+
+def test_without_triton_a_graph_is_plain(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as on Windows
+    step = graph_step.GraphStep(tiny("llama"))
+    assert step.function is plain
+    assert step.not_fused == "its operations are not fused: Triton is not installed"
 
 
 def broken(*_):

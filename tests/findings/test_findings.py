@@ -317,6 +317,12 @@ def test_reserved_memory_that_grows_while_allocated_grows_too_is_not_the_claim()
     assert verdict("batch-reserved", *groups).verdict == FAILS
 
 
+@pytest.mark.parametrize(("os", "gib"), [("Linux", "4.0"), ("Windows", "3.5"), ("WSL2", "3.5")])
+def test_available_memory_is_less_where_the_allocator_is_capped(os, gib):
+    rows = run("batch", 64, 9, os=os), run("batch", 100, 9, status="oom", os=os)
+    assert f"in {gib} GiB" in verdict("available-vram", *rows).figures
+
+
 def test_one_holds_does_not_outvote_a_cannot_tell():
     clear = [run("batch", 1, 2, model="a"), run("batch", 10, 2.5, model="a")]
     wide = (0.4, 0.8, 1.0, 1.2, 2.4)

@@ -213,14 +213,14 @@ def test_overhead_grows_with_each_stage():
 
 
 def test_a_child_that_dies_is_a_reason_and_not_an_error(monkeypatch):
-    monkeypatch.setattr(overhead, "_device_used", lambda device: 0)
+    monkeypatch.setattr(overhead.gpu, "used_bytes", lambda device: 0)
     result = overhead.overhead("cuda:9999")  # torch refuses it
     assert result["first"] is None and "fresh process ended" in result["reason"]
 
 
 def test_cuda_overhead_takes_off_the_reserve_of_the_allocator(monkeypatch):
     used = iter([1000, 1000 + 300 + 20, 1000 + 450 + 64])
-    monkeypatch.setattr(overhead, "_device_used", lambda device: next(used))
+    monkeypatch.setattr(overhead.gpu, "used_bytes", lambda device: next(used))
     reserved = {"context": {"reserved": 20}, "libraries": {"reserved": 64}}
     child = SimpleNamespace(ask=lambda timeout_s, stage: reserved.get(stage, {}))
     figures = overhead._measured(child, "cuda:0")

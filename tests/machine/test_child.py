@@ -56,6 +56,20 @@ def test_messages_go_both_ways_and_prints_do_not_disturb(echo):
     assert echo.ask(60, n=2) == {"echo": {"n": 2}}
 
 
+def test_no_window_opens_on_windows(monkeypatch):
+    asked = {}
+
+    def popen(*_, **how):
+        asked.update(how)
+        raise OSError
+
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(OSError):
+        Child("anything")
+    assert asked["creationflags"] == 0x08000000
+
+
 def test_much_on_the_error_stream_blocks_nobody(echo):
     assert echo.ask(60, talk=True)["echo"] == {"talk": True}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmperf import machine, strategies
+from llmperf import machine, predict, strategies
 from llmperf.decoding.requests import GREEDY, PUBLISHED
 from llmperf.decoding.trace import RequestTrace, Trace
 from llmperf.measure import Condition, Record, Store, measure, paired, results, session
@@ -529,21 +529,24 @@ def test_the_same_condition_twice_is_compared_and_never_counted(tiny, store, mon
 
 def test_memory_of_a_card_that_this_process_holds_is_not_in_use(monkeypatch):
     card = {"name": "RTX 4070", "memory_used_bytes": 5 * 2**30}
-    monkeypatch.setattr(session.machine, "describe", lambda: {"gpus": [dict(card)]})
+    here = {"gpus": [dict(card)], "os": "Windows"}
+    monkeypatch.setattr(session.machine, "describe", lambda: here)
     monkeypatch.setattr(session, "torch_in_use", lambda: torch)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 3 * 2**30)
     found = session._described.__wrapped__()
-    assert found["gpus"][0]["memory_used_bytes"] == 2 * 2**30
+    context = predict.least_context("windows")
+    assert found["gpus"][0]["memory_used_bytes"] == 2 * 2**30 - context
 
 
 def test_on_a_gpu_the_memory_of_a_served_run_is_that_of_its_workers(tiny):
     on_card = Condition(replace(tiny, device="cuda:0"), "processes", 2)
     held = {"allocated_bytes": 5, "reserved_bytes": 7}
-    trace = Trace((), 1.0, {"workers": [held, held]})
+    trace = Trace((), 1.0, {"workers": [held, held], "device_before": {"bytes": 3}})
     found = session._memory_of_workers(on_card, trace)
     assert (found["allocated"]["max"], found["reserved"]["max"]) == (10, 14)
+    assert found["device_before"]["max"] == 3
     unknown = session._memory_of_workers(on_card, Trace((), 1.0, {"workers": [held, {}]}))
-    assert unknown["allocated"]["status"] == "unavailable"
+    assert unknown["allocated"]["status"] == unknown["device_before"]["status"] == "unavailable"
     assert session._memory_of_workers(Condition(tiny, "processes", 2), trace) == {}
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SMALL, save_llama
 from transformers import AutoModelForCausalLM
 
-from llmperf import models, predict
+from llmperf import machine, models, predict
 from llmperf.measure import Condition
-from llmperf.models import ModelUnavailable, configs, embedded, loading
+from llmperf.models import ModelUnavailable, configs, embedded, loading, quantization
 
 
 def test_the_embedded_model_is_the_published_one(embedded):
@@ -266,8 +266,23 @@ def test_random_weights_of_a_quantised_checkpoint_are_refused_by_their_own_bits(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_is_asked_for_where_there_is_none():
-    with pytest.raises(ValueError, match="needs a CUDA GPU and this torch sees none: use cpu"):
+    with pytest.raises(ValueError, match="device 'cuda': this torch .*; or use cpu"):
         models.load("gpt2", device="cuda", weights="random")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "words"),
+    [(None, "is no CUDA build: the README"), ("13.0", "install a driver for CUDA 13.0")],
+)
+def test_why_torch_cannot_use_a_card(monkeypatch, cuda, words):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert words in machine.no_cuda()
+
+
+@pytest.mark.parametrize(("word", "instead"), [("int8", "bnb-8"), ("int4", "bnb-4")])
+def test_what_has_no_kernel_on_a_gpu_is_refused_there(word, instead):
+    with pytest.raises(ValueError, match=f"{word} runs on CPUs only here: use {instead} on a GPU"):
+        quantization.check(word, "bf16", "cuda:0")
 
 
 def test_a_damaged_download_is_refused_and_removed(tmp_path, monkeypatch):

@@ -166,6 +166,9 @@ def test_what_grows_with_what():
     assert line("workspaces").high == 32 * MIB
     assert line("workspaces", threads=10).low == 11 * 8_519_680
     assert line("workspaces", processes=3).low == 3 * 8_519_680
+    own = line("workspaces", threads=10, streams=10)
+    assert (own.low, own.high) == (11 * 8_519_680, (1 + 10 * 10) * 32 * MIB)
+    assert line("workspaces", threads=10).high == 11 * 32 * MIB
     positions = line("logits", loop="recompute", prompt_tokens=50, new_tokens=40)
     assert positions.low == 2 * 89 * GPT2.vocab * 4
     assert line("logits", prompt_tokens=50, new_tokens=40).low == 2 * GPT2.vocab * 4
@@ -203,6 +206,10 @@ def test_measured_overhead_and_idle_use_take_the_place_of_ranges():
     assert (context.low, context.high) == (1100, 1100)
     assert (idle.low, idle.high) == (77, 77)
     assert not book.warnings
+    beside = predict.memory(spec, overhead=measured, beside_another=True).line(
+        "context and libraries"
+    )
+    assert beside.low == 900, "another process holds what all share"
 
 
 def test_published_device_use_lies_between_the_bounds():

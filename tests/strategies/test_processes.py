@@ -153,6 +153,56 @@ def test_a_single_process_gets_back_the_threads_that_a_run_before_took(tiny):
         torch.set_num_threads(before)
 
 
+def test_a_worker_on_a_card_is_capped_and_forgets_the_peaks_of_the_run_before(tiny, monkeypatch):
+    """Freed graphs are given back before the peak is set to what is there now."""
+    slots = model_engine.load({"spec": asdict(tiny.source), "folder": None})
+    seen = []
+    monkeypatch.setattr(predict, "cap_allocator", lambda model, n: seen.append(f"capped to 1/{n}"))
+    monkeypatch.setattr(model_engine.decoding, "free_graphs", lambda: seen.append("freed"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: seen.append("reset"))
+    slots("slots", rows=1, max_length=8, loop="cached", processes=2, threads=1)
+    assert seen == ["capped to 1/2", "freed", "emptied", "reset"]
+
+
+def test_what_a_card_holds_is_read_before_its_processes_start(small, monkeypatch):
+    """And processes that would be idle leave the card."""
+    seen = []
+
+    class Kept:
+        model, weights, running = small, "own", 0
+
+        def start(self, n):
+            self.running = n
+            seen.append(f"{n} started")
+
+        def pids(self, start=0):
+            return list(range(self.running))[start:]
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setattr(served, "Server", lambda *_, **how: Kept())
+    monkeypatch.setattr(served, "torch_in_use", lambda: torch)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("emptied"))
+    monkeypatch.setattr(served.gpu, "used_bytes", lambda device: seen.append(f"read {device}"))
+    on_card = replace(small, device="cuda:0")
+    with strategies.session():
+        for n in (1, 2, 1):
+            served.ensure_started(on_card, n)
+    fresh = ["emptied", "read cuda:0", "1 started"]
+    assert seen == [*fresh, "2 started", "closed", *fresh, "closed"]
+
+
+def test_beside_its_parent_each_process_is_a_further_one(small, monkeypatch):
+    """Under Windows the first process pays 0.82 GiB for what all share, and the parent has paid."""
+    on_card = replace(small, device="cuda:0")
+    monkeypatch.setattr(prediction.machine, "platform_word", lambda device: "windows")
+    monkeypatch.setattr(predict, "free_and_held", lambda model: (2**29, 0))
+    prediction.check_fits(Condition(on_card, "processes", 3))
+
+
 def killed_while_running(model, options, wound):
     """Run long requests and wound a process at their first tokens; gives the reason of each."""
     with strategies.session():
