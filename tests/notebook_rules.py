@@ -1,6 +1,7 @@
 """The house rules of a notebook: each takes one and yields a sentence for each fault."""
 
 import ast
+import builtins
 import copy
 import re
 import statistics
@@ -107,6 +108,20 @@ def schema_holds(nb):
         yield f"the notebook is not valid: {error.message}"
 
 
+def measure_cells_need_no_others(nb):
+    """`run --no-notebooks` executes the cells tagged parameters and measure alone."""
+    cells = [cell.source for tag in ("parameters", "measure") for cell in tagged(nb, tag)]
+    nodes = list(ast.walk(ast.parse("\n".join(cells))))
+    made = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    made |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    made |= {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    made |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler)}
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    made |= {n.id for n in names if not isinstance(n.ctx, ast.Load)}
+    missing = {n.id for n in names} - made - {*dir(builtins), "display"}
+    yield from (f"{name} is used in a cell tagged measure, and made in another" for name in missing)
+
+
 def every_code_cell_was_run(nb):
     for cell in code(nb):
         if not isinstance(cell.get("execution_count"), int):
@@ -178,6 +193,7 @@ RULES: list[Rule] = [
     kernel_is_python3,
     format_is_4_5_with_unique_ids,
     schema_holds,
+    measure_cells_need_no_others,
     every_code_cell_was_run,
     checked_cells_have_outputs,
     no_widget_state,

@@ -149,6 +149,10 @@ BROKEN = [
     (rules.format_is_4_5_with_unique_ids, lambda nb: nb.cells[1].update(id="prose")),
     (rules.format_is_4_5_with_unique_ids, lambda nb: nb.cells[1].pop("id")),
     (rules.schema_holds, lambda nb: nb.cells[3].outputs[0].pop("data")),
+    (
+        rules.measure_cells_need_no_others,
+        lambda nb: nb.cells[3].update(source="other + 1", metadata={"tags": ["measure"]}),
+    ),
     (rules.every_code_cell_was_run, lambda nb: nb.cells[3].update(execution_count=None)),
     (rules.checked_cells_have_outputs, lambda nb: nb.cells[2].update(outputs=[])),
     (rules.no_widget_state, lambda nb: nb.metadata.update(widgets={})),

@@ -3,7 +3,8 @@
 import pytest
 from made_up_notebooks import write_notebook
 
-from llmperf import study
+from llmperf import findings, study
+from llmperf.findings import published
 from llmperf.study import Profile, profile
 
 
@@ -22,6 +23,31 @@ def test_every_shipped_profile_fits_every_notebook():
         loaded = study.load_profile(name)
         assert loaded.description
         study.plan(loaded, study.notebooks())
+
+
+def test_the_profile_of_gpt2_has_every_published_level():
+    asked = study.load_profile("gpu-gpt2").notebooks
+    names = {
+        "batch": ("03-batch", "batch_sizes"),
+        "coroutine": ("04-coroutines", "tasks"),
+        "threads": ("05-threads", "threads"),
+        "processes": ("06-processes", "processes"),
+    }
+    for strategy, (notebook, name) in names.items():
+        rows = published.measurements(model="GPT2", strategy=strategy)
+        assert set(rows.concurrency) <= set(asked[notebook][name]), strategy
+        assert set(rows.new_tokens) == {asked[notebook]["new_tokens"]}
+    assert asked["03-batch"]["loop_batches"] == [1, 10]
+
+
+def test_no_cell_of_the_full_profile_outlasts_its_limit():
+    """The longest measures notebook 05, here at the lowest speed of the shipped run."""
+    run = findings.load_runs(findings.shipped_runs()[:1])[0]
+    speed = min(r.metric("output_tokens_per_s") for r in run.measured if "05" in r.experiment)
+    full = study.load_profile("full")
+    asked = full.notebooks["05-threads"]
+    requests = 2 * sum(asked["threads"]) * full.parameters["repeats"]  # with all cores, and divided
+    assert requests * asked["new_tokens"] / speed < full.timeout_s
 
 
 def test_a_plan_gives_each_notebook_what_it_has(shelf):
