@@ -50,6 +50,19 @@ MORE = {
         "llama",
         dict(SMALL, hidden_size=44, intermediate_size=53, head_dim=10, vocab_size=97),
     ),
+    **{  # query heads for each key and value head, which the step takes up to four at a time
+        f"{n} sharing": (
+            "llama",
+            dict(
+                SMALL,
+                hidden_size=240,
+                head_dim=64,
+                num_attention_heads=2 * n,
+                num_key_value_heads=2,
+            ),
+        )
+        for n in (1, 2, 3, 4, 5, 8)
+    },  # fmt: skip
     "olmo2": ("olmo2", SMALL),
     "gpt_neox": ("gpt_neox", SMALL),
     "glm": ("glm", dict(SMALL, head_dim=8)),
@@ -58,6 +71,7 @@ MORE = {
 COMPILED = (
     "gpt2 gpt2-inner llama llama-bias-tied mistral qwen2 qwen2-sliding qwen3 gemma gemma2 gemma3"
 ).split() + ["phi3", "granite", "stablelm", "smollm3", "starcoder2", "seed_oss", "odd sizes"]
+COMPILED += [case for case in MORE if "sharing" in case]
 FALLS_BACK = {  # family → what the reason says
     "deepseek-v2": "no k_proj",
     "deepseek-v3": "no q_proj",
@@ -384,7 +398,7 @@ def test_a_processor_with_shorter_vectors_gets_the_same_tokens(processor, monkey
     cpu_library.library.cache_clear()
     try:
         asked = requests((9, 4, 17, 2, 5, 3, 8, 6, 7, 1, 2, 3, 4, 5, 6))  # tiles of 8, 4, 2 and 1
-        for case in ("llama", "gemma3", "odd sizes"):
+        for case in ("llama", "gemma3", "odd sizes", "5 sharing"):
             model = tiny(case)
             assert batch(model, asked, "compiled") == batch(model, asked, "cached")
             assert decoding.prepare(model).reason is None

@@ -9,6 +9,7 @@
 #include "team.h"
 #include "model.h"
 #include "product.h"
+#include "attention.h"
 #include "sample.h"
 
 // ---- The other parts of a layer; each works on whole rows or heads.
@@ -73,14 +74,6 @@ static void add_normed(float *row, float *add, Norm norm, const Model *m) {
   for (int i = 0; i < m->hidden; i++) row[i] += add[i] * m->residual_scale;
 }
 
-INLINE float number(const void *from, int64_t at, int dtype) {
-  if (dtype == OF_F32) return ((const float *)from)[at];
-  uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
 // The first `rotary` numbers of a head turned by its position; the rest stay.
 static void rotate(float *head, const float *cosine, const float *sine, int half) {
   for (int i = 0; i < half; i++) {
@@ -99,67 +92,6 @@ static vector activate(vector x, int kind) {
   return x;
 }
 
-INLINE vector load_head(const void *from, int64_t at, int count, int half) {
-  if (count >= LANES)
-    return half ? load_bf16((const uint16_t *)from + at) : load_f32((const float *)from + at);
-  vector v = all(0);
-  for (int i = 0; i < count; i++) v[i] = number(from, at + i, half ? OF_BF16 : OF_F32);
-  return v;
-}
-
-// The first `count` numbers of v. A copy of a length that is not known is many times as slow.
-INLINE void store_head(float *to, vector v, int64_t count) {
-  if (count >= LANES) memcpy(to, &v, sizeof v);
-  else for (int i = 0; i < count; i++) to[i] = v[i];
-}
-
-// One query head against keys and values (positions, dim) first..last; `scores` has room for all.
-INLINE void attend(float *out, const float *query, const void *keys, const void *values,
-                   float *scores, int first, int last, int dim, float scale, float cap, int half) {
-  float highest = -INFINITY;
-  const int count = last - first + 1;
-  for (int block = 0; block < count; block += 16) {
-    vector acc[16];
-    for (int j = 0; j < 16; j++) {
-      acc[j] = all(0);
-      const int64_t at = least(first + block + j, last) * dim;
-      for (int d = 0; d < dim; d += LANES)
-        acc[j] += load_head(keys, at + d, dim - d, half) * load_head(query, d, dim - d, 0);
-    }
-    add_up(scores + block, acc, 16);
-    for (int j = block; j < block + 16; j += LANES) {
-      vector found = load_f32(scores + j) * scale;
-      if (cap > 0) found = cap * hyperbolic_tangent(found / cap);
-      memcpy(scores + j, &found, sizeof found);
-    }
-    for (int j = block; j < block + 16 && j < count; j++)
-      highest = scores[j] > highest ? scores[j] : highest;
-  }
-  vector totals = all(0);
-  for (int j = 0; j < count; j += LANES) {
-    vector weight = exponential(load_f32(scores + j) - highest);
-    for (int i = count - j; i < LANES; i++) weight[i] = 0;
-    memcpy(scores + j, &weight, sizeof weight);
-    totals += weight;
-  }
-  const float share = 1.0f / sum(totals);
-  for (int d = 0; d < dim; d += 4 * LANES) {  // four sums: one waits for its own last addition
-    vector acc[4] = {all(0), all(0), all(0), all(0)};
-    const int blocks = (int)least(4, (dim - d + LANES - 1) / LANES);
-    for (int j = 0; j < count; j++) {
-      const int64_t at = (int64_t)(first + j) * dim + d;
-      if (dim - d >= 4 * LANES)
-        UNROLL for (int i = 0; i < 4; i++)
-          acc[i] += scores[j] * load_head(values, at + LANES * i, LANES, half);
-      else
-        for (int i = 0; i < blocks; i++)
-          acc[i] += scores[j] * load_head(values, at + LANES * i, dim - d - LANES * i, half);
-    }
-    for (int i = 0; i < blocks; i++)
-      store_head(out + d + LANES * i, acc[i] * share, dim - d - LANES * i);
-  }
-}
-
 // ---- One step.
 
 INLINE int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
@@ -172,7 +104,7 @@ static int64_t input_columns(const Model *m) {
 EXPORT int64_t scratch_floats(const Model *m, int32_t rows, int32_t length, int32_t threads) {
   return rows * (2 * padded(m->hidden) + 2 * input_columns(m) + wide_columns(m)) +
          rows * input_columns(m) / BLOCK * 2 +
-         threads * padded(length) + 64;
+         threads * SHARING * padded(length) + 64;
 }
 
 static void forward(const void *model, const void *step, Team *team, int thread) {
@@ -185,7 +117,7 @@ static void forward(const void *model, const void *step, Team *team, int thread)
   float *extra = large + rows * wide;
   uint16_t *pairs = (uint16_t *)(extra + rows * hidden);
   float *blocks = (float *)(pairs + 2 * rows * stride);
-  float *scores = blocks + rows * stride / BLOCK * 2 + thread * padded(s->length);
+  float *scores = blocks + rows * stride / BLOCK * 2 + thread * SHARING * padded(s->length);
   const Input in = {full, pairs, blocks, stride, rows};
   const Output to_large = {large, wide, 0, 1}, to_extra = {extra, hidden, 0, 1};
   const Output to_x = {x, hidden, 1, m->residual_scale};
@@ -237,13 +169,13 @@ static void forward(const void *model, const void *step, Team *team, int thread)
       const int r = i / m->kv_heads, kv = i % m->kv_heads, last = s->positions[r];
       const int first = l->window && last >= l->window ? last - l->window + 1 : 0;
       const int64_t at = ((int64_t)s->slots[r] * m->kv_heads + kv) * s->length * dim * width;
-      for (int h = kv * group; h < (kv + 1) * group; h++) {
+      for (int h = kv * group, n; h < (kv + 1) * group; h += n) {
+        n = heads_together(dim, (kv + 1) * group - h);
         float *out = full + r * stride + (int64_t)h * dim;
         const float *query = large + r * wide + (int64_t)h * dim;
-        if (half) attend(out, query, keys + at, values + at, scores, first, last, dim,
-                         m->attention_scale, m->attention_cap, 1);
-        else attend(out, query, keys + at, values + at, scores, first, last, dim,
-                    m->attention_scale, m->attention_cap, 0);
+        const Attention here = {query, keys + at, values + at, scores, padded(s->length), first,
+                                last, dim, m->attention_scale, m->attention_cap};
+        attend_together(out, &here, n, half);
       }
     }
     if (l->out.kind != OF_F32) FOR_ITEMS(r, rows) narrow(in, r, 0, queries, l->out.kind);
