@@ -62,7 +62,7 @@ MORE = {
             ),
         )
         for n in (1, 2, 3, 4, 5, 8)
-    },  # fmt: skip
+    },
     "olmo2": ("olmo2", SMALL),
     "gpt_neox": ("gpt_neox", SMALL),
     "glm": ("glm", dict(SMALL, head_dim=8)),
